@@ -1,0 +1,148 @@
+"""The control API's shapes, shared by the daemon, the CLI and the TUI. Version 1."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopped"]
+ReleaseState = Literal["verified", "refused"]
+EngineState = Literal["starting", "ready", "backoff"]
+
+
+class Problem(Shape):
+    """Every error of the control API."""
+
+    code: str
+    message: str
+    next: str
+
+
+class Dataset(Shape):
+    """An imported dataset; `id` is the hash of its canonical rows, `name` moves to the newest import of that name."""
+
+    id: str
+    name: str
+    kind: Literal["messages", "preference"]
+    rows: int
+    created: float
+
+
+class Run(Shape):
+    """One execution of a recipe. Times are Unix seconds; `reason` and `next` say why it failed and what to do."""
+
+    id: str
+    recipe: str
+    base: str
+    state: RunState
+    stages: tuple[str, ...]
+    stage: str
+    """The stage that runs, or is next."""
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    reason: str = ""
+    next: str = ""
+
+
+class Release(Shape):
+    """Merged weights with their manifest. `id` is that of the run that made it."""
+
+    id: str
+    base: str
+    state: ReleaseState
+    created: float
+    live: bool = False
+    reason: str = ""
+    gates: dict[str, bool] = {}
+
+
+class Engine(Shape):
+    """One engine process."""
+
+    release: str
+    kind: str
+    state: EngineState
+    pid: int | None = None
+    restarts: int = 0
+
+
+class Key(Shape):
+    """An API key; the key itself is shown once, when it is made."""
+
+    id: str
+    name: str
+    prefix: str
+    created: float
+    revoked: float | None = None
+
+
+class NewKey(Key):
+    key: str
+
+
+class Model(Shape):
+    """A base model on this box."""
+
+    name: str
+    bytes: int
+    source: str
+    context: int
+
+
+class Gpu(Shape):
+    name: str
+    memory_total: int
+    memory_used: int
+    utilisation: int
+
+
+class Hardware(Shape):
+    """Sizes in bytes, load in percent."""
+
+    cores: int
+    cpu_load: float
+    memory_total: int
+    memory_used: int
+    disk_total: int
+    disk_free: int
+    gpus: tuple[Gpu, ...] = ()
+
+
+class Status(Shape):
+    """The box at a glance."""
+
+    version: str
+    home: str
+    endpoint: str
+    live: str | None
+    """Release that is wanted live."""
+    routed: str | None
+    """Release that answers now; None: the endpoint answers 503."""
+    engines: tuple[Engine, ...]
+    lease: Literal["share", "exclusive"]
+    queued: int
+    running: str | None
+    hardware: Hardware
+
+
+class ShippedRecipe(Shape):
+    """A recipe that comes with the appliance."""
+
+    name: str
+    summary: str
+    text: str
+
+
+class Page(Shape):
+    """Rows `offset` to `offset + len(rows)` of `total`."""
+
+    total: int
+    offset: int
+    rows: tuple[dict[str, Any], ...]

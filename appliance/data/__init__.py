@@ -1,0 +1,1 @@
+"""Data: readers, formats, canonical rows, report, rendering and loss mask, split."""

@@ -1,0 +1,77 @@
+"""Errors for a person: what happened, and what to do next."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of the `appliance` command."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    AUTH = 4
+    CONFLICT = 5
+
+
+class ApplianceError(Exception):
+    """An error that is shown to a person as one line.
+
+    `code` is a stable word for programs, `next` the step that gets the person on.
+    `exit` is the exit status of the command, `status` the HTTP status of the control API.
+    """
+
+    exit: Exit = Exit.FAILED
+    status: int = 500
+
+    def __init__(self, code: str, message: str, next: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.next = next
+
+    def __str__(self) -> str:
+        return f"{self.message} — {self.next}"
+
+
+class InvalidInput(ApplianceError):
+    """What the person gave cannot be used: a file, a recipe, an option."""
+
+    exit = Exit.USAGE
+    status = 400
+
+
+class NotFound(ApplianceError):
+    """A name that nothing goes by."""
+
+    exit = Exit.CONFLICT
+    status = 404
+
+
+class Conflict(ApplianceError):
+    """The request does not fit the present state."""
+
+    exit = Exit.CONFLICT
+    status = 409
+
+
+class Unreachable(ApplianceError):
+    """The daemon does not answer."""
+
+    exit = Exit.UNREACHABLE
+    status = 503
+
+
+class NotAllowed(ApplianceError):
+    """The caller may not do this."""
+
+    exit = Exit.AUTH
+    status = 403
+
+
+class NoSpace(ApplianceError):
+    """The disk cannot take what has to be written."""
+
+    status = 507

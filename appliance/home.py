@@ -1,0 +1,166 @@
+"""Where everything lives on disk, and how a directory comes into being whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from appliance.errors import InvalidInput, NoSpace
+
+_SOCKET_PATH_LIMIT = 107
+_SERVICE_SOCKET = Path("/run/appliance/control.sock")
+
+
+class Home:
+    """The directory tree of one appliance."""
+
+    def __init__(self, root: Path, socket: str = "") -> None:
+        self.root = root
+        self._socket = socket
+
+    def __repr__(self) -> str:
+        return f"Home({self.root})"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "appliance.db"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "daemon.lock"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def datasets(self) -> Path:
+        return self.root / "datasets"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def releases(self) -> Path:
+        return self.root / "releases"
+
+    @property
+    def engines(self) -> Path:
+        """Sockets and logs of engine processes; nothing here outlives its process."""
+        return self.root / "engines"
+
+    @property
+    def incoming(self) -> Path:
+        """Uploads on their way to becoming datasets; emptied when the daemon starts."""
+        return self.root / "incoming"
+
+    def control_socket(self) -> Path:
+        """The control API's socket: the setting, else this home's own, else the service's where only that exists."""
+        if self._socket:
+            return Path(self._socket)
+        own = self.root / "control.sock"
+        if not own.exists() and not self.root.exists() and _SERVICE_SOCKET.exists():
+            return _SERVICE_SOCKET
+        return own
+
+    def create(self) -> None:
+        """Make the tree, private to its owner. Raises InvalidInput where it cannot be written."""
+        if len(os.fsencode(self.control_socket())) > _SOCKET_PATH_LIMIT:
+            raise InvalidInput(
+                "socket_path_too_long",
+                f"the control socket's path {self.control_socket()} is longer than a socket's may be",
+                "set APPLIANCE_SOCKET to a shorter path, or choose a shorter APPLIANCE_HOME",
+            )
+        try:
+            for path in (self.models, self.datasets, self.runs, self.releases, self.engines, self.incoming):
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise disk_error(error, self.root) from error
+
+
+def disk_error(error: OSError, path: Path) -> NoSpace | InvalidInput:
+    """The one-line error for an OSError met while writing below `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace("no_space", f"the disk under {path} is full", "free some space, then try again")
+    return InvalidInput("not_writable", f"cannot write to {path}: {error.strerror}", "check the path and its owner")
+
+
+def require_space(path: Path, needed: int, purpose: str) -> None:
+    """Raise NoSpace unless `needed` bytes (and 64 MiB to spare) are free on the disk of `path`."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed + (64 << 20):
+        raise NoSpace(
+            "no_space",
+            f"{purpose} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {existing}",
+            "free some space, then try again",
+        )
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in `path` durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` with `content`: a reader sees the old file or the new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of `value` as indented JSON."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def fsync_tree(root: Path) -> None:
+    """Make every file and name below `root` durable."""
+    for directory, _, names in os.walk(root):
+        for name in names:
+            handle = os.open(Path(directory) / name, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        fsync_directory(Path(directory))
+
+
+@contextlib.contextmanager
+def building(final: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `final`; on success it is made durable and becomes `final`.
+
+    On an error, or a kill, `final` does not exist; leftovers are removed by the next attempt. `final` must not exist.
+    """
+    temporary = final.with_name(f".{final.name}.building")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True, mode=0o700)
+        yield temporary
+        fsync_tree(temporary)
+        os.rename(temporary, final)
+        fsync_directory(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,1 @@
+"""Releases: merge, gates, verify, manifest."""

@@ -1,0 +1,1 @@
+"""The SQLite state: one connection, numbered migrations, one module per thing kept."""

@@ -1,0 +1,61 @@
+"""What the supervisor needs of an engine. serve/engines implements it; the core never imports that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt whose rendering and stopping are checked on the real engine.
+
+    `token_ids` is how the trainer's tokenizer renders `messages` with a generation prompt.
+    """
+
+    messages: list[dict[str, Any]]
+    token_ids: list[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class ProbeAnswer:
+    """The engine's token ids for the same messages, and how its greedy answer ended."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    """How to start an engine process: the supervisor runs it in a process group of its own, output to a file."""
+
+    argv: list[str]
+    environment: dict[str, str]
+    address: str
+    """`unix:PATH`: where it will listen."""
+
+
+class EngineKind(Protocol):
+    """A kind of engine (vLLM, transformers)."""
+
+    name: str
+    honours: frozenset[str]
+    """Names of the chat completion fields that this engine really obeys."""
+    ready_seconds: float
+    """How long a start may take before it counts as failed."""
+
+    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
+        """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
+        ...
+
+    async def ready(self, address: str) -> bool:
+        """Whether the engine has loaded and answers."""
+        ...
+
+    async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
+        """Render and answer one probe greedily. Raises ConnectionError where the engine does not answer."""
+        ...

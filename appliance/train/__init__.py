@@ -1,0 +1,1 @@
+"""Training: recipes, the worker process, one module per method, checkpoints, events."""

@@ -1,0 +1,86 @@
+"""events.jsonl: what a run says about itself, one JSON object a line, `seq` rising by one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+KINDS = frozenset(
+    {
+        "stage_started",  # stage
+        "step",  # stage, step, steps, loss, lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory (bytes)
+        "eval",  # stage, step, loss
+        "sample",  # stage, prompt, text
+        "checkpoint",  # stage, step, path
+        "warning",  # stage, message
+        "gate",  # stage, gate, passed, figures
+        "stage_finished",  # stage, seconds
+        "failed",  # stage, reason, next
+    }
+)
+
+
+class EventLog:
+    """Appends to and reads one run's events.jsonl.
+
+    Writers in several processes take turns by a file lock. A line torn by a kill is cut off by the next writer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, kind: str, stage: str, **fields: Any) -> int:
+        """Append one event and return its seq. Raises ValueError for an unknown kind."""
+        if kind not in KINDS:
+            raise ValueError(f"unknown event kind {kind!r}")
+        with open(self.path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            seq = _last_seq_cutting_torn_line(file) + 1
+            event = {"seq": seq, "time": round(time.time(), 3), "event": kind, "stage": stage, **fields}
+            file.write(json.dumps(event, ensure_ascii=False, allow_nan=True).encode() + b"\n")
+            file.flush()
+            if kind not in ("step", "sample"):
+                os.fsync(file.fileno())
+        return seq
+
+    def read(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """Whole events with a seq above `after`, oldest first."""
+        try:
+            file = open(self.path, "rb")
+        except FileNotFoundError:
+            return
+        with file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                event: dict[str, Any] = json.loads(line)
+                if event["seq"] > after:
+                    yield event
+
+
+def _last_seq_cutting_torn_line(file: Any) -> int:
+    """Seq of the last whole line (0 if none), after truncating what follows it. Leaves the file at its end."""
+    size = file.seek(0, os.SEEK_END)
+    position, tail = size, b""
+    while position > 0:
+        start = max(0, position - 8192)
+        file.seek(start)
+        tail = file.read(position - start) + tail
+        position = start
+        end = tail.rfind(b"\n")
+        if end < 0:
+            continue
+        begin = tail.rfind(b"\n", 0, end)
+        if begin < 0 and position > 0:
+            continue
+        file.truncate(position + end + 1)
+        file.seek(0, os.SEEK_END)
+        return int(json.loads(tail[begin + 1 : end])["seq"])
+    file.truncate(0)
+    file.seek(0, os.SEEK_END)
+    return 0

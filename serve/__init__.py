@@ -1,0 +1,1 @@
+"""Everything that listens: the daemon, the control API, the gateway, the engines."""
