@@ -57,33 +57,29 @@ class Client:
 
     async def import_dataset(self, path: Path, name: str, format: str | None = None) -> dict[str, Any]:
         """Send the file to the daemon and return the import's report. Raises InvalidInput for an unreadable file."""
-        try:
-            file = open(path, "rb")
-        except OSError as error:
-            raise InvalidInput(
-                "unreadable_file", f"cannot read {path}: {error.strerror}", "check the path"
-            ) from None
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            raise InvalidInput("unreadable_file", f"{path} {what}", "name a file")
 
         async def chunks() -> AsyncIterator[bytes]:
-            while chunk := file.read(_UPLOAD_CHUNK):
-                yield chunk
+            with path.open("rb") as file:
+                while chunk := file.read(_UPLOAD_CHUNK):
+                    yield chunk
 
         params = {"name": name, "filename": path.name} | ({"format": format} if format else {})
-        with file:
-            if path.is_dir():
-                raise InvalidInput("unreadable_file", f"{path} is a directory", "name a file")
+        try:
             return await self._call(
                 "POST", "/v1/datasets", dict[str, Any], params=params, content=chunks(), timeout=None
             )
+        except OSError as error:
+            raise InvalidInput("unreadable_file", f"cannot read {path}: {error.strerror}", "check it") from None
 
     async def dataset(self, name: str) -> dict[str, Any]:
         """The report of the dataset called (or identified by) `name`."""
         return await self._call("GET", f"/v1/datasets/{name}", dict[str, Any])
 
     async def rows(self, name: str, offset: int = 0, limit: int = 50) -> api.Page:
-        return await self._call(
-            "GET", f"/v1/datasets/{name}/rows", api.Page, params={"offset": offset, "limit": limit}
-        )
+        return await self._call("GET", f"/v1/datasets/{name}/rows", api.Page, params={"offset": offset, "limit": limit})
 
     async def recipes(self) -> list[api.ShippedRecipe]:
         return await self._call("GET", "/v1/recipes", list[api.ShippedRecipe])

@@ -65,13 +65,13 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
             values[declared.name] = _parse(raw, declared.type)
         except ValueError:
             raise InvalidInput(
-                "bad_setting", f"{variable}={raw!r} is not of type {declared.type}", f"set {variable} to a {declared.type}"
+                "bad_setting",
+                f"{variable}={raw!r} is not of type {declared.type}",
+                f"set {variable} to a {declared.type}",
             ) from None
         choices = declared.metadata["choices"]
         if choices and values[declared.name] not in choices:
-            raise InvalidInput(
-                "bad_setting", f"{variable}={raw!r} is not known", f"choose one of {', '.join(choices)}"
-            )
+            raise InvalidInput("bad_setting", f"{variable}={raw!r} is not known", f"choose one of {', '.join(choices)}")
     return Settings(**values)
 
 

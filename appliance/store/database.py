@@ -30,8 +30,8 @@ MIGRATIONS = (
         created REAL NOT NULL, revoked REAL
     );
     CREATE TABLE processes (
-        kind TEXT NOT NULL, owner TEXT NOT NULL, stage TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL,
-        address TEXT NOT NULL DEFAULT '', PRIMARY KEY (kind, owner)
+        kind TEXT NOT NULL, owner TEXT NOT NULL, stage TEXT NOT NULL, pid INTEGER NOT NULL, started INTEGER NOT NULL,
+        boot TEXT NOT NULL, address TEXT NOT NULL DEFAULT '', PRIMARY KEY (kind, owner)
     );
     """,
 )
@@ -52,7 +52,9 @@ def open_database(path: Path) -> sqlite3.Connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise InvalidInput(
-                "newer_database", f"{path} was written by a newer appliance", "upgrade the appliance, or use another home"
+                "newer_database",
+                f"{path} was written by a newer appliance",
+                "upgrade the appliance, or use another home",
             )
         for number in range(version, len(MIGRATIONS)):
             connection.executescript(f"BEGIN; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
@@ -60,6 +62,8 @@ def open_database(path: Path) -> sqlite3.Connection:
         raise disk_error(OSError(28 if "full" in str(error) else 13, str(error)), path) from error
     except sqlite3.DatabaseError as error:
         raise InvalidInput(
-            "bad_database", f"{path} is not a database of the appliance: {error}", "move it away, or use another home"
+            "bad_database",
+            f"{path} is not a database of the appliance: {error}",
+            "move it away, or use another home",
         ) from error
     return connection

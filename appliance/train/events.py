@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +47,20 @@ class EventLog:
                 os.fsync(file.fileno())
         return seq
 
-    def read(self, after: int = 0) -> Iterator[dict[str, Any]]:
+    def read(self, after: int = 0) -> list[dict[str, Any]]:
         """Whole events with a seq above `after`, oldest first."""
+        return [event for event in self.read_from(0)[0] if event["seq"] > after]
+
+    def read_from(self, position: int) -> tuple[list[dict[str, Any]], int]:
+        """The whole events that begin at byte `position` or later, and the position after them."""
         try:
-            file = open(self.path, "rb")
+            with open(self.path, "rb") as file:
+                file.seek(position)
+                content = file.read()
         except FileNotFoundError:
-            return
-        with file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                event: dict[str, Any] = json.loads(line)
-                if event["seq"] > after:
-                    yield event
+            return [], position
+        whole = content[: content.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()], position + len(whole)
 
 
 def _last_seq_cutting_torn_line(file: Any) -> int:

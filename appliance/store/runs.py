@@ -1,0 +1,101 @@
+"""Runs: one row per execution of a recipe."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable
+
+from appliance import api
+from appliance.errors import NotFound
+from appliance.train.recipe import Recipe
+
+ACTIVE: tuple[api.RunState, ...] = ("queued", "running", "stopping")
+
+
+class Runs:
+    """The queue and its history."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def new_id(self, recipe: Recipe) -> str:
+        """The next free id: the recipe's name and a number."""
+        prefix = f"{recipe.name}-"
+        taken = [
+            int(row["id"][len(prefix) :])
+            for row in self._db.execute("SELECT id FROM runs WHERE recipe = ?", (recipe.name,))
+        ]
+        return f"{prefix}{max(taken, default=0) + 1}"
+
+    def add(self, id: str, recipe: Recipe) -> api.Run:
+        stages = recipe.pipeline()
+        self._db.execute(
+            "INSERT INTO runs (id, recipe, base, state, stages, stage, promote, created)"
+            " VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
+            (id, recipe.name, recipe.base, json.dumps(stages), stages[0], recipe.promote, time.time()),
+        )
+        return self.get(id)
+
+    def get(self, id: str) -> api.Run:
+        """Raises NotFound."""
+        row = self._db.execute("SELECT * FROM runs WHERE id = ?", (id,)).fetchone()
+        if row is None:
+            raise NotFound("no_such_run", f"there is no run {id!r}", "see `appliance runs`")
+        return _run(row)
+
+    def all(self) -> list[api.Run]:
+        """Newest first."""
+        return [_run(row) for row in self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")]
+
+    def active(self) -> list[api.Run]:
+        """Runs that still have something to do, oldest first."""
+        marks = ", ".join("?" * len(ACTIVE))
+        query = f"SELECT * FROM runs WHERE state IN ({marks}) ORDER BY created, rowid"
+        return [_run(row) for row in self._db.execute(query, ACTIVE)]
+
+    def losses(self, id: str) -> int:
+        """How often the present stage's process ended without a result."""
+        (losses,) = self._db.execute("SELECT losses FROM runs WHERE id = ?", (id,)).fetchone()
+        return int(losses)
+
+    def promotes(self, id: str) -> bool:
+        """Whether the run's release goes live by itself."""
+        (promote,) = self._db.execute("SELECT promote FROM runs WHERE id = ?", (id,)).fetchone()
+        return bool(promote)
+
+    def mark_running(self, id: str) -> None:
+        self._db.execute(
+            "UPDATE runs SET state = 'running', started = coalesce(started, ?) WHERE id = ?",
+            (time.time(), id),
+        )
+
+    def mark_stopping(self, id: str) -> None:
+        self._db.execute("UPDATE runs SET state = 'stopping' WHERE id = ?", (id,))
+
+    def queue_again(self, id: str) -> None:
+        """Back to the queue by a person's wish: the count of losses starts anew."""
+        self._db.execute(
+            "UPDATE runs SET state = 'queued', finished = NULL, losses = 0, reason = '', next = '' WHERE id = ?",
+            (id,),
+        )
+
+    def lose(self, id: str) -> None:
+        """The stage's process is gone without a result."""
+        self._db.execute("UPDATE runs SET losses = losses + 1 WHERE id = ?", (id,))
+
+    def advance(self, id: str, stage: str) -> None:
+        self._db.execute("UPDATE runs SET stage = ?, losses = 0 WHERE id = ?", (stage, id))
+
+    def finish(self, id: str, state: api.RunState, reason: str = "", next: str = "") -> None:
+        self._db.execute(
+            "UPDATE runs SET state = ?, finished = ?, reason = ?, next = ? WHERE id = ?",
+            (state, time.time(), reason, next, id),
+        )
+
+
+def _run(row: sqlite3.Row) -> api.Run:
+    columns: Iterable[str] = row.keys()
+    values = {name: row[name] for name in columns if name in api.Run.model_fields}
+    return api.Run.model_validate({**values, "stages": json.loads(row["stages"])})

@@ -1,0 +1,265 @@
+"""What to do next, as a pure function of what is. See `decide`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Outcome = Literal["none", "done", "failed"]
+
+MOST_LOSSES = 5
+"""A stage whose process dies this often without a result is given up."""
+MOST_CANDIDATE_FAILURES = 3
+"""A release whose engine fails this often while it is probed is given up."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """An active run. `outcome` is what the files of its present stage say."""
+
+    id: str
+    state: Literal["queued", "running", "stopping"]
+    stage: str
+    outcome: Outcome = "none"
+    losses: int = 0
+    refused: bool = False
+    """Verify has refused it: no engine is needed to say so."""
+
+    @property
+    def needs_engine(self) -> bool:
+        return self.stage == "probe"
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """A worker process on record: the run it works for, and whether it was asked to end."""
+
+    run: str
+    alive: bool
+    told_to_stop: bool = False
+
+
+@dataclass(frozen=True)
+class EngineView:
+    """An engine process on record. `overdue`: it has had its time to become ready, or has stopped answering."""
+
+    release: str
+    alive: bool
+    ready: bool = False
+    overdue: bool = False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that decisions rest on. `runs` are the active ones, oldest first."""
+
+    runs: tuple[RunView, ...] = ()
+    workers: tuple[WorkerView, ...] = ()
+    engines: tuple[EngineView, ...] = ()
+    live: str | None = None
+    routed: str | None = None
+    exclusive: bool = False
+    probing: frozenset[str] = frozenset()
+    """Runs whose probe is under way."""
+    stopping_engines: frozenset[str] = frozenset()
+    """Releases whose engine is being stopped."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Engine failures in a row, by release."""
+    resting: frozenset[str] = frozenset()
+    """Releases whose engine failed a moment ago and is not started again yet."""
+
+    @property
+    def head(self) -> RunView | None:
+        """The run whose turn it is: one that has begun, else the oldest in the queue."""
+        return min(self.runs, key=lambda run: run.state == "queued", default=None)
+
+    @property
+    def ready(self) -> frozenset[str]:
+        """Releases whose engine answers."""
+        return frozenset(
+            engine.release
+            for engine in self.engines
+            if engine.alive and engine.ready and engine.release not in self.stopping_engines
+        )
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    """Start the process of the run's present stage."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class StopWorker:
+    """Ask it to write a checkpoint and end."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class ForgetWorker:
+    """Its process is gone. `lost`: it left no result, and nobody had asked it to end."""
+
+    run: str
+    lost: bool
+
+
+@dataclass(frozen=True)
+class Advance:
+    """The present stage is done: go on to the next."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class FailRun:
+    """`why`: the stage's own failure.json, too many lost processes, or an engine that does not start."""
+
+    run: str
+    why: Literal["stage", "losses", "engine"]
+
+
+@dataclass(frozen=True)
+class StopRun:
+    """It was asked to stop, and nothing of it runs any more."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """Ask the candidate's engine the probes, then conclude."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class Conclude:
+    """Write the manifest, record the release, finish the run."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class StartEngine:
+    release: str
+
+
+@dataclass(frozen=True)
+class StopEngine:
+    """End its whole process group and forget it. `failed`: it died, did not become ready in its time, or hangs."""
+
+    release: str
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Route:
+    """Let this release's engine answer the endpoint; None: nobody answers."""
+
+    release: str | None
+
+
+Action = (
+    StartWorker
+    | StopWorker
+    | ForgetWorker
+    | Advance
+    | FailRun
+    | StopRun
+    | ProbeRun
+    | Conclude
+    | StartEngine
+    | StopEngine
+    | Route
+)
+
+
+def decide(snapshot: Snapshot) -> list[Action]:
+    """The actions that this moment calls for. Doing them and asking again converges.
+
+    Runs go one at a time. An engine is wanted for the live release and for a release that is being probed. Under an
+    exclusive lease nothing else runs beside a worker, and one engine at a time.
+    """
+    head = snapshot.head
+    actions: list[Action] = []
+    for worker in snapshot.workers:
+        if head is None or worker.run != head.id:
+            if not worker.alive:
+                actions.append(ForgetWorker(worker.run, lost=False))
+            elif not worker.told_to_stop:
+                actions.append(StopWorker(worker.run))
+    if head is not None:
+        action = _run_action(head, snapshot)
+        if action is not None:
+            actions.append(action)
+    return actions + _engine_actions(head, snapshot)
+
+
+def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
+    worker = next((worker for worker in snapshot.workers if worker.run == run.id), None)
+    if worker is not None and worker.alive:
+        return StopWorker(run.id) if run.state == "stopping" and not worker.told_to_stop else None
+    if worker is not None:
+        return ForgetWorker(run.id, lost=run.outcome == "none" and not worker.told_to_stop)
+    if run.outcome == "done":
+        return Conclude(run.id) if run.needs_engine else Advance(run.id)
+    if run.state == "stopping":
+        return StopRun(run.id)
+    if run.outcome == "failed":
+        return FailRun(run.id, "stage")
+    if run.losses >= MOST_LOSSES:
+        return FailRun(run.id, "losses")
+    if run.needs_engine:
+        return _probe_action(run, snapshot)
+    if any(other.alive for other in snapshot.workers):
+        return None
+    if snapshot.exclusive and any(engine.alive for engine in snapshot.engines):
+        return None
+    return StartWorker(run.id)
+
+
+def _probe_action(run: RunView, snapshot: Snapshot) -> Action | None:
+    if run.refused:
+        return Conclude(run.id)
+    if snapshot.failures.get(run.id, 0) >= MOST_CANDIDATE_FAILURES:
+        return FailRun(run.id, "engine")
+    if run.id in snapshot.ready and run.id not in snapshot.probing:
+        return ProbeRun(run.id)
+    return None
+
+
+def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
+    wanted = _wanted_engines(head, snapshot)
+    routed = _routed(wanted, snapshot)
+    actions: list[Action] = [Route(routed)] if routed != snapshot.routed else []
+    for engine in snapshot.engines:
+        if engine.release in snapshot.stopping_engines:
+            continue
+        if not engine.alive or engine.overdue:
+            actions.append(StopEngine(engine.release, failed=True))
+        elif engine.release not in wanted and engine.release != routed:
+            actions.append(StopEngine(engine.release))
+    busy = any(worker.alive for worker in snapshot.workers) or bool(snapshot.engines)
+    if not (snapshot.exclusive and busy):
+        present = {engine.release for engine in snapshot.engines}
+        actions += [StartEngine(release) for release in wanted if release not in present | snapshot.resting]
+    return actions
+
+
+def _wanted_engines(head: RunView | None, snapshot: Snapshot) -> list[str]:
+    probed = head is not None and head.needs_engine and not head.refused and head.state != "stopping"
+    candidate = head.id if head is not None and probed else None
+    training = any(worker.alive for worker in snapshot.workers) or (head is not None and not head.needs_engine)
+    if snapshot.exclusive:
+        return [] if training else [release for release in (candidate or snapshot.live,) if release]
+    return list(dict.fromkeys(release for release in (snapshot.live, candidate) if release))
+
+
+def _routed(wanted: list[str], snapshot: Snapshot) -> str | None:
+    """The live release once its engine is ready; until then, without an exclusive lease, the one that answers now."""
+    if snapshot.live in wanted and snapshot.live in snapshot.ready:
+        return snapshot.live
+    keeps = snapshot.live is not None and not snapshot.exclusive and snapshot.routed in snapshot.ready
+    return snapshot.routed if keeps else None

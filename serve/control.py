@@ -1,0 +1,349 @@
+"""The control API: typed routes and server-sent events on a unix socket, for the CLI and the TUI."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import json
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+
+from appliance import __version__, api, hardware
+from appliance.data.dataset import Dataset
+from appliance.errors import ApplianceError, Conflict, InvalidInput
+from appliance.home import Home, building, disk_error, require_space, write_atomic
+from appliance.models import list_models, model_path
+from appliance.recipes import shipped_recipes
+from appliance.release.manifest import read_manifest
+from appliance.store.datasets import Datasets
+from appliance.store.keys import Keys
+from appliance.store.runs import ACTIVE
+from appliance.supervisor.supervisor import Supervisor
+from appliance.train.events import EventLog
+from appliance.train.recipe import dump_recipe, parse_recipe
+
+_FOLLOW_SECONDS = 0.25
+_BEAT_SECONDS = 15.0
+
+
+class NewRun(BaseModel):
+    """`recipe` is TOML text."""
+
+    recipe: str
+
+
+class NewKey(BaseModel):
+    name: str
+
+
+def control_app(
+    home: Home,
+    db: sqlite3.Connection,
+    supervisor: Supervisor,
+    keys: Keys,
+    endpoint: str,
+    chat: Any,
+) -> FastAPI:
+    """The control API. `endpoint` is the chat endpoint's URL; `chat` the gateway's ASGI app without keys."""
+    app = FastAPI(title="appliance control", version=__version__, docs_url=None, redoc_url=None)
+    datasets = Datasets(db)
+    runs, releases = supervisor.runs, supervisor.releases
+
+    @app.exception_handler(ApplianceError)
+    async def _problem(request: Request, error: ApplianceError) -> JSONResponse:
+        return JSONResponse(_body(error), status_code=error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        problem = InvalidInput(
+            "bad_request", f"{where}: {first['msg']}", "see the control API's schema at /openapi.json"
+        )
+        return JSONResponse(_body(problem), status_code=problem.status)
+
+    @app.exception_handler(OSError)
+    async def _disk(request: Request, error: OSError) -> JSONResponse:
+        problem = disk_error(error, home.root)
+        return JSONResponse(_body(problem), status_code=problem.status)
+
+    @app.get("/v1/status")
+    async def status() -> api.Status:
+        active = runs.active()
+        return api.Status(
+            version=__version__,
+            home=str(home.root),
+            endpoint=endpoint,
+            live=releases.live(),
+            routed=supervisor.routed,
+            engines=supervisor.engines(),
+            lease="exclusive" if supervisor.exclusive else "share",
+            queued=sum(run.state == "queued" for run in active),
+            running=next((run.id for run in active if run.state != "queued"), None),
+            hardware=hardware.measure(home.root),
+        )
+
+    @app.get("/v1/models")
+    def models() -> list[api.Model]:
+        return list_models(home)
+
+    @app.get("/v1/datasets")
+    async def all_datasets() -> list[api.Dataset]:
+        return datasets.all()
+
+    @app.post("/v1/datasets")
+    async def import_dataset(request: Request, name: str, filename: str, format: str | None = None) -> dict[str, Any]:
+        folder = Path(tempfile.mkdtemp(dir=home.incoming))
+        try:
+            upload = folder / "upload"
+            await _receive(request, upload)
+            report = await _import_in_a_process(upload, filename, name, home, folder / "result.json", format)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        datasets.record(report)
+        return report
+
+    @app.get("/v1/datasets/{name}")
+    async def dataset(name: str) -> dict[str, Any]:
+        found = datasets.find(name)
+        return {**Dataset.open(home, found.id).report, "name": found.name}
+
+    @app.get("/v1/datasets/{name}/rows")
+    async def rows(
+        name: str, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 50
+    ) -> api.Page:
+        all_rows = Dataset.open(home, datasets.find(name).id).rows
+        chosen = range(offset, min(offset + limit, len(all_rows)))
+        return api.Page(total=len(all_rows), offset=offset, rows=tuple(all_rows[index] for index in chosen))
+
+    @app.get("/v1/recipes")
+    def recipes() -> list[api.ShippedRecipe]:
+        return shipped_recipes()
+
+    @app.post("/v1/runs")
+    async def train(new: NewRun) -> api.Run:
+        recipe = parse_recipe(new.recipe)
+        weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
+        found = [datasets.find(stage.dataset) for stage in recipe.stages]
+        require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
+        stages = tuple(
+            stage.model_copy(update={"dataset": dataset.id})
+            for stage, dataset in zip(recipe.stages, found, strict=True)
+        )
+        recipe = recipe.model_copy(update={"stages": stages})
+        id = runs.new_id(recipe)
+        with building(home.runs / id) as directory:
+            write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
+        run = runs.add(id, recipe)
+        supervisor.poke()
+        return run
+
+    @app.get("/v1/runs")
+    async def all_runs() -> list[api.Run]:
+        return runs.all()
+
+    @app.get("/v1/runs/{id}")
+    async def run(id: str) -> api.Run:
+        return runs.get(id)
+
+    @app.post("/v1/runs/{id}/stop")
+    async def stop(id: str) -> api.Run:
+        if runs.get(id).state in ACTIVE:
+            runs.mark_stopping(id)
+            supervisor.poke()
+        return runs.get(id)
+
+    @app.post("/v1/runs/{id}/resume")
+    async def resume(id: str) -> api.Run:
+        found = runs.get(id)
+        if found.state in ACTIVE:
+            return found
+        if found.state == "finished":
+            raise Conflict("run_finished", f"run {id} has finished", "start a new one: `appliance train RECIPE`")
+        (home.runs / id / found.stage / "failure.json").unlink(missing_ok=True)
+        runs.queue_again(id)
+        supervisor.poke()
+        return runs.get(id)
+
+    @app.get("/v1/runs/{id}/events")
+    async def events(id: str, after: int = 0) -> list[dict[str, Any]]:
+        runs.get(id)
+        return await asyncio.to_thread(EventLog(home.runs / id / "events.jsonl").read, after)
+
+    @app.get("/v1/runs/{id}/events/stream")
+    async def follow(id: str, last_event_id: Annotated[int, Header()] = 0) -> StreamingResponse:
+        runs.get(id)
+        log, position = EventLog(home.runs / id / "events.jsonl"), 0
+
+        def fresh() -> list[str]:
+            nonlocal position
+            news, position = log.read_from(position)
+            return [
+                f"id: {event['seq']}\nevent: {event['event']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
+                for event in news
+                if event["seq"] > last_event_id
+            ]
+
+        return _event_stream(id, fresh)
+
+    @app.get("/v1/runs/{id}/log")
+    async def run_log(id: str, lines: int = 200) -> str:
+        runs.get(id)
+        return await asyncio.to_thread(_tail, home.runs / id / "log.txt", lines)
+
+    @app.get("/v1/runs/{id}/log/stream")
+    async def follow_log(id: str) -> StreamingResponse:
+        runs.get(id)
+        path, position = home.runs / id / "log.txt", 0
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def fresh() -> list[str]:
+            nonlocal position
+            piece = _read_from(path, position)
+            position += len(piece)
+            text = decoder.decode(piece)
+            return [f"data: {json.dumps(text, ensure_ascii=False)}\n\n"] if text else []
+
+        return _event_stream(id, fresh)
+
+    @app.get("/v1/releases")
+    async def all_releases() -> list[api.Release]:
+        return releases.all()
+
+    @app.get("/v1/releases/{id}")
+    async def manifest(id: str) -> dict[str, Any]:
+        releases.get(id)
+        return read_manifest(home, id)
+
+    @app.post("/v1/releases/{id}/promote")
+    async def promote(id: str) -> api.Release:
+        release = releases.promote(id)
+        supervisor.poke()
+        return release
+
+    @app.post("/v1/rollback")
+    async def rollback() -> api.Release:
+        release = releases.rollback()
+        supervisor.poke()
+        return release
+
+    @app.get("/v1/keys")
+    async def all_keys() -> list[api.Key]:
+        return keys.all()
+
+    @app.post("/v1/keys")
+    async def create_key(new: NewKey) -> api.NewKey:
+        return keys.create(new.name)
+
+    @app.delete("/v1/keys/{id}")
+    async def revoke_key(id: str) -> api.Key:
+        return keys.revoke(id)
+
+    def _event_stream(id: str, fresh: Callable[[], list[str]]) -> StreamingResponse:
+        """Server-sent events: what `fresh` returns, as it comes, until the run has ended and all is said."""
+
+        async def messages() -> AsyncIterator[str]:
+            spoke = time.monotonic()
+            while True:
+                ended = runs.get(id).state not in ACTIVE
+                news = await asyncio.to_thread(fresh)
+                for message in news:
+                    yield message
+                if news:
+                    spoke = time.monotonic()
+                elif ended:
+                    return
+                elif time.monotonic() - spoke > _BEAT_SECONDS:
+                    spoke = time.monotonic()
+                    yield ": still here\n\n"
+                else:
+                    await asyncio.sleep(_FOLLOW_SECONDS)
+
+        return StreamingResponse(messages(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    app.mount("/", chat)
+    return app
+
+
+def _body(error: ApplianceError) -> dict[str, Any]:
+    return api.Problem(code=error.code, message=error.message, next=error.next).model_dump()
+
+
+async def _receive(request: Request, path: Path) -> None:
+    """Write the request's body to `path`. Raises NoSpace before or while the disk runs full."""
+    require_space(path.parent, int(request.headers.get("content-length") or 0), "the upload")
+    try:
+        with open(path, "wb") as file:
+            async for chunk in request.stream():
+                await asyncio.to_thread(file.write, chunk)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+
+
+async def _import_in_a_process(
+    upload: Path, filename: str, name: str, home: Home, result: Path, format: str | None
+) -> dict[str, Any]:
+    """The report of the import. Raises the importer's own problem, or Conflict where it was killed."""
+    arguments = [
+        str(upload),
+        filename,
+        name,
+        str(home.root),
+        str(result),
+        *(["--format", format] if format else []),
+    ]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "appliance.data.importer",
+        *arguments,
+        env=dict(os.environ),
+        start_new_session=True,
+    )
+    try:
+        await process.wait()
+    except asyncio.CancelledError:
+        process.kill()
+        raise
+    if not result.exists():
+        raise Conflict("import_died", "the import was interrupted; nothing was kept", "import the file again")
+    outcome = json.loads(result.read_bytes())
+    if problem := outcome.get("problem"):
+        error = InvalidInput(problem["code"], problem["message"], problem["next"])
+        error.status = problem["status"]
+        raise error
+    report: dict[str, Any] = outcome["report"]
+    return report
+
+
+def _tail(path: Path, lines: int) -> str:
+    """The last `lines` lines, read from the end."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 400 * max(lines, 1)))
+            text = file.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    return "\n".join(text.splitlines()[-max(lines, 1) :])
+
+
+def _read_from(path: Path, position: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(position)
+            return file.read(1 << 16)
+    except FileNotFoundError:
+        return b""

@@ -1,0 +1,209 @@
+"""`appliance serve`: the supervisor, the control API and the gateway, in one process without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import ipaddress
+import logging
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from appliance import hardware
+from appliance.errors import Conflict, InvalidInput, NotAllowed
+from appliance.home import Home
+from appliance.settings import Settings
+from appliance.store.database import open_database
+from appliance.store.keys import Keys
+from appliance.supervisor.engines import EngineKind
+from appliance.supervisor.supervisor import Supervisor
+from serve.control import control_app
+from serve.engines.choose import choose_engine
+from serve.gateway.app import Gateway, Route
+from serve.notify import notify
+
+log = logging.getLogger(__name__)
+
+WORKER_GRACE_SECONDS = 20.0
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ApplianceError where it cannot begin."""
+    home = Home(settings.home, settings.socket)
+    home.create()
+    with _only_daemon(home), contextlib.closing(open_database(home.database)) as db:
+        _empty(home.incoming)
+        asyncio.run(_serve(settings, home, db))
+
+
+async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None:
+    keys = Keys(db)
+    if not _is_loopback(settings.host) and not keys.any_valid():
+        raise NotAllowed(
+            "no_keys",
+            f"the endpoint is not opened on {settings.host} while there is no API key",
+            "start on loopback, make one with `appliance keys create NAME`, then start again",
+        )
+    engine = choose_engine(settings)
+    gateway = Gateway(keys.authenticate)
+    supervisor = Supervisor(
+        home,
+        db,
+        engine,
+        _Frontage(gateway, engine),
+        exclusive=settings.lease == "exclusive" or (settings.lease == "auto" and hardware.has_gpu()),
+        on_tick=_watchdog(),
+    )
+    public = _listen_tcp(settings.host, settings.port)
+    control = _listen_unix(home.control_socket())
+    endpoint = f"http://{settings.host}:{public.getsockname()[1]}/v1"
+    app = control_app(home, db, supervisor, keys, endpoint, gateway.operator)
+    servers = [_Server(gateway), _Server(app)]
+    serving = [
+        asyncio.create_task(server.serve([listener]))
+        for server, listener in zip(servers, (public, control), strict=True)
+    ]
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    supervising = asyncio.create_task(supervisor.serve())
+    notify("READY=1")
+    log.info("chat endpoint %s, control socket %s, engine %s", endpoint, home.control_socket(), engine.name)
+    waiting = asyncio.create_task(ended.wait())
+    await asyncio.wait([waiting, supervising, *serving], return_when=asyncio.FIRST_COMPLETED)
+    notify("STOPPING=1")
+    log.info("stopping: workers write a checkpoint, answers under way are finished")
+    supervising.cancel()
+    for server in servers:
+        server.should_exit = True
+    await asyncio.gather(*serving, return_exceptions=True)
+    await supervisor.close(WORKER_GRACE_SECONDS)
+    await gateway.close()
+    home.control_socket().unlink(missing_ok=True)
+
+
+class _Frontage:
+    """Tells the gateway of the supervisor's choice."""
+
+    def __init__(self, gateway: Gateway, engine: EngineKind) -> None:
+        self._gateway = gateway
+        self._engine = engine
+
+    def route(self, release: str | None, address: str) -> None:
+        self._gateway.route(Route(address, release, self._engine) if release else None)
+
+    async def drained(self, address: str, timeout: float) -> None:
+        await self._gateway.drained(address, timeout)
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that leaves signals to the daemon."""
+
+    def __init__(self, app: object) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]  # uvicorn's own union of app types is not exported
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=10,
+                server_header=False,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _only_daemon(home: Home) -> Iterator[None]:
+    """Hold the home's lock. Raises Conflict where another daemon does."""
+    with open(home.lock, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise Conflict(
+                "already_running",
+                f"a daemon (pid {file.read().strip() or '?'}) serves {home.root} already",
+                "use it, or set APPLIANCE_HOME to another directory",
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _listen_tcp(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(
+                "port_in_use",
+                f"port {port} on {host} is in use",
+                "set APPLIANCE_PORT (or --port) to a free one",
+            ) from None
+        raise InvalidInput(
+            "cannot_listen",
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            "check APPLIANCE_HOST and APPLIANCE_PORT",
+        ) from None
+    return listener
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """The control socket, for its group. The caller holds the home's lock, so an old one is stale."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        os.chmod(path, 0o660)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise InvalidInput(
+            "cannot_listen", f"cannot listen on {path}: {error.strerror}", "check APPLIANCE_SOCKET"
+        ) from None
+    return listener
+
+
+def _watchdog() -> Callable[[], None]:
+    """A function that tells systemd, a few times a minute, that the supervisor's loop is alive."""
+    last = 0.0
+
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            notify("WATCHDOG=1")
+
+    return beat
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,175 @@
+"""The decisions as a table: what is, and what has to be done."""
+
+from __future__ import annotations
+
+import pytest
+
+from appliance.supervisor.decide import (
+    MOST_CANDIDATE_FAILURES,
+    MOST_LOSSES,
+    Action,
+    Advance,
+    Conclude,
+    EngineView,
+    FailRun,
+    ForgetWorker,
+    ProbeRun,
+    Route,
+    RunView,
+    Snapshot,
+    StartEngine,
+    StartWorker,
+    StopEngine,
+    StopRun,
+    StopWorker,
+    WorkerView,
+    decide,
+)
+
+SFT = RunView("r1", "running", "sft")
+PROBE = RunView("r1", "running", "probe")
+A = EngineView("a", alive=True, ready=True)
+R1 = EngineView("r1", alive=True, ready=True)
+
+TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
+    "nothing to do": (Snapshot(), []),
+    "a queued run starts": (Snapshot(runs=(RunView("r1", "queued", "sft"),)), [StartWorker("r1")]),
+    "runs go one at a time": (
+        Snapshot(runs=(SFT, RunView("r2", "queued", "sft")), workers=(WorkerView("r1", alive=True),)),
+        [],
+    ),
+    "a run that has begun goes before an older one in the queue": (
+        Snapshot(runs=(RunView("old", "queued", "sft"), SFT)),
+        [StartWorker("r1")],
+    ),
+    "a worker that is done leaves the record before the run advances": (
+        Snapshot(runs=(RunView("r1", "running", "sft", "done"),), workers=(WorkerView("r1", alive=False),)),
+        [ForgetWorker("r1", lost=False)],
+    ),
+    "a finished stage leads to the next": (Snapshot(runs=(RunView("r1", "running", "sft", "done"),)), [Advance("r1")]),
+    "a worker that died without a result is lost": (
+        Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=False),)),
+        [ForgetWorker("r1", lost=True)],
+    ),
+    "a lost stage starts again": (Snapshot(runs=(RunView("r1", "running", "sft", losses=1),)), [StartWorker("r1")]),
+    "a stage lost too often fails": (
+        Snapshot(runs=(RunView("r1", "running", "sft", losses=MOST_LOSSES),)),
+        [FailRun("r1", "losses")],
+    ),
+    "a stage that says it cannot go on fails": (
+        Snapshot(runs=(RunView("r1", "running", "sft", "failed"),)),
+        [FailRun("r1", "stage")],
+    ),
+    "a run is asked to stop": (
+        Snapshot(runs=(RunView("r1", "stopping", "sft"),), workers=(WorkerView("r1", alive=True),)),
+        [StopWorker("r1")],
+    ),
+    "and asked once": (
+        Snapshot(runs=(RunView("r1", "stopping", "sft"),), workers=(WorkerView("r1", alive=True, told_to_stop=True),)),
+        [],
+    ),
+    "a worker that stopped as asked is not lost": (
+        Snapshot(runs=(RunView("r1", "stopping", "sft"),), workers=(WorkerView("r1", alive=False, told_to_stop=True),)),
+        [ForgetWorker("r1", lost=False)],
+    ),
+    "a stopped run ends": (Snapshot(runs=(RunView("r1", "stopping", "sft"),)), [StopRun("r1")]),
+    "a stage that ended while being stopped still counts": (
+        Snapshot(runs=(RunView("r1", "stopping", "sft", "done"),)),
+        [Advance("r1")],
+    ),
+    "a worker of no active run is told to end": (
+        Snapshot(workers=(WorkerView("gone", alive=True),)),
+        [StopWorker("gone")],
+    ),
+    "nothing starts beside another run's worker": (
+        Snapshot(runs=(SFT,), workers=(WorkerView("gone", alive=True, told_to_stop=True),)),
+        [],
+    ),
+    "the live release gets an engine": (Snapshot(live="a"), [StartEngine("a")]),
+    "and answers when it is ready": (Snapshot(live="a", engines=(A,)), [Route("a")]),
+    "and goes on answering": (Snapshot(live="a", engines=(A,), routed="a"), []),
+    "a dead engine stops answering and is cleared away": (
+        Snapshot(live="a", engines=(EngineView("a", alive=False, ready=True),), routed="a"),
+        [Route(None), StopEngine("a", failed=True)],
+    ),
+    "a hung engine is restarted": (
+        Snapshot(live="a", engines=(EngineView("a", alive=True, ready=True, overdue=True),), routed="a"),
+        [StopEngine("a", failed=True)],
+    ),
+    "an engine that failed rests": (Snapshot(live="a", resting=frozenset("a")), []),
+    "the old release answers until the new one is ready": (
+        Snapshot(live="b", engines=(A, EngineView("b", alive=True)), routed="a"),
+        [],
+    ),
+    "then the new one takes over and the old engine stops": (
+        Snapshot(live="b", engines=(A, EngineView("b", alive=True, ready=True)), routed="a"),
+        [Route("b"), StopEngine("a")],
+    ),
+    "an engine that is being stopped is left alone": (
+        Snapshot(live="b", engines=(A, EngineView("b", True, True)), routed="b", stopping_engines=frozenset("a")),
+        [],
+    ),
+    "a candidate gets an engine beside the live one": (
+        Snapshot(runs=(PROBE,), live="a", engines=(A,), routed="a"),
+        [StartEngine("r1")],
+    ),
+    "a ready candidate is probed": (
+        Snapshot(runs=(PROBE,), live="a", engines=(A, R1), routed="a"),
+        [ProbeRun("r1")],
+    ),
+    "and probed once": (
+        Snapshot(runs=(PROBE,), live="a", engines=(A, R1), routed="a", probing=frozenset({"r1"})),
+        [],
+    ),
+    "a candidate that verify refused needs no engine": (
+        Snapshot(runs=(RunView("r1", "running", "probe", refused=True),)),
+        [Conclude("r1")],
+    ),
+    "a release that is written is only recorded": (
+        Snapshot(runs=(RunView("r1", "running", "probe", "done"),), engines=(R1,)),
+        [Conclude("r1")],
+    ),
+    "a candidate whose engine does not start fails": (
+        Snapshot(runs=(PROBE,), failures={"r1": MOST_CANDIDATE_FAILURES}, resting=frozenset({"r1"})),
+        [FailRun("r1", "engine")],
+    ),
+    "a candidate that went live is served by the engine that was probed": (
+        Snapshot(live="r1", engines=(A, R1), routed="a"),
+        [Route("r1"), StopEngine("a")],
+    ),
+    "a candidate that did not go live loses its engine": (
+        Snapshot(live="a", engines=(A, R1), routed="a"),
+        [StopEngine("r1")],
+    ),
+    "exclusive: engines leave before a worker starts": (
+        Snapshot(runs=(SFT,), live="a", engines=(A,), routed="a", exclusive=True),
+        [Route(None), StopEngine("a")],
+    ),
+    "exclusive: the worker starts when they are gone": (
+        Snapshot(runs=(SFT,), live="a", exclusive=True),
+        [StartWorker("r1")],
+    ),
+    "exclusive: no engine starts beside a worker": (
+        Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=True),), live="a", exclusive=True),
+        [],
+    ),
+    "exclusive: the candidate's engine is the only one": (
+        Snapshot(runs=(PROBE,), live="a", exclusive=True),
+        [StartEngine("r1")],
+    ),
+    "exclusive: another release's engine leaves first": (
+        Snapshot(live="b", engines=(A,), routed="a", exclusive=True),
+        [Route(None), StopEngine("a")],
+    ),
+    "exclusive: the live engine comes back after the run": (Snapshot(live="a", exclusive=True), [StartEngine("a")]),
+    "share: serving goes on while training": (
+        Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=True),), live="a", engines=(A,), routed="a"),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_decide(case: str) -> None:
+    snapshot, expected = TABLE[case]
+    assert decide(snapshot) == expected

@@ -1,0 +1,102 @@
+"""Starting, finding and ending real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from appliance.errors import InvalidInput
+from appliance.store.processes import ProcessRow
+from appliance.supervisor import processes
+
+FORKS = (
+    "import os, signal, sys, time\n"
+    "child = os.fork()\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN) if child == 0 else print(child, flush=True)\n"
+    "time.sleep(60)\n"
+)
+
+
+def start(tmp_path: Path, code: str) -> ProcessRow:
+    return processes.spawn(
+        "worker", "run", "sft", [sys.executable, "-c", code], dict(os.environ), tmp_path / "log.txt", tmp_path
+    )
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in 10 s"
+        time.sleep(0.02)
+
+
+def exists(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+async def test_output_goes_to_the_log_and_the_end_is_seen(tmp_path: Path) -> None:
+    row = start(tmp_path, "import sys; print('out'); print('err', file=sys.stderr)")
+    wait_for(lambda: not processes.alive(row))
+    assert sorted((tmp_path / "log.txt").read_text().split()) == ["err", "out"]
+
+
+async def test_a_pid_with_another_start_time_is_not_the_process(tmp_path: Path) -> None:
+    row = start(tmp_path, "import time; time.sleep(60)")
+    other = ProcessRow(row.kind, row.owner, row.stage, row.pid, row.started + 1, row.boot)
+    other_boot = ProcessRow(row.kind, row.owner, row.stage, row.pid, row.started, "another boot")
+    assert processes.alive(row)
+    assert not processes.alive(other)
+    assert not processes.alive(other_boot)
+    await processes.kill_group(other_boot)
+    assert processes.alive(row)
+    await processes.kill_group(row)
+    assert not processes.alive(row)
+
+
+async def test_stopping_reaps_children_that_ignore_sigterm(tmp_path: Path) -> None:
+    row = start(tmp_path, FORKS)
+    wait_for(lambda: (tmp_path / "log.txt").read_text().strip())
+    child = int((tmp_path / "log.txt").read_text())
+    await processes.stop_group(row, grace=5)
+    assert not exists(child)
+    assert not processes.alive(row)
+
+
+async def test_children_of_a_dead_leader_are_found(tmp_path: Path) -> None:
+    row = start(tmp_path, FORKS)
+    wait_for(lambda: (tmp_path / "log.txt").read_text().strip())
+    child = int((tmp_path / "log.txt").read_text())
+    os.kill(row.pid, signal.SIGKILL)
+    wait_for(lambda: not processes.alive(row))
+    assert exists(child)
+    await processes.kill_group(row)
+    assert not exists(child)
+
+
+async def test_unrecorded_children_of_this_home_are_killed_and_no_others(tmp_path: Path) -> None:
+    recorded = start(tmp_path, "import time; time.sleep(60)")
+    forgotten = start(tmp_path, "import time; time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True) as stranger:
+        try:
+            assert processes.kill_unrecorded(tmp_path, [recorded]) == 1
+            wait_for(lambda: not processes.alive(forgotten))
+            assert processes.alive(recorded)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+            await processes.kill_group(recorded)
+
+
+async def test_a_missing_program_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="cannot find the program no-such-program"):
+        processes.spawn("worker", "run", "sft", ["no-such-program"], {}, tmp_path / "log.txt", tmp_path)

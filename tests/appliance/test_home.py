@@ -1,0 +1,72 @@
+"""Directories come into being whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from appliance.errors import InvalidInput, NoSpace
+from appliance.home import Home, building, disk_error, require_space, write_atomic
+
+
+def test_building_appears_whole(tmp_path: Path) -> None:
+    with building(tmp_path / "x") as directory:
+        (directory / "a").write_text("1")
+        assert not (tmp_path / "x").exists()
+    assert (tmp_path / "x" / "a").read_text() == "1"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_building_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), building(tmp_path / "x") as directory:
+        (directory / "a").write_text("1")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_building_clears_what_a_kill_left(tmp_path: Path) -> None:
+    left = tmp_path / ".x.building"
+    left.mkdir()
+    (left / "stale").write_text("1")
+    with building(tmp_path / "x") as directory:
+        (directory / "a").write_text("1")
+    assert os.listdir(tmp_path / "x") == ["a"]
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f"
+    write_atomic(path, b"old")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_space_is_asked_for_in_words(tmp_path: Path) -> None:
+    require_space(tmp_path, 1, "a test")
+    with pytest.raises(NoSpace, match=r"a test needs 1000000\.0 GB"):
+        require_space(tmp_path / "not" / "yet", 10**15, "a test")
+
+
+def test_disk_errors_in_words(tmp_path: Path) -> None:
+    assert isinstance(disk_error(OSError(errno.ENOSPC, ""), tmp_path), NoSpace)
+    assert isinstance(disk_error(OSError(errno.EACCES, "Permission denied"), tmp_path), InvalidInput)
+
+
+def test_a_socket_path_that_no_socket_can_have(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="APPLIANCE_SOCKET"):
+        Home(tmp_path / ("d" * 120)).create()
+
+
+def test_a_home_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="cannot write to"):
+        Home(tmp_path / "file" / "home").create()
