@@ -69,7 +69,13 @@ class Client:
         params = {"name": name, "filename": path.name} | ({"format": format} if format else {})
         try:
             return await self._call(
-                "POST", "/v1/datasets", dict[str, Any], params=params, content=chunks(), timeout=None
+                "POST",
+                "/v1/datasets",
+                dict[str, Any],
+                params=params,
+                content=chunks(),
+                headers={"content-length": str(path.stat().st_size)},
+                timeout=None,
             )
         except OSError as error:
             raise InvalidInput("unreadable_file", f"cannot read {path}: {error.strerror}", "check it") from None

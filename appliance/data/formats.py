@@ -1,0 +1,272 @@
+"""From a record in one of the known formats to the canonical row, or the reason why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.data.dataset import Row
+
+Message = dict[str, Any]
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_MAY_FOLLOW = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+
+
+class Dropped(Exception):
+    """Why a record is no row: a code for programs, a reason for a person."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Canonical:
+    """A record as a row: OpenAI-style `messages`, or `prompt`, `chosen` and `rejected` as lists of such messages.
+
+    `trimmed` says that an answer was given with white space around it, which most templates would take off anyway.
+    """
+
+    format: str
+    row: Row
+    trimmed: bool
+
+
+def to_canonical(value: Any, format: str | None = None) -> Canonical:
+    """The row that `value` is, in `format` or the one that its keys show. Raises Dropped."""
+    if not isinstance(value, dict):
+        raise Dropped("not_an_object", f"it is {_kind(value)}, not an object")
+    found = format or detect(value)
+    if found is None:
+        raise Dropped("unknown_format", f"its keys are of no known format: {_keys(value)}")
+    lacking = [key for key in _REQUIRED[found] if key not in value]
+    if lacking:
+        raise Dropped("unknown_format", f"it lacks `{lacking[0]}` of {found}; its keys are {_keys(value)}")
+    row = _CONVERT[found](value)
+    tools = _tools(value.get("tools"))
+    if tools:
+        row["tools"] = tools
+    return Canonical(found, row, _trim(row))
+
+
+def detect(value: Mapping[str, Any]) -> str | None:
+    """The format whose keys `value` has; None: of no known format."""
+    return next((name for name, keys in _REQUIRED.items() if all(key in value for key in keys)), None)
+
+
+def _alpaca(value: Mapping[str, Any]) -> Row:
+    messages = _system(value)
+    history = value.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise Dropped("bad_history", "`history` is not a list of [question, answer]")
+    for question, answer in history:
+        messages += [_said("user", question, "history"), _said("assistant", answer, "history")]
+    instruction = _text(value["instruction"], "instruction")
+    given = _text(value.get("input"), "input")
+    messages.append({"role": "user", "content": "\n\n".join(part for part in (instruction, given) if part.strip())})
+    messages.append(_said("assistant", value["output"], "output"))
+    return _conversation(messages)
+
+
+def _sharegpt(value: Mapping[str, Any]) -> Row:
+    messages = _system(value) + _messages(value["conversations"], "conversations")
+    if "chosen" in value and "rejected" in value:
+        return _preference_row(messages, value)
+    return _conversation(messages)
+
+
+def _turns(value: Mapping[str, Any]) -> Row:
+    turns = value["conversation"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Dropped("unknown_format", "`conversation` is not a list of turns with `input` and `output`")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        messages += _system(turn) if number == 0 else []
+        messages += [_said("user", turn.get("input"), "input"), _said("assistant", turn.get("output"), "output")]
+    return _conversation(messages)
+
+
+def _openai(value: Mapping[str, Any]) -> Row:
+    return _conversation(_messages(value["messages"], "messages"))
+
+
+def _preference(value: Mapping[str, Any]) -> Row:
+    prompt = value["prompt"]
+    asked = [_said("user", prompt, "prompt")] if isinstance(prompt, str) else _messages(prompt, "prompt")
+    return _preference_row(_system(value) + asked, value)
+
+
+def _conversation(messages: list[Message]) -> Row:
+    _check_order(messages)
+    return {"messages": messages}
+
+
+def _preference_row(prompt: list[Message], value: Mapping[str, Any]) -> Row:
+    answers = {}
+    for key in ("chosen", "rejected"):
+        given = value[key]
+        answer = [_said("assistant", given, key)] if isinstance(given, str) else _messages(given, key)
+        if prompt and answer[: len(prompt)] == prompt:
+            answer = answer[len(prompt) :]
+        if not answer:
+            raise Dropped("empty_answer", f"`{key}` is empty")
+        _check_order([*prompt, *answer])
+        answers[key] = answer
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+        raise Dropped("roles_out_of_order", "the prompt does not end with the user's turn")
+    if answers["chosen"] == answers["rejected"]:
+        raise Dropped("chosen_equals_rejected", "the chosen answer is the rejected one")
+    return {"prompt": prompt, **answers}
+
+
+_CONVERT: dict[str, Callable[[Mapping[str, Any]], Row]] = {
+    "sharegpt": _sharegpt,
+    "preference": _preference,
+    "openai": _openai,
+    "turns": _turns,
+    "alpaca": _alpaca,
+}
+_REQUIRED = {
+    "sharegpt": ("conversations",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "openai": ("messages",),
+    "turns": ("conversation",),
+    "alpaca": ("instruction", "output"),
+}
+FORMATS = tuple(_CONVERT)
+"""Names of the formats, in the order in which they are tried."""
+
+
+def _check_order(messages: list[Message]) -> None:
+    """Raise Dropped unless the turns alternate, after one system message at most, and the assistant has the last."""
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if not turns:
+        raise Dropped("empty_prompt", "it holds no messages")
+    before = ""
+    for message in turns:
+        role = message["role"]
+        if role not in _MAY_FOLLOW[before]:
+            raise Dropped("roles_out_of_order", f"{role} follows {before or 'the start'}")
+        if role == "user" and not message["content"].strip():
+            raise Dropped("empty_prompt", "the user says nothing")
+        if role == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+            raise Dropped("empty_answer", "the assistant says nothing")
+        before = role
+    if before != "assistant":
+        raise Dropped("roles_out_of_order", f"the last message is the {before}'s, so there is no answer to train on")
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    """Messages given as a list, or as one, with either role and content or from and value."""
+    given = [value] if isinstance(value, dict) else value
+    if not isinstance(given, list):
+        raise Dropped("unknown_format", f"`{key}` is {_kind(value)}, not a list of messages")
+    return [_message(item, key) for item in given]
+
+
+def _message(item: Any, key: str) -> Message:
+    if not isinstance(item, dict):
+        raise Dropped("unknown_format", f"`{key}` holds {_kind(item)}, not a message")
+    speaker = item.get("role", item.get("from"))
+    content = item.get("content", item.get("value"))
+    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise Dropped("bad_role", f"`{key}` has a message by {json.dumps(speaker)[:40]}, which is no known role")
+    if speaker == "function_call":
+        return {"role": role, "content": "", "tool_calls": _tool_calls(content)}
+    message = _said(role, content, key)
+    if role == "assistant" and item.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(item["tool_calls"])
+    for field in ("name", "tool_call_id"):
+        if isinstance(item.get(field), str):
+            message[field] = item[field]
+    return message
+
+
+def _said(role: str, content: Any, key: str) -> Message:
+    return {"role": role, "content": _text(content, key)}
+
+
+def _text(content: Any, key: str) -> str:
+    """A text given as a string, as text parts, or not at all."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(map(str, parts))
+        raise Dropped("not_text", f"`{key}` has a part that is not text")
+    raise Dropped("not_text", f"`{key}` is {_kind(content)}, not a text")
+
+
+def _system(value: Mapping[str, Any]) -> list[Message]:
+    text = _text(value.get("system"), "system")
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form with the arguments as an object, which is what chat templates read."""
+    given = _from_json(value)
+    calls = []
+    for item in given if isinstance(given, list) else [given]:
+        call = item.get("function", item) if isinstance(item, dict) else None
+        arguments = _from_json(call.get("arguments", {})) if isinstance(call, dict) else None
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
+            raise Dropped("bad_tool_call", "a tool call has no `name` with `arguments`")
+        calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    return calls
+
+
+def _tools(value: Any) -> list[Any]:
+    given = _from_json(value) or []
+    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+        raise Dropped("bad_tools", "`tools` is not a list of tool descriptions")
+    return given
+
+
+def _from_json(value: Any) -> Any:
+    """What a string holds as JSON, as ShareGPT and OpenAI files have it; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, parse_constant=lambda _: None) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
+
+
+def _trim(row: Row) -> bool:
+    """Take the white space around the assistant's texts off, in place; whether there was any."""
+    trimmed = False
+    for messages in (row.get("messages"), row.get("prompt"), row.get("chosen"), row.get("rejected")):
+        for message in messages or ():
+            if message["role"] == "assistant" and message["content"] != message["content"].strip():
+                message["content"] = message["content"].strip()
+                trimmed = True
+    return trimmed
+
+
+def _keys(value: Mapping[str, Any]) -> str:
+    return ", ".join(list(value)[:8])[:120] or "none"
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), "null")

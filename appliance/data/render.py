@@ -1,0 +1,133 @@
+"""From messages to token ids and the loss mask, through the tokenizer's own chat template only."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.errors import InvalidInput
+
+Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as token ids; `trained[i]` says whether the loss counts token i."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+    """Token ids of `messages` with the header of the assistant's next turn.
+
+    Raises InvalidInput where the template refuses the messages.
+    """
+    return _encode(tokenizer, messages, tools, add_generation_prompt=True)
+
+
+def render_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> Rendered:
+    """Token ids of `messages`; trained are each assistant turn's text and its end-of-turn token.
+
+    A turn begins where the prompt of the messages before it ends: exactly what the model is given when it has
+    to answer. Raises InvalidInput where the template refuses the messages, where that prompt is not a prefix
+    of the whole, or where the turn does not decode to its text followed by an end-of-turn token.
+    """
+    ids = _encode(tokenizer, messages, tools, add_generation_prompt=False)
+    special = _special_ids(tokenizer)
+    trained = [False] * len(ids)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render_prompt(tokenizer, messages[:index], tools)
+        start = len(prompt)
+        if ids[:start] != prompt:
+            raise _not_incremental(index)
+        if message.get("tool_calls"):
+            turn = _encode(tokenizer, messages[: index + 1], tools, add_generation_prompt=False)
+            if ids[: len(turn)] != turn:
+                raise _not_incremental(index)
+            end = _end_of_calls(turn, start, special, index)
+        else:
+            end = _end_of_text(tokenizer, message.get("content") or "", ids, start, special, index)
+        trained[start:end] = [True] * (end - start)
+    return Rendered(ids, trained)
+
+
+def _end_of_text(
+    tokenizer: Any, content: str, ids: list[int], start: int, special: frozenset[int], index: int
+) -> int:
+    """Position after the first special token before which ids[start:] decode to the whole of `content`."""
+    text = _normal(content)
+    for position in range(start, len(ids)):
+        if ids[position] in special and text in _normal(_decode(tokenizer, ids[start:position])):
+            return position + 1
+    if text in _normal(_decode(tokenizer, ids[start:])):
+        raise _no_end_of_turn(index)
+    raise InvalidInput(
+        "text_not_rendered",
+        f"the chat template does not render the text of message {index} as it is",
+        "take out of the text what the template cuts or rewrites, or use another base model",
+    )
+
+
+def _end_of_calls(turn: list[int], start: int, special: frozenset[int], index: int) -> int:
+    """Position after the last special token of a turn of tool calls, whose form is the template's own."""
+    for position in range(len(turn) - 1, start, -1):
+        if turn[position] in special:
+            return position + 1
+    raise _no_end_of_turn(index)
+
+
+def _not_incremental(index: int) -> InvalidInput:
+    return InvalidInput(
+        "template_not_incremental",
+        f"the chat template renders the messages up to message {index} differently once others follow",
+        "train on conversations with one answer each, or use another base model",
+    )
+
+
+def _no_end_of_turn(index: int) -> InvalidInput:
+    return InvalidInput(
+        "no_end_of_turn",
+        f"the chat template puts no end-of-turn token after message {index}: it would not learn to stop",
+        "use a base model whose template ends the assistant's turn with a special token",
+    )
+
+
+def _encode(
+    tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool
+) -> list[int]:
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools or None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+        )
+    except Exception as error:  # a template is its publisher's program and raises what it likes
+        raise InvalidInput(
+            "template_refused",
+            f"the chat template refuses the messages: {type(error).__name__}: {error}",
+            "mend the row, or use a base model whose template knows these roles",
+        ) from error
+    return list(encoded["input_ids"])
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = tokenizer.added_tokens_decoder
+    return frozenset(tokenizer.all_special_ids) | {token for token, about in added.items() if about.special}
+
+
+def _normal(text: str) -> str:
+    """Text without what templates and tokenizers may change: outer white space, the Unicode normal form."""
+    return unicodedata.normalize("NFC", text).strip()

@@ -1,0 +1,93 @@
+"""Base models on this box. This module needs no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from appliance import api
+from appliance.errors import InvalidInput, NotFound
+from appliance.home import Home
+
+SOURCE = "source.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def list_models(home: Home) -> list[api.Model]:
+    """The base models that can be used, by name."""
+    found = []
+    for directory in sorted(home.models.glob("*")):
+        try:
+            check_model(directory)
+        except InvalidInput:
+            continue
+        found.append(
+            api.Model(
+                name=directory.name,
+                bytes=sum(file.stat().st_size for file in directory.iterdir()),
+                source=_read_json(directory / SOURCE).get("source", str(directory)),
+                context=context_length(directory),
+            )
+        )
+    return found
+
+
+def model_path(home: Home, name: str) -> Path:
+    """Directory of the base model `name`. Raises NotFound, or InvalidInput naming what the directory lacks."""
+    directory = home.models / name
+    if not NAME.fullmatch(name) or not directory.is_dir():
+        raise NotFound("no_such_model", f"there is no base model {name} on this box", f"run `appliance pull {name}`")
+    check_model(directory)
+    return directory
+
+
+def check_model(directory: Path) -> None:
+    """Raise InvalidInput unless `directory` holds a model that trains and serves without running code of its own."""
+    if directory.name.startswith(".") or not directory.is_dir():
+        raise InvalidInput("no_model", f"{directory} is not a model directory", "name a directory of model files")
+    config = _read_json(directory / "config.json")
+    tokenizer_config = _read_json(directory / "tokenizer_config.json")
+    if not config:
+        raise _lacking(directory, "a config.json", "copy the model's config.json into it, or pull the model again")
+    if "auto_map" in config or "auto_map" in tokenizer_config:
+        raise InvalidInput(
+            "custom_code",
+            f"the model in {directory} runs Python code of its own",
+            "use a model that Transformers supports itself",
+        )
+    if not any(directory.glob("*.safetensors")):
+        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
+        raise _lacking(
+            directory,
+            "weights in safetensors" + (" (pickle files are not read: they can run code)" if pickled else ""),
+            "convert the weights with save_pretrained, or use another copy of the model",
+        )
+    if not any((directory / name).is_file() for name in _TOKENIZERS):
+        raise _lacking(directory, "a tokenizer", "copy the model's tokenizer files (tokenizer.json) into it")
+    if "chat_template" not in tokenizer_config and not (directory / "chat_template.jinja").is_file():
+        raise _lacking(directory, "a chat template", "use an instruct model, or put its chat_template.jinja there")
+
+
+def context_length(directory: Path) -> int:
+    """The longest sequence in tokens that the model was made for; 0 where its config does not say."""
+    config = _read_json(directory / "config.json")
+    text = config.get("text_config")
+    length = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return length if isinstance(length, int) else 0
+
+
+def _lacking(directory: Path, what: str, next: str) -> InvalidInput:
+    return InvalidInput("incomplete_model", f"the model directory {directory} lacks {what}", next)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,138 @@
+"""What happens around an optimiser step: what the run says, when it evaluates and saves, and when it gives up."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from appliance.errors import ApplianceError
+from appliance.train.events import EventLog
+from appliance.train.interruption import Interruption
+from appliance.train.recipe import DpoStage, SftStage
+
+STEPS_TO_MOVE = 5
+"""Steps after which an adapter that is still as it was counts as not trained."""
+
+
+class Reporter(TrainerCallback):
+    """Writes the stage's events and a line of log per step."""
+
+    def __init__(self, events: EventLog, stage: SftStage | DpoStage) -> None:
+        self.events = events
+        self.stage = stage
+        self._begun = 0.0
+        self._tokens_before = 0
+        self._busy_seconds = 0.0
+        self._steps = 0
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._begun = time.monotonic()
+        self._tokens_before = state.num_input_tokens_seen
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        if "loss" not in logs:
+            return
+        seconds = time.monotonic() - self._begun
+        self._busy_seconds += seconds
+        self._steps += 1
+        per_second = (state.num_input_tokens_seen - self._tokens_before) / seconds
+        self.events.append(
+            "step",
+            self.stage.name,
+            step=state.global_step,
+            steps=state.max_steps,
+            loss=logs["loss"],
+            lr=logs["learning_rate"],
+            grad_norm=logs["grad_norm"],
+            tokens=state.num_input_tokens_seen,
+            tokens_per_second=round(per_second, 1),
+            eta_seconds=round((state.max_steps - state.global_step) * self._busy_seconds / self._steps, 1),
+            memory=_memory(),
+        )
+        print(
+            f"{self.stage.name} step {state.global_step}/{state.max_steps}: "
+            f"loss {logs['loss']:.4f}, {per_second:.0f} tokens/s",
+            flush=True,
+        )
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
+    ) -> None:
+        self.events.append("eval", self.stage.name, step=state.global_step, loss=metrics["eval_loss"])
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        path = f"{self.stage.name}/checkpoint-{state.global_step}"
+        self.events.append("checkpoint", self.stage.name, step=state.global_step, path=path)
+
+
+class Cadence(TrainerCallback):
+    """Decides after each step whether to evaluate, to save, and to stop because that was asked for."""
+
+    def __init__(self, stage: SftStage | DpoStage, interruption: Interruption, *, evaluates: bool) -> None:
+        self.stage = stage
+        self.interruption = interruption
+        self.evaluates = evaluates
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        step, last = state.global_step, state.global_step >= state.max_steps
+        control.should_evaluate = self.evaluates and (last or step % self.stage.evaluate_every == 0)
+        control.should_save = not last and step % self.stage.checkpoint_every == 0
+        self._obey(state, control)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._obey(state, control)
+
+    def _obey(self, state: TrainerState, control: TrainerControl) -> None:
+        if self.interruption.requested and 0 < state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+class Guard(TrainerCallback):
+    """Ends a training that cannot come to anything."""
+
+    def __init__(self, stage: SftStage | DpoStage) -> None:
+        self.stage = stage
+        self._before = 0.0
+        self._steps = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
+        self._before = _fingerprint(model)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        if not all(math.isfinite(logs.get(figure, 0.0)) for figure in ("loss", "grad_norm", "eval_loss")):
+            raise ApplianceError(
+                "diverged",
+                f"the loss is no longer a number at step {state.global_step} of {self.stage.name}",
+                f"lower learning_rate (now {self.stage.learning_rate})",
+            )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
+        self._steps += 1
+        if self._steps == STEPS_TO_MOVE or (state.global_step == state.max_steps and self._steps < STEPS_TO_MOVE):
+            if _fingerprint(model) == self._before:
+                raise ApplianceError(
+                    "adapter_unchanged",
+                    f"the adapter is unchanged after {self._steps} steps of {self.stage.name}",
+                    f"raise learning_rate (now {self.stage.learning_rate}), or target other modules",
+                )
+
+
+def _fingerprint(model: Any) -> float:
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return sum(float(weight.detach().double().abs().sum()) for weight in trained)
+
+
+def _memory() -> int:
+    """Peak of the GPU's memory, without one the resident memory of this process, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,76 @@
+"""Direct preference optimisation against the adapter that the stage starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import DPOConfig, DPOTrainer
+
+from appliance.data.render import render_conversation, render_prompt
+from appliance.errors import InvalidInput
+from appliance.train.recipe import DpoStage
+from appliance.train.rows import Example, require_trained
+from appliance.train.trainer import Method, ResumableTrainer, keep_precision, table
+
+
+class _Trainer(ResumableTrainer, DPOTrainer):
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        # TRL would tokenise again, without the mask.
+        return dataset
+
+
+def example(tokenizer: Any, row: dict[str, Any]) -> Example:
+    """The prompt with the header of the answer, and both answers up to their end-of-turn token."""
+    prompt = render_prompt(tokenizer, row["prompt"], row.get("tools"))
+    return {
+        "prompt_ids": prompt,
+        "chosen_ids": _answer(tokenizer, row, "chosen", len(prompt)),
+        "rejected_ids": _answer(tokenizer, row, "rejected", len(prompt)),
+    }
+
+
+def _answer(tokenizer: Any, row: dict[str, Any], key: str, start: int) -> list[int]:
+    rendered = render_conversation(tokenizer, [*row["prompt"], *row[key]], row.get("tools"))
+    trained = rendered.trained[start:]
+    require_trained(trained)
+    count = sum(trained)
+    if not all(trained[:count]):
+        raise InvalidInput(
+            "answer_not_one_turn",
+            f"its {key} answer is more than one turn of the assistant",
+            "move the turns before the last one into the prompt",
+        )
+    return rendered.input_ids[start : start + count]
+
+
+def length(example: Example) -> int:
+    return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
+
+
+def trainer(
+    model: Any,
+    tokenizer: Any,
+    stage: DpoStage,
+    arguments: dict[str, Any],
+    train: list[Example],
+    held_out: list[Example],
+) -> Any:
+    """TRL's trainer, the reference's log-probabilities computed once per row."""
+    config = DPOConfig(beta=stage.beta, max_length=None, precompute_ref_log_probs=True, **arguments)
+    built = keep_precision(
+        model,
+        lambda: _Trainer(
+            model=model,
+            args=config,
+            train_dataset=table(train),
+            eval_dataset=table(held_out),
+            processing_class=tokenizer,
+        ),
+    )
+    built.row_lengths = [length(row) for row in train]
+    # The frozen copy has served. Left in, checkpoints would hold two adapters, and a resume would load only this one.
+    model.delete_adapter("ref")
+    return built
+
+
+DPO = Method("preference", example, length, trainer)

@@ -1,0 +1,156 @@
+"""The model of a training stage: base weights from this box, NF4 where asked for, and the adapter on top."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as nf4
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+
+from appliance.data.render import render_conversation
+from appliance.errors import InvalidInput, NotFound
+from appliance.home import Home
+from appliance.train.recipe import Adapter
+
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+"""bf16 is far slower than fp32 on most CPUs."""
+
+
+def base_folder(home: Home, name: str) -> Path:
+    """Directory of the base model `name`. Raises NotFound."""
+    folder = home.models / name
+    if not folder.is_dir():
+        raise NotFound("no_such_model", f"there is no base model {name} on this box", f"run `appliance pull {name}`")
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer published with a model. Raises InvalidInput where it is missing or has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            "no_tokenizer", f"{folder} holds no usable tokenizer: {_first_line(error)}", "pull the base model again"
+        ) from error
+    if not tokenizer.chat_template:
+        raise InvalidInput("no_chat_template", f"the tokenizer in {folder} has no chat template", "use an instruct model")
+    return tokenizer
+
+
+def load_model(folder: Path, *, quantised: bool = False) -> Any:
+    """A causal language model in evaluation mode: fp32 on a CPU, bf16 on a GPU.
+
+    `quantised` gives its linear layers (not the output head) the values of NF4 with double quantisation. On a GPU
+    bitsandbytes keeps them in 4 bits. On a CPU they are rounded once: what its layers compute while training, without
+    their cost per pass and without the packed form that they take on at evaluation, whose gradients are wrong.
+    Raises InvalidInput for files that are no such model.
+    """
+    options: dict[str, Any] = {"device_map": {"": 0}} if ON_GPU else {}
+    if quantised and ON_GPU:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPE,
+        )
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPE, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InvalidInput(
+            "bad_model", f"{folder} holds no usable model: {_first_line(error)}", "pull the base model again"
+        ) from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise InvalidInput("bad_model", f"{folder} lacks the weights {missing[0]}", "pull the base model again")
+    if quantised and not ON_GPU:
+        with torch.no_grad():
+            for name in quantised_modules(model):
+                weight = model.get_submodule(name).weight
+                weight.copy_(nf4_round_trip(weight))
+    return model.eval()
+
+
+def quantised_modules(model: Any) -> list[str]:
+    """Names of the linear layers that QLoRA keeps in NF4: all but the output head."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+
+
+def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` (out, in) as fp32 values of NF4 in blocks of 64 with double quantisation."""
+    codes, state = nf4.quantize_4bit(weight.detach().float().contiguous(), quant_type="nf4", compress_statistics=True)
+    return nf4.dequantize_4bit(codes, state).float()
+
+
+def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
+    """`model` with a new LoRA adapter that changes nothing yet. Raises InvalidInput for targets that do not fit."""
+    _check_targets(model, adapter.targets)
+    set_seed(seed)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules="all-linear" if adapter.targets == ("all-linear",) else list(adapter.targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
+    """`model` with the adapter saved in `folder`."""
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable, local_files_only=True)
+
+
+def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
+    """Every token that ends an answer: the model's own, the tokenizer's, and the template's end of a turn."""
+    path = folder / "generation_config.json"
+    published = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
+    ids = set(published if isinstance(published, list) else [published])
+    ids.add(tokenizer.eos_token_id)
+    turn = render_conversation(
+        tokenizer, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    )
+    ids.add([token for token, trained in zip(turn.input_ids, turn.trained, strict=True) if trained][-1])
+    return sorted(ids - {None})
+
+
+def release_memory() -> None:
+    """Give back what models that nothing refers to any more have held."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    if targets == ("all-linear",):
+        return
+    fits = set(quantised_modules(model))
+    for target in targets:
+        matched = {name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")}
+        if not matched:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in fits}))
+            raise InvalidInput(
+                "no_such_module", f"the adapter's target {target!r} matches no module of the base model", f"choose from {known}"
+            )
+        if not matched <= fits:
+            raise InvalidInput(
+                "bad_target", f"the adapter's target {target!r} is not a linear layer inside the model", "take it out"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,55 @@
+"""From a dataset's rows to a method's examples, with everything checked that would train badly in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from appliance.data.dataset import Dataset
+from appliance.errors import InvalidInput
+from appliance.train.recipe import Stage
+
+Example = dict[str, list[int]]
+"""Columns of token ids, named as the method's trainer reads them."""
+
+HELD_OUT_ROWS = 64
+"""At most so many rows are evaluated, so that evaluation stays a small share of training."""
+
+
+def tokenise(
+    dataset: Dataset,
+    indices: list[int],
+    stage: Stage,
+    example: Callable[[dict[str, Any]], Example],
+    length: Callable[[Example], int],
+) -> tuple[list[Example], int]:
+    """Examples of the rows at `indices`, and how many rows were left out because they are too long.
+
+    Raises InvalidInput naming the row (the first is row 1) that cannot be trained on, or how many rows are longer
+    than `stage.max_length` unless `stage.drop_long`.
+    """
+    examples, too_long = [], []
+    for index in indices:
+        try:
+            row = example(dataset.rows[index])
+        except InvalidInput as error:
+            raise InvalidInput(error.code, f"row {index + 1} of {dataset.id}: {error.message}", error.next) from None
+        if length(row) > stage.max_length:
+            too_long.append((length(row), index + 1))
+        else:
+            examples.append(row)
+    if too_long and not stage.drop_long:
+        longest, row_number = max(too_long)
+        raise InvalidInput(
+            "row_too_long",
+            f"{len(too_long)} rows are longer than max_length = {stage.max_length} tokens; "
+            f"the longest is row {row_number} with {longest}",
+            f"set max_length = {longest}, or drop_long = true to leave them out",
+        )
+    return examples, len(too_long)
+
+
+def require_trained(trained: list[bool]) -> None:
+    """Raise InvalidInput where no token of a row is trained."""
+    if not any(trained):
+        raise InvalidInput("nothing_to_train", "it has no assistant turn to train on", "take the row out, or mend it")

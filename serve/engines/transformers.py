@@ -1,0 +1,54 @@
+"""The embedded engine: Transformers' continuous batching behind a small server of our own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from appliance.settings import Settings
+from appliance.supervisor.engines import EngineCommand
+from serve.engines.openai_engine import OFFLINE, OpenAIEngine, context_length
+
+HONOURS = frozenset(
+    {
+        "model",
+        "messages",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "max_completion_tokens",
+        "n",
+        "stop",
+        "ignore_eos",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+    }
+)
+"""The chat completion fields that transformers_server.py obeys."""
+
+
+class TransformersEngine(OpenAIEngine):
+    """Starts `serve.engines.transformers_server`."""
+
+    name = "transformers"
+    honours = HONOURS
+    ready_seconds = 300.0
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
+        """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
+        options = {
+            "--model": release,
+            "--name": name,
+            "--socket": socket,
+            "--kv-cache-gib": self._settings.kv_cache_gib,
+            "--gpu-memory-share": self._settings.gpu_memory_share,
+            "--max-model-len": context_length(release, self._settings.max_model_len),
+        }
+        argv = [sys.executable, "-m", "serve.engines.transformers_server"]
+        argv += [str(part) for option in options.items() for part in option]
+        return EngineCommand(argv, dict(OFFLINE), f"unix:{socket}")

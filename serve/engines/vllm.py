@@ -1,0 +1,68 @@
+"""vLLM as the engine."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from appliance.settings import Settings
+from appliance.supervisor.engines import EngineCommand
+from serve.engines.openai_engine import OFFLINE, OpenAIEngine, context_length
+from serve.engines.transformers import HONOURS as COMMON
+
+# Binding is all that vLLM does for its socket: what a dead process left goes first, and only this user may connect.
+_ON_A_PRIVATE_SOCKET = ["/bin/sh", "-c", 'umask 077; rm -f -- "$0"; exec "$@"']
+
+_ENVIRONMENT = {
+    **OFFLINE,
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+}
+
+
+class VllmEngine(OpenAIEngine):
+    """Starts vLLM's API server, on a GPU or, slowly, on a machine without one."""
+
+    name = "vllm"
+    honours = COMMON | {
+        "min_tokens",
+        "min_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "logprobs",
+        "top_logprobs",
+        "response_format",
+    }
+    ready_seconds = 900.0
+
+    def __init__(self, settings: Settings, gpu: bool) -> None:
+        self._settings = settings
+        self._gpu = gpu
+
+    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
+        """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
+        options = {
+            "--model": release,
+            "--served-model-name": name,
+            "--uds": socket,
+            "--max-model-len": context_length(release, self._settings.max_model_len),
+            "--dtype": "auto" if self._gpu else "float32",
+            # Without a GPU this is a share of the machine's memory.
+            "--gpu-memory-utilization": self._settings.gpu_memory_share if self._gpu else 0.3,
+        }
+        argv = [*_ON_A_PRIVATE_SOCKET, str(socket)]
+        argv += [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        argv += [str(part) for option in options.items() for part in option]
+        argv += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
+        environment = dict(_ENVIRONMENT)
+        if not self._gpu:
+            environment |= {
+                "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(self._settings.kv_cache_gib))),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_CPU_CI_ENV": "1",
+            }
+        return EngineCommand(argv, environment, f"unix:{socket}")

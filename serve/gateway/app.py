@@ -1,0 +1,133 @@
+"""The chat endpoint: an allow-list of routes, keys, and requests passed on to the engine of the live release."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import uuid
+from collections.abc import Callable
+
+from starlette.types import Receive, Scope, Send
+
+from serve.gateway.asgi import ClientGone, Reply, read_body, read_json, until_gone
+from serve.gateway.errors import ChatError, no_engine
+from serve.gateway.fields import MODEL_ALIAS, admit
+from serve.gateway.upstream import Route, Upstream
+
+log = logging.getLogger(__name__)
+
+BODY_LIMIT = 4 << 20
+"""Largest request, in bytes."""
+
+_CHAT = "/v1/chat/completions"
+_METHODS = {"/healthz": "GET", "/readyz": "GET", "/v1/models": "GET", _CHAT: "POST"}
+_KEYLESS = frozenset({"/healthz", "/readyz"})
+
+
+__all__ = ["Gateway", "Route"]
+
+
+class Gateway:
+    """The ASGI app of the public port.
+
+    `authenticate` says whether an API key is good. An engine that sends nothing for `patience` seconds is given up.
+    """
+
+    def __init__(self, authenticate: Callable[[str], bool], patience: float = 600) -> None:
+        self._authenticate = authenticate
+        self._patience = patience
+        self._routed: Upstream | None = None
+        self._retired: list[Upstream] = []
+
+    def route(self, route: Route | None) -> None:
+        """Send new requests there, or nowhere. Answers that have begun go on."""
+        self._retired = [upstream for upstream in (*self._retired, self._routed) if upstream and not upstream.idle]
+        self._routed = None if route is None else Upstream(route, self._patience)
+
+    async def drained(self, address: str, timeout: float) -> None:
+        """Wait until the engine that was routed at `address` has given its last answer, at most `timeout` seconds."""
+        leaving = [upstream.drained() for upstream in self._retired if upstream.route.address == address]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*leaving), timeout)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._serve(scope, receive, send, operator=False)
+
+    async def operator(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI app for a listener that only operators reach: chat completions, and no key is asked for."""
+        await self._serve(scope, receive, send, operator=True)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, operator: bool) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError(f"the gateway speaks http, not {scope['type']}")
+        reply = Reply(send, {"x-request-id": f"req_{uuid.uuid4().hex}"})
+        try:
+            path = scope["path"]
+            if path not in _METHODS or (operator and path != _CHAT):
+                raise ChatError(404, f"there is nothing at {path}", code="unknown_url")
+            if scope["method"] != _METHODS[path]:
+                raise ChatError(405, f"{path} takes {_METHODS[path]}", code="method_not_allowed")
+            if not operator and path not in _KEYLESS:
+                self._require_key(scope)
+            await self._answer(path, receive, reply)
+        except ChatError as error:
+            await reply.error(error)
+        except ClientGone:
+            pass
+        except Exception:
+            log.exception("a request failed")
+            await reply.error(ChatError(500, "the gateway failed; see its log", code="gateway_failed"))
+
+    async def _answer(self, path: str, receive: Receive, reply: Reply) -> None:
+        match path:
+            case "/healthz":
+                await reply.json(200, {"status": "ok"})
+            case "/readyz":
+                await reply.json(200, {"status": "ready", "model": self._ready().route.model})
+            case "/v1/models":
+                await reply.json(200, {"object": "list", "data": self._models()})
+            case _:
+                await self._complete(receive, reply)
+
+    async def _complete(self, receive: Receive, reply: Reply) -> None:
+        request = read_json(await read_body(receive, BODY_LIMIT))
+        upstream = self._ready()
+        route = upstream.route
+        admitted = admit(request, route.engine_kind.honours)
+        model = admitted.get("model", MODEL_ALIAS)
+        if model not in (MODEL_ALIAS, route.model):
+            raise ChatError(
+                404,
+                f"the model '{model}' does not answer here; use '{MODEL_ALIAS}' or '{route.model}'",
+                code="model_not_found",
+                param="model",
+            )
+        passed = json.dumps(admitted | {"model": route.model}).encode()
+        with upstream.answering():
+            await until_gone(receive, upstream.complete(passed, reply))
+
+    def _ready(self) -> Upstream:
+        if self._routed is None:
+            raise no_engine("no model is live; train and promote a release, or wait until its engine has started")
+        return self._routed
+
+    def _models(self) -> list[dict[str, object]]:
+        if self._routed is None:
+            return []
+        return [
+            {"id": name, "object": "model", "created": self._routed.since, "owned_by": "appliance"}
+            for name in (MODEL_ALIAS, self._routed.route.model)
+        ]
+
+    def _require_key(self, scope: Scope) -> None:
+        """Raises ChatError unless the request bears a good API key."""
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
+        scheme, _, key = given.partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise ChatError(
+                401, "an API key is needed: send the header 'Authorization: Bearer KEY'", code="missing_api_key"
+            )
+        if not self._authenticate(key.strip()):
+            raise ChatError(401, "the API key is wrong or was revoked", code="invalid_api_key")

@@ -1,0 +1,50 @@
+"""The `appliance` command as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Runs `appliance` with this home."""
+
+    home: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "APPLIANCE_HOME": str(self.home), "APPLIANCE_ENGINE": "transformers"}
+
+    def run(self, *arguments: str, input: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "appliance.cli", *arguments],
+            env={**self.environment, **environment},
+            input=input,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def refuses(self, code: int, *arguments: str, **environment: str) -> str:
+        """The one line that the command says when it cannot do it; checks the exit code."""
+        done = self.run(*arguments, **environment)
+        assert done.returncode == code, (done.stdout, done.stderr)
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("appliance: error: ")
+        assert " — " in lines[0]
+        return lines[0]
+
+    def start(self, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "appliance.cli", "serve"],
+            env={**self.environment, "APPLIANCE_PORT": "0", **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )

@@ -1,0 +1,45 @@
+"""An engine that loads nothing: its process makes a file at its address, which says that it is ready."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
+
+
+@dataclass
+class FakeEngine:
+    """`token_ids` is how it renders every prompt; `broken` releases never start."""
+
+    name: str = "fake"
+    honours: frozenset[str] = frozenset({"messages", "model", "stream"})
+    ready_seconds: float = 5.0
+    token_ids: list[int] = field(default_factory=lambda: [1, 2])
+    broken: set[str] = field(default_factory=set)
+
+    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
+        socket.unlink(missing_ok=True)
+        code = f"open({str(socket)!r}, 'w').close(); import time; time.sleep(60)"
+        argv = [sys.executable, "-c", "raise SystemExit(1)" if name in self.broken else code]
+        return EngineCommand(argv, {}, f"unix:{socket}")
+
+    async def ready(self, address: str) -> bool:
+        return Path(address.removeprefix("unix:")).exists()
+
+    async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
+        return ProbeAnswer(self.token_ids, "hello", "stop", 1)
+
+
+@dataclass
+class FakeFrontage:
+    """Remembers who was let answer."""
+
+    routes: list[str | None] = field(default_factory=list)
+
+    def route(self, release: str | None, address: str) -> None:
+        self.routes.append(release)
+
+    async def drained(self, address: str, timeout: float) -> None:
+        pass

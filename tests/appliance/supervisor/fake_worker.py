@@ -1,0 +1,38 @@
+"""Stands in for a stage's process: python fake_worker.py RUN_DIR STAGE. RUN_DIR/behaviour.json says how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+run, stage = Path(sys.argv[1]), sys.argv[2]
+behaviour = json.loads((run / "behaviour.json").read_text()).get(stage, "done")
+(run / stage).mkdir(exist_ok=True)
+with open(run / "starts.txt", "a") as file:
+    file.write(f"{stage}\n")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+match behaviour:
+    case "hang":
+        time.sleep(60)
+    case "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    case "die once":
+        if (run / "starts.txt").read_text().split().count(stage) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    case "fail":
+        failure = {"code": "bad", "reason": "the rows are too long", "next": "set max_length"}
+        (run / stage / "failure.json").write_text(json.dumps(failure))
+        sys.exit(1)
+gates = {name: {"passed": behaviour != "refuse", "figures": {}, "reason": ""} for name in ("structure", "fidelity")}
+gates["quality"] = {"passed": True, "figures": {}, "reason": ""}
+if stage == "merge":
+    (run / "merge" / "model").mkdir(exist_ok=True)
+    (run / "merge" / "model" / "model.safetensors").write_bytes(b"weights")
+if stage == "verify":
+    probes = [{"messages": [{"role": "user", "content": "hi"}], "token_ids": [1, 2], "max_tokens": 8}]
+    (run / "verify" / "probes.json").write_text(json.dumps(probes))
+(run / stage / "result.json").write_text(json.dumps({"gates": gates, "seconds": 0.0}))

@@ -1,0 +1,264 @@
+"""The loop with real processes that do nothing: stages, kills, engines, restarts of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, FakeFrontage
+
+from appliance.home import Home
+from appliance.store.database import open_database
+from appliance.supervisor import supervisor as loop
+from appliance.supervisor.supervisor import Supervisor
+from appliance.train.recipe import Recipe, SftStage, dump_recipe
+
+WORKER = (sys.executable, str(Path(__file__).parent / "fake_worker.py"))
+RECIPE = Recipe(name="facts", base="tiny", promote=True, stages=(SftStage(method="sft", name="sft", dataset="d1"),))
+
+
+class Daemon:
+    """A supervisor that can be killed (its memory lost, its children left) and started again."""
+
+    def __init__(self, home: Home, exclusive: bool = False) -> None:
+        self.home = home
+        self.exclusive = exclusive
+        self.engine = FakeEngine()
+        self.frontage = FakeFrontage()
+        self.db: sqlite3.Connection = open_database(home.database)
+        self.start()
+
+    def start(self) -> None:
+        self.supervisor = Supervisor(
+            self.home, self.db, self.engine, self.frontage, self.exclusive, worker_command=WORKER
+        )
+        self.task = asyncio.create_task(self.supervisor.serve())
+
+    async def die(self) -> None:
+        for task in (self.task, *self.supervisor._probes.values(), *self.supervisor._stops.values()):
+            task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    def queue(self, recipe: Recipe = RECIPE, **behaviour: str) -> str:
+        run = self.supervisor.runs.new_id(recipe)
+        directory = self.home.runs / run
+        directory.mkdir()
+        (directory / "recipe.toml").write_text(dump_recipe(recipe))
+        (directory / "behaviour.json").write_text(json.dumps(behaviour))
+        self.supervisor.runs.add(run, recipe)
+        self.supervisor.poke()
+        return run
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, f"{self.supervisor.runs.all()}\n{self.supervisor.engines()}"
+            await asyncio.sleep(0.02)
+
+    async def until_state(self, run: str, state: str) -> None:
+        await self.until(lambda: self.supervisor.runs.get(run).state == state)
+
+    def pid(self, kind: str, owner: str) -> int:
+        return next(row.pid for row in self.supervisor.processes.all() if (row.kind, row.owner) == (kind, owner))
+
+    def running(self, kind: str) -> list[str]:
+        return [row.owner for row in self.supervisor.processes.all() if row.kind == kind]
+
+    def starts(self, run: str) -> list[str]:
+        path = self.home.runs / run / "starts.txt"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Daemon]:
+    monkeypatch.setattr(loop, "TICK_SECONDS", 0.02)
+    home = Home(tmp_path)
+    home.create()
+    running = Daemon(home)
+    yield running
+    await running.die()
+    await running.supervisor.close(grace=5)
+
+
+async def test_a_run_goes_all_the_way_to_live(daemon: Daemon) -> None:
+    run = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    assert daemon.starts(run) == ["sft", "merge", "verify"]
+    assert daemon.supervisor.runs.get(run).state == "finished"
+    release = daemon.supervisor.releases.get(run)
+    assert (release.state, release.live) == ("verified", True)
+    assert release.gates == dict.fromkeys(("structure", "fidelity", "quality", "parity", "stopping"), True)
+    manifest = json.loads((daemon.home.releases / run / "manifest.json").read_bytes())
+    assert manifest["state"] == "verified"
+    assert daemon.frontage.routes == [run]
+
+
+async def test_the_next_release_takes_over_and_the_old_engine_stops(daemon: Daemon) -> None:
+    first = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    second = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == second)
+    await daemon.until(lambda: daemon.running("engine") == [second])
+    assert daemon.frontage.routes == [first, second], "nobody was without an answer"
+    daemon.supervisor.releases.rollback()
+    daemon.supervisor.poke()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+
+
+async def test_a_gate_that_fails_refuses_the_release(daemon: Daemon) -> None:
+    daemon.engine.token_ids = [1, 3]
+    run = daemon.queue()
+    await daemon.until_state(run, "finished")
+    release = daemon.supervisor.releases.get(run)
+    assert (release.state, release.live, release.gates["parity"]) == ("refused", False, False)
+    assert "refused" in daemon.supervisor.runs.get(run).reason
+    assert daemon.supervisor.routed is None
+
+
+async def test_a_release_that_verify_refused_needs_no_engine(daemon: Daemon) -> None:
+    run = daemon.queue(verify="refuse")
+    await daemon.until_state(run, "finished")
+    assert daemon.supervisor.releases.get(run).state == "refused"
+    assert not (daemon.home.engines / f"{run}.log").exists()
+
+
+async def test_a_worker_that_dies_is_started_again(daemon: Daemon) -> None:
+    run = daemon.queue(sft="die once")
+    await daemon.until_state(run, "finished")
+    assert daemon.starts(run)[:2] == ["sft", "sft"]
+
+
+async def test_a_worker_that_dies_every_time_is_given_up(daemon: Daemon) -> None:
+    run = daemon.queue(sft="die")
+    await daemon.until_state(run, "failed")
+    assert daemon.starts(run) == ["sft"] * 5
+    assert daemon.supervisor.runs.get(run).reason == "the sft process died 5 times"
+
+
+async def test_a_failure_is_reported_in_its_own_words_and_can_be_resumed(daemon: Daemon) -> None:
+    run = daemon.queue(merge="fail")
+    await daemon.until_state(run, "failed")
+    failed = daemon.supervisor.runs.get(run)
+    assert (failed.reason, failed.next) == ("the rows are too long", "set max_length")
+    (daemon.home.runs / run / "merge" / "failure.json").unlink()
+    (daemon.home.runs / run / "behaviour.json").write_text("{}")
+    daemon.supervisor.runs.queue_again(run)
+    await daemon.until_state(run, "finished")
+    assert daemon.starts(run) == ["sft", "merge", "merge", "verify"], "what was done is not done again"
+
+
+async def test_runs_go_one_after_the_other(daemon: Daemon) -> None:
+    first = daemon.queue(sft="hang")
+    second = daemon.queue()
+    await daemon.until(lambda: daemon.starts(first))
+    assert daemon.supervisor.runs.get(second).state == "queued"
+    daemon.supervisor.runs.mark_stopping(first)
+    await daemon.until_state(first, "stopped")
+    await daemon.until_state(second, "finished")
+
+
+async def test_a_new_daemon_goes_on_with_the_worker_of_the_old(daemon: Daemon) -> None:
+    run = daemon.queue(sft="hang")
+    await daemon.until(lambda: daemon.starts(run))
+    worker = daemon.pid("worker", run)
+    await daemon.die()
+    daemon.start()
+    await asyncio.sleep(0.2)
+    assert daemon.pid("worker", run) == worker
+    assert daemon.starts(run) == ["sft"]
+
+
+async def test_a_worker_that_died_with_its_daemon_is_started_again(daemon: Daemon) -> None:
+    run = daemon.queue(sft="hang")
+    await daemon.until(lambda: daemon.starts(run))
+    await daemon.die()
+    os.kill(daemon.pid("worker", run), signal.SIGKILL)
+    (daemon.home.runs / run / "behaviour.json").write_text("{}")
+    daemon.start()
+    await daemon.until_state(run, "finished")
+
+
+async def test_a_worker_that_no_record_names_is_killed_first(daemon: Daemon) -> None:
+    run = daemon.queue(sft="hang")
+    await daemon.until(lambda: daemon.starts(run))
+    worker = daemon.pid("worker", run)
+    await daemon.die()
+    daemon.db.execute("DELETE FROM processes")
+    daemon.start()
+    await daemon.until(lambda: len(daemon.starts(run)) == 2)
+    assert daemon.pid("worker", run) != worker
+    state = Path(f"/proc/{worker}/stat")
+    assert not state.exists() or " Z " in state.read_text()
+
+
+@pytest.mark.parametrize("moment", ["sft", "merge", "verify", "engine", "live"])
+async def test_a_daemon_killed_at_any_moment_still_ends_live(daemon: Daemon, moment: str) -> None:
+    run = daemon.queue()
+    reached: dict[str, Callable[[], Any]] = {
+        "sft": lambda: "sft" in daemon.starts(run),
+        "merge": lambda: "merge" in daemon.starts(run),
+        "verify": lambda: "verify" in daemon.starts(run),
+        "engine": lambda: daemon.running("engine"),
+        "live": lambda: (daemon.home.releases / run / "manifest.json").exists(),
+    }
+    await daemon.until(reached[moment])
+    await daemon.die()
+    daemon.start()
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    assert daemon.supervisor.runs.get(run).state == "finished"
+    assert len(daemon.supervisor.releases.all()) == 1
+
+
+async def test_killed_between_the_manifest_and_the_record(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(*arguments: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(daemon.supervisor.releases, "add", torn)
+    run = daemon.queue()
+    await daemon.until(lambda: (daemon.home.releases / run / "manifest.json").exists())
+    await daemon.die()
+    assert daemon.supervisor.releases.all() == []
+    monkeypatch.undo()
+    daemon.start()
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+
+
+async def test_a_dead_engine_is_started_again_and_nobody_is_routed_to_it_meanwhile(daemon: Daemon) -> None:
+    run = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    killed = daemon.pid("engine", run)
+    os.kill(killed, signal.SIGKILL)
+    await daemon.until(lambda: daemon.supervisor.routed is None)
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    assert daemon.pid("engine", run) != killed
+    assert daemon.frontage.routes == [run, None, run]
+
+
+async def test_a_release_on_which_no_engine_starts_is_given_up(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LONGEST_REST_SECONDS", 0.05)
+    daemon.engine.broken = {"facts-1"}
+    run = daemon.queue()
+    await daemon.until_state(run, "failed")
+    assert "did not start on the new weights in 3 attempts" in daemon.supervisor.runs.get(run).reason
+
+
+async def test_an_exclusive_lease_stops_the_engine_while_a_worker_runs(daemon: Daemon) -> None:
+    first = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    daemon.supervisor.exclusive = True
+    second = daemon.queue(sft="hang")
+    await daemon.until(lambda: daemon.starts(second))
+    assert daemon.running("engine") == []
+    assert daemon.supervisor.routed is None
+    daemon.supervisor.runs.mark_stopping(second)
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.running("worker") == []

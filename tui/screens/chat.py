@@ -1,0 +1,109 @@
+"""Chat: a conversation with the model that is live now."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical, VerticalScroll
+from textual.widgets import Input, Markdown, Static
+from textual.worker import Worker
+
+from appliance.errors import ApplianceError
+from tui.screens.page import Page
+from tui.viewmodels.box import Box
+from tui.viewmodels.conversation import Conversation
+from tui.viewmodels.format import plain
+
+
+class ChatPage(Page):
+    NAME = "chat"
+    LABEL = "Chat"
+    CSS_PATH = "chat.tcss"
+    ABOUT = (
+        "Asks the live model through the daemon, as an application would through the endpoint. "
+        "The whole conversation is sent with each question. Escape stops an answer; what came of it is kept."
+    )
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "stop_or_leave", "Stop, leave input", key_display="esc", id="chat.stop"),
+        Binding("i,enter", "write", "Write", id="chat.write"),
+        Binding("ctrl+n", "new", "New conversation", key_display="^n", id="chat.new"),
+    ]
+    AUTO_FOCUS = "#question"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conversation = Conversation()
+        self._answering: Worker[None] | None = None
+
+    def compose_body(self) -> ComposeResult:
+        with Vertical(id="body"):
+            yield VerticalScroll(id="turns")
+            yield Static(id="answering", markup=False)
+            yield Input(id="question", placeholder="Ask the live model; enter sends, esc leaves this line")
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.query_one(Input).cursor_blink = False
+        self.query_one("#turns", VerticalScroll).anchor()
+
+    def show_box(self, box: Box) -> None:
+        if not self._answering:
+            status = box.status
+            words = f"{status.routed} answers" if status.routed else "no release is live: promote one on page 3"
+            self.query_one("#answering", Static).update(words)
+
+    @on(Input.Submitted, "#question")
+    def _ask(self, message: Input.Submitted) -> None:
+        question = message.value.strip()
+        if not question or self.appliance.refused(
+            "the model is still answering; esc stops it" if self._answering else None
+        ):
+            return
+        message.input.clear()
+        self._answering = self._answer(question)
+
+    @work(group="answer", exit_on_error=False)
+    async def _answer(self, question: str) -> None:
+        turns, state = self.query_one("#turns", VerticalScroll), self.query_one("#answering", Static)
+        answer = Markdown(classes="answer", open_links=False)
+        await turns.mount(Static(plain(question), classes="question", markup=False), answer)
+        turns.anchor()
+        state.update("waiting for the first word; esc stops it")
+        stream = Markdown.get_stream(answer)
+        began, first = time.monotonic(), None
+        try:
+            async for piece in self.appliance.client.chat(self._conversation.ask(question)):
+                if first is None:
+                    first = time.monotonic() - began
+                    state.update("answering; esc stops it")
+                self._conversation.take(piece)
+                await stream.write(plain(piece))
+            state.update(f"first word after {first or 0:.1f}s, all in {time.monotonic() - began:.1f}s")
+        except ApplianceError as error:
+            await turns.mount(Static(f"✗ {error.message}\n→ {error.next}", classes="error", markup=False))
+            state.update("no answer")
+        finally:
+            self._conversation.close()
+            self._answering = None
+            await stream.stop()
+
+    def action_stop_or_leave(self) -> None:
+        if self._answering:
+            self._answering.cancel()
+            self.query_one("#answering", Static).update("stopped")
+        else:
+            self.set_focus(None)
+
+    def action_write(self) -> None:
+        self.query_one(Input).focus()
+
+    async def action_new(self) -> None:
+        if self._answering:
+            self._answering.cancel()
+        self._conversation = Conversation()
+        await self.query_one("#turns").remove_children()
+        self.query_one(Input).focus()

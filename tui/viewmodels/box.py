@@ -1,0 +1,80 @@
+"""Everything that the daemon tells about the box, as of one moment, and the header's line about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from appliance import api
+from tui.viewmodels.format import fit, size
+from tui.viewmodels.states import ENGINES, LIVE
+from tui.viewmodels.styles import FAINT, MUTED
+
+
+@dataclass(frozen=True)
+class Box:
+    status: api.Status
+    runs: tuple[api.Run, ...]
+    releases: tuple[api.Release, ...]
+    datasets: tuple[api.Dataset, ...]
+    recipes: tuple[api.ShippedRecipe, ...]
+
+    def run(self, id: str | None) -> api.Run | None:
+        return next((run for run in self.runs if run.id == id), None)
+
+    def release(self, id: str | None) -> api.Release | None:
+        return next((release for release in self.releases if release.id == id), None)
+
+    def dataset(self, id: str | None) -> api.Dataset | None:
+        return next((dataset for dataset in self.datasets if dataset.id == id), None)
+
+    def recipe(self, name: str | None) -> api.ShippedRecipe | None:
+        return next((recipe for recipe in self.recipes if recipe.name == name), None)
+
+
+def status_line(status: api.Status, width: int) -> Content:
+    """What answers, who holds the accelerator and how busy the box is, in `width` cells."""
+    wide = width >= 100
+    parts = [_serving(status, 40 if wide else 22), _lease(status), *_load(status.hardware, wide)]
+    return Content.styled("  │  " if wide else " │ ", FAINT).join(parts)
+
+
+def _serving(status: api.Status, width: int) -> Content:
+    release = status.routed or status.live
+    if release is None:
+        return Content.styled("no live release", MUTED)
+    name = (f"{LIVE.glyph} {fit(release, width - 12)} ", LIVE.style)
+    engine = next((engine for engine in status.engines if engine.release == release), None)
+    if engine is None:
+        return Content.assemble(name, ("no engine", "$text-warning"))
+    look = ENGINES[engine.state]
+    return Content.assemble(name, (f"{look.glyph} {look.word}", look.style))
+
+
+def _lease(status: api.Status) -> Content:
+    if status.lease == "share":
+        return Content.assemble(("lease ", MUTED), "shared")
+    holder = "training" if status.running else "serving" if status.routed else "free"
+    return Content.assemble(("lease ", MUTED), holder)
+
+
+def _load(hardware: api.Hardware, wide: bool) -> list[Content]:
+    memory = 100 * hardware.memory_used / max(1, hardware.memory_total)
+    disk = 100 * (1 - hardware.disk_free / max(1, hardware.disk_total))
+    figures = [_figure("cpu", f"{hardware.cpu_load:.0f}%", hardware.cpu_load > 95)]
+    for index, gpu in enumerate(hardware.gpus):
+        label = f"gpu{index}" if len(hardware.gpus) > 1 else "gpu"
+        share = 100 * gpu.memory_used / max(1, gpu.memory_total)
+        text = f"{gpu.utilisation}% {share:.0f}% mem" if wide else f"{gpu.utilisation}%"
+        figures.append(_figure(label, text, share > 97))
+    figures.append(_figure("mem", f"{memory:.0f}%", memory > 92))
+    disk_text = f"{size(hardware.disk_free)} free" if wide else f"{disk:.0f}%"
+    figures.append(_figure("disk", disk_text, disk > 92))
+    return figures if wide else [Content(" ").join(figures)]
+
+
+def _figure(label: str, text: str, alarming: bool) -> Content:
+    """A load; what is nearly used up has an exclamation mark beside the colour."""
+    mark = "!" if alarming else ""
+    return Content.assemble((f"{label} ", MUTED), (text + mark, "$text-warning" if alarming else ""))

@@ -1,0 +1,112 @@
+"""Nested data (a manifest, a report) as an indented outline, and a dataset's rows as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from textual.content import Content
+
+from appliance import api
+from tui.viewmodels import states
+from tui.viewmodels.format import number, one_line, plain
+from tui.viewmodels.history import figures
+from tui.viewmodels.styles import MUTED
+
+_MOST_ITEMS = 200
+
+
+def outline(value: Any) -> Content:
+    """Every key on a line of its own; long lists are cut, and say so."""
+    return Content("\n").join(_lines(value, ""))
+
+
+def _lines(value: Any, indent: str) -> Iterator[Content]:
+    entries = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else ()
+    if not isinstance(value, dict | list):
+        yield Content(indent + _scalar(value))
+    for count, (key, item) in enumerate(entries):
+        if count == _MOST_ITEMS:
+            yield Content.styled(f"{indent}… and {len(value) - _MOST_ITEMS:,} more", MUTED)
+            return
+        name = (f"{indent}{one_line(str(key))}", "$text-primary")
+        if isinstance(item, dict | list) and item:
+            yield Content.assemble(name)
+            yield from _lines(item, indent + "  ")
+        else:
+            yield Content.assemble(name, "  ", _scalar(item))
+
+
+def _scalar(value: Any) -> str:
+    if value is None or value == [] or value == {}:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return number(value)
+    return one_line(str(value), 400)
+
+
+def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
+    """Each gate with its verdict and its figures; why a refused release was refused."""
+    look = states.release_look(release)
+    head: list[Content | tuple[str, str]] = [look.label()]
+    if release.live:
+        head += [("   ", ""), states.LIVE.label()]
+    head += [("   base ", MUTED), (release.base, "")]
+    lines = [Content.assemble(*head)]
+    if release.reason:
+        lines.append(Content.styled(plain(release.reason), "$text-error" if look is states.REFUSED else ""))
+    recorded = (manifest or {}).get("gates", {})
+    for name, passed in release.gates.items():
+        verdict = states.PASSED if passed else states.NOT_PASSED
+        lines += [Content(""), Content.assemble((f"{verdict.glyph} {name} ", f"bold {verdict.style}"), verdict.word)]
+        if told := recorded.get(name) if isinstance(recorded, dict) else None:
+            lines.append(Content.styled(f"  {figures(_measured(told))}", MUTED))
+    if not release.gates:
+        lines += [Content(""), Content.styled("no gate was measured", MUTED)]
+    return Content("\n").join(lines)
+
+
+def _measured(gate: Any) -> Any:
+    """A gate's figures as the manifest has them, without the verdict."""
+    if not isinstance(gate, dict):
+        return gate
+    return gate.get("figures", {key: value for key, value in gate.items() if key != "passed"})
+
+
+def row_preview(row: dict[str, Any]) -> Content:
+    """A row on one line: what is asked, and the answer (the chosen one)."""
+    asked = row.get("prompt") or [turn for turn in row.get("messages", ()) if turn.get("role") == "user"][:1]
+    answered = row.get("chosen") or row.get("messages", ())[-1:]
+    return Content.assemble((_spoken(asked), ""), (" → ", MUTED), (_spoken(answered), "$text-primary"))
+
+
+def row_text(row: dict[str, Any]) -> Content:
+    """A whole row: every turn under its role."""
+    parts: list[Content] = []
+    for title in ("messages", "prompt", "chosen", "rejected"):
+        turns = row.get(title)
+        if not turns:
+            continue
+        if title != "messages":
+            parts.append(Content.styled(title, "bold $text-accent"))
+        for turn in turns:
+            parts.append(Content.styled(str(turn.get("role", "?")), "bold $text-primary"))
+            parts.append(Content(plain(_content(turn)) + "\n"))
+    rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "chosen", "rejected")}
+    if rest:
+        parts.append(outline(rest))
+    return Content("\n").join(parts)
+
+
+def _spoken(turns: Any) -> str:
+    return one_line(" ".join(_content(turn) for turn in turns), 160)
+
+
+def _content(turn: dict[str, Any]) -> str:
+    content = turn.get("content")
+    if isinstance(content, str) and content:
+        return content
+    return json.dumps({key: value for key, value in turn.items() if key != "role"}, ensure_ascii=False)

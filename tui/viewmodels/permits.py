@@ -1,0 +1,44 @@
+"""Why an action cannot be done now, in words for the person who tried. None: it can."""
+
+from __future__ import annotations
+
+from appliance import api
+from tui.viewmodels.states import ACTIVE
+
+
+def why_not_stop(run: api.Run | None) -> str | None:
+    if run is None:
+        return "there is no run to stop"
+    if run.state == "stopping":
+        return f"{run.id} is stopping already; it writes a checkpoint first"
+    if run.state not in ACTIVE:
+        return f"{run.id} has {run.state} already"
+    return None
+
+
+def why_not_resume(run: api.Run | None) -> str | None:
+    if run is None:
+        return "there is no run to resume"
+    if run.state in ACTIVE:
+        return f"{run.id} is {run.state}"
+    if run.state == "finished":
+        return f"{run.id} has finished; start its recipe again for another run"
+    return None
+
+
+def why_not_promote(release: api.Release | None) -> str | None:
+    if release is None:
+        return "there is no release to promote"
+    if release.live:
+        return f"{release.id} is live already"
+    if release.state == "refused":
+        return f"{release.id} was refused: {release.reason or 'a gate failed'}"
+    return None
+
+
+def why_not_roll_back(releases: tuple[api.Release, ...]) -> str | None:
+    if not any(release.live for release in releases):
+        return "nothing is live, so there is nothing to roll back from"
+    if sum(release.state == "verified" for release in releases) < 2:
+        return "there is no other verified release to go back to"
+    return None

@@ -1,0 +1,60 @@
+"""The two lines on top of every page: where one is, the link to the daemon, and the box."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.content import Content
+from textual.widgets import Static
+
+from tui.link import Link
+from tui.viewmodels.box import Box, status_line
+from tui.viewmodels.styles import MUTED
+from tui.widgets.tab import Tab
+
+
+class Header(Vertical):
+    """Page names, link badge and status line; below them, while the link is down, what is wrong."""
+
+    DEFAULT_CSS = """
+    Header {
+        height: auto;
+        Horizontal { height: 1; }
+        #link { width: 1fr; padding: 0 1; text-align: right; }
+        #status { height: 1; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; background: $surface; }
+        #problem { padding: 0 1; background: $error 20%; display: none; }
+        #problem.-shown { display: block; }
+    }
+    """
+
+    def __init__(self, pages: dict[str, str], page: str) -> None:
+        super().__init__()
+        self._pages, self._page = pages, page
+
+    def compose(self) -> ComposeResult:
+        with Horizontal():
+            for number, (name, label) in enumerate(self._pages.items(), 1):
+                chosen = partial(self.app.run_action, f"app.page('{name}')")
+                yield Tab(f"{number} {label}", chosen, present=name == self._page)
+            yield Static(id="link", markup=False)
+        yield Static(id="status", markup=False)
+        yield Static(id="problem", markup=False)
+
+    def show(self, box: Box | None, link: Link) -> None:
+        self.query_one("#link", Static).update(_badge(link))
+        width = (self.size.width or self.app.size.width) - 2
+        words = status_line(box.status, width) if box else Content.styled("nothing known yet", MUTED)
+        self.query_one("#status", Static).update(words)
+        problem = self.query_one("#problem", Static)
+        problem.update(Content.assemble((link.problem, ""), ("  (ctrl+r tries at once)", MUTED)))
+        problem.set_class(bool(link.failures), "-shown")
+
+
+def _badge(link: Link) -> Content:
+    if link.connected:
+        return Content.styled("● connected", "$text-success")
+    if link.failures:
+        return Content.styled(f"○ reconnecting {link.failures}", "$text-warning")
+    return Content.styled("○ connecting", MUTED)
