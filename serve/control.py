@@ -118,7 +118,8 @@ def control_app(
     @app.get("/v1/datasets/{name}")
     async def dataset(name: str) -> dict[str, Any]:
         found = datasets.find(name)
-        return {**Dataset.open(home, found.id).report, "name": found.name}
+        report: dict[str, Any] = Dataset.open(home, found.id).report
+        return {**report, "name": found.name}
 
     @app.get("/v1/datasets/{name}/rows")
     async def rows(

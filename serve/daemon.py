@@ -20,7 +20,7 @@ from pathlib import Path
 import uvicorn
 
 from appliance import hardware
-from appliance.errors import Conflict, InvalidInput, NotAllowed
+from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed
 from appliance.home import Home
 from appliance.settings import Settings
 from appliance.store.database import open_database
@@ -84,12 +84,17 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     notify("STOPPING=1")
     log.info("stopping: workers write a checkpoint, answers under way are finished")
     supervising.cancel()
+    waiting.cancel()
+    await asyncio.gather(supervising, waiting, return_exceptions=True)
     for server in servers:
         server.should_exit = True
     await asyncio.gather(*serving, return_exceptions=True)
     await supervisor.close(WORKER_GRACE_SECONDS)
-    await gateway.close()
     home.control_socket().unlink(missing_ok=True)
+    if not ended.is_set():
+        raise ApplianceError(
+            "daemon_failed", "a part of the daemon ended by itself", "see the log above, then start again"
+        )
 
 
 class _Frontage:

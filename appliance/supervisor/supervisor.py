@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from appliance import api
 from appliance.errors import ApplianceError
-from appliance.home import Home
+from appliance.home import Home, disk_error
 from appliance.release.gates import Gate, judge_parity, judge_stopping, load_probes
 from appliance.release.manifest import finalise
 from appliance.store.processes import Processes, ProcessRow
@@ -122,7 +122,8 @@ class Supervisor:
             self._on_tick()
             if not acted:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._poke.wait(), TICK_SECONDS)
+                    async with asyncio.timeout(TICK_SECONDS):
+                        await self._poke.wait()
                 self._poke.clear()
 
     async def tick(self) -> bool:
@@ -221,7 +222,16 @@ class Supervisor:
     # Acting
 
     def _do(self, action: Action) -> None:
+        """Do it; a run whose action cannot be done fails by itself and leaves the others alone."""
         log.info("%s", action)
+        try:
+            self._perform(action)
+        except Exception as error:
+            if isinstance(action, StartEngine | StopEngine | Route):
+                raise
+            self._give_up(action.run, error)
+
+    def _perform(self, action: Action) -> None:
         match action:
             case StartWorker(run):
                 self._start_worker(self.runs.get(run))
@@ -312,16 +322,19 @@ class Supervisor:
         except ConnectionError as error:
             log.warning("the engine went away while %s was probed: %s", run.id, error)
             await asyncio.sleep(TICK_SECONDS)
-        except (ApplianceError, OSError, ValueError) as error:
-            reason, next = (
-                getattr(error, "message", str(error)),
-                getattr(error, "next", "resume the run to try again"),
-            )
-            self._events(run.id).append("failed", "probe", reason=reason, next=next)
-            self.runs.finish(run.id, "failed", reason, next)
+        except Exception as error:
+            self._give_up(run.id, error)
         finally:
             self._probes.pop(run.id, None)
             self.poke()
+
+    def _give_up(self, run: str, error: Exception) -> None:
+        log.error("run %s cannot go on", run, exc_info=error)
+        if isinstance(error, OSError):
+            error = disk_error(error, self.home.root)
+        reason = error.message if isinstance(error, ApplianceError) else f"{type(error).__name__}: {error}"
+        next = error.next if isinstance(error, ApplianceError) else "see the daemon's log"
+        self.runs.finish(run, "failed", reason, next)
 
     def _conclude(self, run: api.Run, gates: dict[str, Gate]) -> None:
         """Safe to repeat: a release that has its manifest already is only recorded."""

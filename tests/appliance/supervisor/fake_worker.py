@@ -35,4 +35,5 @@ if stage == "merge":
 if stage == "verify":
     probes = [{"messages": [{"role": "user", "content": "hi"}], "token_ids": [1, 2], "max_tokens": 8}]
     (run / "verify" / "probes.json").write_text(json.dumps(probes))
-(run / stage / "result.json").write_text(json.dumps({"gates": gates, "seconds": 0.0}))
+figures = {"gates": gates, "kept": "16-bit", "losses": {}, "files": {}, "base_weights": {}, "seconds": 0.0}
+(run / stage / "result.json").write_text(json.dumps(figures))
