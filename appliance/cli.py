@@ -27,7 +27,7 @@ def main() -> None:
     from appliance import console
 
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="appliance", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except ApplianceError as error:
         console.complain(error)

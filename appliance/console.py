@@ -8,8 +8,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
 from appliance.errors import ApplianceError
 
 
@@ -96,6 +94,4 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    raise TypeError(type(value).__name__)
+    return value.model_dump(mode="json")

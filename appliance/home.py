@@ -13,6 +13,9 @@ from typing import Any
 
 from appliance.errors import InvalidInput, NoSpace
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a model, dataset or recipe may be called: it names a directory or is shown in one line."""
+
 _SOCKET_PATH_LIMIT = 107
 _SERVICE_SOCKET = Path("/run/appliance/control.sock")
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from appliance import api
 from appliance.errors import InvalidInput, NotFound
-from appliance.home import Home
+from appliance.home import NAME_PATTERN, Home
 
 SOURCE = "source.json"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -20,7 +19,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 def list_models(home: Home) -> list[api.Model]:
     """The base models that can be used, by name."""
     found = []
-    for directory in sorted(home.models.glob("*")):
+    for directory in sorted(home.models.glob("[!.]*")):
         try:
             check_model(directory)
         except InvalidInput:
@@ -39,7 +38,7 @@ def list_models(home: Home) -> list[api.Model]:
 def model_path(home: Home, name: str) -> Path:
     """Directory of the base model `name`. Raises NotFound, or InvalidInput naming what the directory lacks."""
     directory = home.models / name
-    if not NAME.fullmatch(name) or not directory.is_dir():
+    if not re.match(NAME_PATTERN, name) or not directory.is_dir():
         raise NotFound("no_such_model", f"there is no base model {name} on this box", f"run `appliance pull {name}`")
     check_model(directory)
     return directory
@@ -47,7 +46,7 @@ def model_path(home: Home, name: str) -> Path:
 
 def check_model(directory: Path) -> None:
     """Raise InvalidInput unless `directory` holds a model that trains and serves without running code of its own."""
-    if directory.name.startswith(".") or not directory.is_dir():
+    if not directory.is_dir():
         raise InvalidInput("no_model", f"{directory} is not a model directory", "name a directory of model files")
     config = _read_json(directory / "config.json")
     tokenizer_config = _read_json(directory / "tokenizer_config.json")
@@ -59,7 +58,7 @@ def check_model(directory: Path) -> None:
             f"the model in {directory} runs Python code of its own",
             "use a model that Transformers supports itself",
         )
-    if not any(directory.glob("*.safetensors")):
+    if not any(directory.glob("model*.safetensors")):
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
         raise _lacking(
             directory,

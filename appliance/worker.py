@@ -26,6 +26,8 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Set before the libraries are imported: they read it then."""
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
+"""Threads that wait spin by default, which slows a step many times over as soon as anything else wants a core."""
 
 
 def main(run: Path, stage: str) -> int:
@@ -57,8 +59,8 @@ def _run(run: Path, stage: str, interruption: Interruption) -> int:
         recipe = parse_recipe((run / "recipe.toml").read_text())
         figures = _stage(Home(run.parent.parent), run, recipe, stage, events, interruption)
     except Exception as error:
-        traceback.print_exc()
         failure = _explain(error, stage)
+        print(failure, file=sys.stderr) if failure is error else traceback.print_exc()
         write_json(folder / "failure.json", {"code": failure.code, "reason": failure.message, "next": failure.next})
         events.append("failed", stage, reason=failure.message, next=failure.next)
         return Exit.FAILED
@@ -100,5 +102,5 @@ def _explain(error: Exception, stage: str) -> ApplianceError:
 
 
 if __name__ == "__main__":
-    os.environ.update(QUIET)
+    os.environ.update({**PATIENT, **os.environ, **QUIET})
     sys.exit(main(Path(sys.argv[1]).absolute(), sys.argv[2]))

@@ -219,6 +219,7 @@ def main() -> int:
     home = Path(os.environ.get("APPLIANCE_HOME") or EXAMPLES.parent / ".demo").absolute()
     home.mkdir(parents=True, exist_ok=True)
     daemon, clock = Daemon(home), Clock()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     status = 1
     try:
         with clock.time("pull"):

@@ -17,7 +17,7 @@ LISTENERS = {"fastapi", "uvicorn", "starlette"}
     [
         ("import serve.daemon", HEAVY | SCREENS),
         ("import tui.app", HEAVY | LISTENERS),
-        ("import appliance.client", HEAVY | SCREENS | LISTENERS),
+        ("import appliance.client", HEAVY | LISTENERS | {"textual"}),
         ("import appliance.data.importer", HEAVY | SCREENS | LISTENERS),
         (
             "import sys; sys.argv = ['appliance', '--help']\n"

@@ -13,7 +13,7 @@ from textual import work
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
-from textual.reactive import reactive
+from textual.reactive import var
 from textual.screen import Screen
 from textual.system_commands import SystemCommandsProvider
 
@@ -65,12 +65,12 @@ class ApplianceApp(App[None]):
         Binding("ctrl+r", "retry", "Try again", tooltip="Ask the daemon at once", show=False, id="app.retry"),
         Binding("question_mark,f1", "help", "Help", id="app.help"),
         Binding("q", "quit", "Quit", tooltip="Runs and the endpoint go on", id="app.quit"),
-        Binding("ctrl+q", "quit", "Quit from anywhere", show=False, priority=True, id="app.quit_anywhere"),
+        Binding("ctrl+q", "quit", "Quit", show=False, priority=True, id="app.quit_anywhere"),
         Binding("ctrl+p", "command_palette", "Commands", key_display="^p", priority=True, id="app.palette"),
     ]
 
-    box: reactive[Box | None] = reactive(None)
-    link: reactive[Link] = reactive(Link())
+    box: var[Box | None] = var(None)
+    link: var[Link] = var(Link())
 
     def __init__(self, client: Client) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class KeySection:
 def key_sections(app: App[Any]) -> list[KeySection]:
     """All bindings of the present screen, of the kinds of widgets in it, and of the app."""
     screen = app.screen
-    kinds = [type(screen), *dict.fromkeys(type(widget) for widget in screen.query("*")), type(app)]
+    kinds = [type(screen), type(app), *dict.fromkeys(type(widget) for widget in screen.query("*"))]
     sections = []
     seen: set[str] = set()
     for kind in kinds:
@@ -72,15 +72,14 @@ class ApplianceCommands(Provider):
                 yield Hit(score, matcher.highlight(command.title), command.call, help=command.help)
 
     def _actions(self) -> Iterator[Command]:
-        told: set[str] = set()
+        told = {"command_palette"}
         for node, binding, enabled, _ in self.screen.active_bindings.values():
-            if not binding.id or not binding.description or not enabled or binding.id in told:
+            area = (binding.id or "").partition(".")[0]
+            if not area or area in _MOVEMENTS or not enabled or binding.action in told:
                 continue
-            if binding.id.partition(".")[0] in _MOVEMENTS:
-                continue
-            told.add(binding.id)
-            title = f"{binding.id.partition('.')[0]}: {binding.description}"
-            keys = f"[{self.app.get_key_display(binding)}]"
+            told.add(binding.action)
+            title = f"{area}: {binding.description}"
+            keys = f"({self.app.get_key_display(binding)})"
             call = partial(self.app.run_action, binding.action, node)
             yield Command(title, " ".join(filter(None, (binding.tooltip, keys))), call)
 

@@ -19,11 +19,6 @@ APPLIANCE = Theme(
     variables={
         "border": "#56b4e9",
         "border-blurred": "#2b3a48",
-        "block-cursor-background": "#24506b",
-        "block-cursor-foreground": "#f4f8fb",
-        "block-cursor-text-style": "none",
-        "block-cursor-blurred-background": "#1e303d",
-        "block-cursor-blurred-text-style": "none",
         "footer-background": "#0f151b",
         "footer-key-foreground": "#f0a830",
         "footer-description-foreground": "#9fb0bf",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
 import re
-from array import array
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, BinaryIO, Literal, overload
 
 from appliance.errors import NotFound
 from appliance.home import Home
@@ -24,7 +25,34 @@ REPORT = "report.json"
 SOURCE = "source.json"
 
 _ID = re.compile(r"[0-9a-f]{16}")
-_OFFSET_BYTES = 8
+
+
+class RowWriter:
+    """Writes rows.jsonl and rows.offsets, and knows the id that the rows give the dataset."""
+
+    def __init__(self, lines: BinaryIO, offsets: BinaryIO) -> None:
+        self._lines = lines
+        self._offsets = offsets
+        self._end = 0
+        self._hash = hashlib.sha256()
+
+    @classmethod
+    @contextlib.contextmanager
+    def into(cls, directory: Path) -> Iterator[RowWriter]:
+        """A writer of the two files in `directory`, which are complete when the context ends."""
+        with open(directory / ROWS, "wb") as lines, open(directory / OFFSETS, "wb") as offsets:
+            yield cls(lines, offsets)
+
+    @property
+    def id(self) -> str:
+        """Hash of the rows so far in their order, without where they came from."""
+        return self._hash.hexdigest()[:16]
+
+    def add(self, row: Row, canonical: bytes, source: dict[str, Any]) -> None:
+        """Append `row`, whose `canonical_json` is `canonical`, with where it came from."""
+        self._hash.update(canonical + b"\n")
+        self._end += self._lines.write(json.dumps({**row, "source": source}, ensure_ascii=False).encode() + b"\n")
+        self._offsets.write(struct.pack("=Q", self._end))
 
 
 class Rows(Sequence[Row]):
@@ -108,17 +136,6 @@ def prompt_hash(row: Row) -> bytes:
 def canonical_json(value: Any) -> bytes:
     """The one form in which a value is hashed: sorted keys, no spaces, UTF-8."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-
-
-def write_rows(directory: Path, rows: Sequence[Row]) -> None:
-    """Write rows.jsonl and rows.offsets into `directory`."""
-    ends = array("Q")
-    end = 0
-    with open(directory / ROWS, "wb") as file:
-        for row in rows:
-            end += file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            ends.append(end)
-    (directory / OFFSETS).write_bytes(ends.tobytes())
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -10,6 +10,8 @@ from typing import Any
 from appliance.data.dataset import Row
 
 Message = dict[str, Any]
+Parts = dict[str, list[Message]]
+"""The lists of messages that a row consists of, by name."""
 
 _ROLES = {
     "system": "system",
@@ -40,7 +42,8 @@ class Dropped(Exception):
 class Canonical:
     """A record as a row: OpenAI-style `messages`, or `prompt`, `chosen` and `rejected` as lists of such messages.
 
-    `trimmed` says that an answer was given with white space around it, which most templates would take off anyway.
+    `trimmed` says that white space was taken off around an answer: a header that runs into it would be tokenised
+    otherwise in training than in use.
     """
 
     format: str
@@ -58,11 +61,12 @@ def to_canonical(value: Any, format: str | None = None) -> Canonical:
     lacking = [key for key in _REQUIRED[found] if key not in value]
     if lacking:
         raise Dropped("unknown_format", f"it lacks `{lacking[0]}` of {found}; its keys are {_keys(value)}")
-    row = _CONVERT[found](value)
-    tools = _tools(value.get("tools"))
-    if tools:
+    parts = _CONVERT[found](value)
+    row: Row = {part: _trimmed(messages) for part, messages in parts.items()}
+    trimmed = row != parts
+    if tools := _tools(value.get("tools")):
         row["tools"] = tools
-    return Canonical(found, row, _trim(row))
+    return Canonical(found, row, trimmed)
 
 
 def detect(value: Mapping[str, Any]) -> str | None:
@@ -70,7 +74,7 @@ def detect(value: Mapping[str, Any]) -> str | None:
     return next((name for name, keys in _REQUIRED.items() if all(key in value for key in keys)), None)
 
 
-def _alpaca(value: Mapping[str, Any]) -> Row:
+def _alpaca(value: Mapping[str, Any]) -> Parts:
     messages = _system(value)
     history = value.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
@@ -84,14 +88,14 @@ def _alpaca(value: Mapping[str, Any]) -> Row:
     return _conversation(messages)
 
 
-def _sharegpt(value: Mapping[str, Any]) -> Row:
+def _sharegpt(value: Mapping[str, Any]) -> Parts:
     messages = _system(value) + _messages(value["conversations"], "conversations")
     if "chosen" in value and "rejected" in value:
         return _preference_row(messages, value)
     return _conversation(messages)
 
 
-def _turns(value: Mapping[str, Any]) -> Row:
+def _turns(value: Mapping[str, Any]) -> Parts:
     turns = value["conversation"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Dropped("unknown_format", "`conversation` is not a list of turns with `input` and `output`")
@@ -102,22 +106,22 @@ def _turns(value: Mapping[str, Any]) -> Row:
     return _conversation(messages)
 
 
-def _openai(value: Mapping[str, Any]) -> Row:
+def _openai(value: Mapping[str, Any]) -> Parts:
     return _conversation(_messages(value["messages"], "messages"))
 
 
-def _preference(value: Mapping[str, Any]) -> Row:
+def _preference(value: Mapping[str, Any]) -> Parts:
     prompt = value["prompt"]
     asked = [_said("user", prompt, "prompt")] if isinstance(prompt, str) else _messages(prompt, "prompt")
     return _preference_row(_system(value) + asked, value)
 
 
-def _conversation(messages: list[Message]) -> Row:
+def _conversation(messages: list[Message]) -> Parts:
     _check_order(messages)
     return {"messages": messages}
 
 
-def _preference_row(prompt: list[Message], value: Mapping[str, Any]) -> Row:
+def _preference_row(prompt: list[Message], value: Mapping[str, Any]) -> Parts:
     answers = {}
     for key in ("chosen", "rejected"):
         given = value[key]
@@ -130,12 +134,12 @@ def _preference_row(prompt: list[Message], value: Mapping[str, Any]) -> Row:
         answers[key] = answer
     if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise Dropped("roles_out_of_order", "the prompt does not end with the user's turn")
-    if answers["chosen"] == answers["rejected"]:
+    if _trimmed(answers["chosen"]) == _trimmed(answers["rejected"]):
         raise Dropped("chosen_equals_rejected", "the chosen answer is the rejected one")
     return {"prompt": prompt, **answers}
 
 
-_CONVERT: dict[str, Callable[[Mapping[str, Any]], Row]] = {
+_CONVERT: dict[str, Callable[[Mapping[str, Any]], Parts]] = {
     "sharegpt": _sharegpt,
     "preference": _preference,
     "openai": _openai,
@@ -185,10 +189,11 @@ def _message(item: Any, key: str) -> Message:
         raise Dropped("unknown_format", f"`{key}` holds {_kind(item)}, not a message")
     speaker = item.get("role", item.get("from"))
     content = item.get("content", item.get("value"))
-    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
-    if role is None:
-        raise Dropped("bad_role", f"`{key}` has a message by {json.dumps(speaker)[:40]}, which is no known role")
-    if speaker == "function_call":
+    if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
+        shown = f"{speaker!r:.40}" if isinstance(speaker, str) else _kind(speaker)
+        raise Dropped("bad_role", f"`{key}` has a message by {shown}, which is no known role")
+    role = _ROLES[speaker.lower()]
+    if speaker.lower() == "function_call":
         return {"role": role, "content": "", "tool_calls": _tool_calls(content)}
     message = _said(role, content, key)
     if role == "assistant" and item.get("tool_calls"):
@@ -252,21 +257,26 @@ def _from_json(value: Any) -> Any:
         return value
 
 
-def _trim(row: Row) -> bool:
-    """Take the white space around the assistant's texts off, in place; whether there was any."""
-    trimmed = False
-    for messages in (row.get("messages"), row.get("prompt"), row.get("chosen"), row.get("rejected")):
-        for message in messages or ():
-            if message["role"] == "assistant" and message["content"] != message["content"].strip():
-                message["content"] = message["content"].strip()
-                trimmed = True
-    return trimmed
+def _trimmed(messages: list[Message]) -> list[Message]:
+    """The messages without white space around the assistant's texts."""
+    return [
+        {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message
+        for message in messages
+    ]
 
 
 def _keys(value: Mapping[str, Any]) -> str:
-    return ", ".join(list(value)[:8])[:120] or "none"
+    shown = ", ".join(list(value)[:8])[:120] or "none"
+    return shown.encode(errors="replace").decode()
 
 
 def _kind(value: Any) -> str:
-    names = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), "null")

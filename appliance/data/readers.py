@@ -41,9 +41,7 @@ def read_records(path: Path, filename: str) -> Iterator[Record]:
                 "name the file .json, or .jsonl where each line is one row",
             )
     except OSError as error:
-        raise InvalidInput(
-            "unreadable_file", f"cannot read {filename}: {error.strerror}", "check the path"
-        ) from None
+        raise InvalidInput("unreadable_file", f"cannot read {filename}: {error.strerror}", "check the path") from None
 
 
 def _json_lines(path: Path, filename: str) -> Iterator[Record]:
@@ -99,9 +97,7 @@ def _parse(text: str, filename: str, line: int, byte: int) -> Any:
         return json.loads(text, parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         at = (line + error.lineno - 1, error.colno, byte + len(text[: error.pos].encode()))
-        hint = (
-            "if each line is one row, name it .jsonl" if error.msg == "Extra data" and line == 1 else "mend it there"
-        )
+        hint = "if each line is one row, name it .jsonl" if error.msg == "Extra data" and line == 1 else "mend it there"
         raise _malformed(filename, at, error.msg, hint) from None
     except RecursionError:
         raise _malformed(filename, (line, 1, byte), "it is nested too deeply", "make it flatter") from None

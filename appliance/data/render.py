@@ -57,9 +57,7 @@ def render_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tool
     return Rendered(ids, trained)
 
 
-def _end_of_text(
-    tokenizer: Any, content: str, ids: list[int], start: int, special: frozenset[int], index: int
-) -> int:
+def _end_of_text(tokenizer: Any, content: str, ids: list[int], start: int, special: frozenset[int], index: int) -> int:
     """Position after the first special token before which ids[start:] decode to the whole of `content`."""
     text = _normal(content)
     for position in range(start, len(ids)):
@@ -98,9 +96,7 @@ def _no_end_of_turn(index: int) -> InvalidInput:
     )
 
 
-def _encode(
-    tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool
-) -> list[int]:
+def _encode(tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool) -> list[int]:
     try:
         encoded = tokenizer.apply_chat_template(
             list(messages),

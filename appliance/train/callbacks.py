@@ -34,9 +34,7 @@ class Reporter(TrainerCallback):
         self._begun = time.monotonic()
         self._tokens_before = state.num_input_tokens_seen
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
         if "loss" not in logs:
             return
         seconds = time.monotonic() - self._begun
@@ -105,9 +103,7 @@ class Guard(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
         self._before = _fingerprint(model)
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
         if not all(math.isfinite(logs.get(figure, 0.0)) for figure in ("loss", "grad_norm", "eval_loss")):
             raise ApplianceError(
                 "diverged",
@@ -117,13 +113,13 @@ class Guard(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
         self._steps += 1
-        if self._steps == STEPS_TO_MOVE or (state.global_step == state.max_steps and self._steps < STEPS_TO_MOVE):
-            if _fingerprint(model) == self._before:
-                raise ApplianceError(
-                    "adapter_unchanged",
-                    f"the adapter is unchanged after {self._steps} steps of {self.stage.name}",
-                    f"raise learning_rate (now {self.stage.learning_rate}), or target other modules",
-                )
+        judged = self._steps == STEPS_TO_MOVE or (self._steps < STEPS_TO_MOVE and state.global_step == state.max_steps)
+        if judged and _fingerprint(model) == self._before:
+            raise ApplianceError(
+                "adapter_unchanged",
+                f"the adapter is unchanged after {self._steps} steps of {self.stage.name}",
+                f"raise learning_rate (now {self.stage.learning_rate}), or target other modules",
+            )
 
 
 def _fingerprint(model: Any) -> float:

@@ -10,11 +10,11 @@ from typing import Any
 import bitsandbytes.functional as nf4
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from appliance.data.render import render_conversation
-from appliance.errors import InvalidInput, NotFound
-from appliance.home import Home
+from appliance.errors import InvalidInput
 from appliance.train.recipe import Adapter
 
 ON_GPU = torch.cuda.is_available()
@@ -22,25 +22,14 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 """bf16 is far slower than fp32 on most CPUs."""
 
 
-def base_folder(home: Home, name: str) -> Path:
-    """Directory of the base model `name`. Raises NotFound."""
-    folder = home.models / name
-    if not folder.is_dir():
-        raise NotFound("no_such_model", f"there is no base model {name} on this box", f"run `appliance pull {name}`")
-    return folder
-
-
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer published with a model. Raises InvalidInput where it is missing or has no chat template."""
+    """The tokenizer published with a model. Raises InvalidInput where it cannot be used."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InvalidInput(
             "no_tokenizer", f"{folder} holds no usable tokenizer: {_first_line(error)}", "pull the base model again"
         ) from error
-    if not tokenizer.chat_template:
-        raise InvalidInput("no_chat_template", f"the tokenizer in {folder} has no chat template", "use an instruct model")
-    return tokenizer
 
 
 def load_model(folder: Path, *, quantised: bool = False) -> Any:
@@ -63,7 +52,7 @@ def load_model(folder: Path, *, quantised: bool = False) -> Any:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPE, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise InvalidInput(
@@ -84,16 +73,15 @@ def quantised_modules(model: Any) -> list[str]:
     """Names of the linear layers that QLoRA keeps in NF4: all but the output head."""
     head = model.get_output_embeddings()
     return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     ]
 
 
 def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
     """`weight` (out, in) as fp32 values of NF4 in blocks of 64 with double quantisation."""
     codes, state = nf4.quantize_4bit(weight.detach().float().contiguous(), quant_type="nf4", compress_statistics=True)
-    return nf4.dequantize_4bit(codes, state).float()
+    values: torch.Tensor = nf4.dequantize_4bit(codes, state)
+    return values
 
 
 def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
@@ -144,7 +132,9 @@ def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
         if not matched:
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in fits}))
             raise InvalidInput(
-                "no_such_module", f"the adapter's target {target!r} matches no module of the base model", f"choose from {known}"
+                "no_such_module",
+                f"the adapter's target {target!r} matches no module of the base model",
+                f"choose from {known}",
             )
         if not matched <= fits:
             raise InvalidInput(

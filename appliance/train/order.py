@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-BATCHES_SORTED_TOGETHER = 8
+BATCHES_SORTED_TOGETHER = 32
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:

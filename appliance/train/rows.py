@@ -25,25 +25,26 @@ def tokenise(
 ) -> tuple[list[Example], int]:
     """Examples of the rows at `indices`, and how many rows were left out because they are too long.
 
-    Raises InvalidInput naming the row (the first is row 1) that cannot be trained on, or how many rows are longer
-    than `stage.max_length` unless `stage.drop_long`.
+    Raises InvalidInput naming the row that cannot be trained on, or how many rows are longer than `stage.max_length`
+    unless `stage.drop_long`.
     """
     examples, too_long = [], []
     for index in indices:
+        row = dataset.rows[index]
         try:
-            row = example(dataset.rows[index])
+            found = example(row)
         except InvalidInput as error:
-            raise InvalidInput(error.code, f"row {index + 1} of {dataset.id}: {error.message}", error.next) from None
-        if length(row) > stage.max_length:
-            too_long.append((length(row), index + 1))
+            raise InvalidInput(error.code, f"{_place(index, row)}: {error.message}", error.next) from None
+        if length(found) > stage.max_length:
+            too_long.append((length(found), _place(index, row)))
         else:
-            examples.append(row)
+            examples.append(found)
     if too_long and not stage.drop_long:
-        longest, row_number = max(too_long)
+        longest, place = max(too_long)
         raise InvalidInput(
             "row_too_long",
             f"{len(too_long)} rows are longer than max_length = {stage.max_length} tokens; "
-            f"the longest is row {row_number} with {longest}",
+            f"the longest is {place} with {longest}",
             f"set max_length = {longest}, or drop_long = true to leave them out",
         )
     return examples, len(too_long)
@@ -53,3 +54,10 @@ def require_trained(trained: list[bool]) -> None:
     """Raise InvalidInput where no token of a row is trained."""
     if not any(trained):
         raise InvalidInput("nothing_to_train", "it has no assistant turn to train on", "take the row out, or mend it")
+
+
+def _place(index: int, row: dict[str, Any]) -> str:
+    """Where a row came from, as a person finds it."""
+    source = row.get("source", {})
+    file = source.get("file", "the dataset")
+    return f"line {source['line']} of {file}" if "line" in source else f"row {source.get('index', index)} of {file}"

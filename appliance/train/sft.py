@@ -24,8 +24,7 @@ def example(tokenizer: Any, row: dict[str, Any]) -> Example:
     rendered = render_conversation(tokenizer, row["messages"], row.get("tools"))
     require_trained(rendered.trained)
     labels = [
-        token if trained else IGNORED
-        for token, trained in zip(rendered.input_ids, rendered.trained, strict=True)
+        token if trained else IGNORED for token, trained in zip(rendered.input_ids, rendered.trained, strict=True)
     ]
     return {"input_ids": rendered.input_ids, "labels": labels}
 

@@ -13,6 +13,7 @@ from appliance.data.dataset import Dataset, prompt_messages
 from appliance.data.render import render_prompt
 from appliance.errors import InvalidInput
 from appliance.home import Home, building
+from appliance.models import model_path
 from appliance.train.callbacks import Cadence, Guard, Reporter
 from appliance.train.checkpoints import newest_whole
 from appliance.train.dpo import DPO
@@ -21,7 +22,6 @@ from appliance.train.interruption import INTERRUPTED, Interruption
 from appliance.train.model import (
     ON_GPU,
     add_adapter,
-    base_folder,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -49,7 +49,7 @@ def train_stage(
     """
     stage = recipe.stage(name)
     folder = run / name
-    base = base_folder(home, recipe.base)
+    base = model_path(home, recipe.base)
     tokenizer = load_tokenizer(base)
     dataset = Dataset.open(home, stage.dataset)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)

@@ -14,7 +14,6 @@ from transformers import Trainer
 from appliance.data.dataset import Kind
 from appliance.train.checkpoints import seal
 from appliance.train.order import LengthSampler
-from appliance.train.recipe import DpoStage, SftStage
 from appliance.train.rows import Example
 
 
@@ -27,7 +26,7 @@ class Method:
     """(tokenizer, canonical row) -> example. Raises InvalidInput for a row that cannot be trained on."""
     length: Callable[[Example], int]
     """Tokens of the longest sequence in an example."""
-    trainer: Callable[[Any, Any, SftStage | DpoStage, dict[str, Any], list[Example], list[Example]], Any]
+    trainer: Callable[[Any, Any, Any, dict[str, Any], list[Example], list[Example]], Any]
     """(adapted model, tokenizer, stage, arguments, train, held out) -> Transformers trainer."""
 
 

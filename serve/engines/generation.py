@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import queue
+import secrets
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
@@ -24,11 +26,14 @@ from serve.engines.answer import Piece
 from serve.engines.sampling import Sampling, processors
 from serve.engines.text import TextStream
 
+log = logging.getLogger(__name__)
+
 _PAGE = 256
 """Tokens in a block of the KV cache."""
 _BATCH_TOKENS = 512
 """Tokens in one forward pass; a longer prompt takes several, between which others go on."""
 _BATCH_REQUESTS = 64
+_UNHEEDED = ("repetition_penalty", "min_p", "typical_p", "no_repeat_ngram_size")
 
 
 class EngineDead(Exception):
@@ -49,6 +54,9 @@ class Generator:
         ).to("cuda" if on_gpu else "cpu")
         self.stop_ids = _stop_ids(network.generation_config, self.tokenizer)
         self._defaults = network.generation_config
+        for name in _UNHEEDED:
+            if getattr(self._defaults, name, None) not in (None, 0, 1):
+                log.warning("this engine does not heed %s in generation_config.json", name)
         self._manager = network.init_continuous_batching(
             # The processors are ours: this configuration adds none, and takes the token of the highest score.
             GenerationConfig(do_sample=False, eos_token_id=sorted(self.stop_ids) or None),
@@ -95,7 +103,7 @@ class Generator:
             temperature=chosen("temperature", 1.0),
             top_p=chosen("top_p", 1.0),
             top_k=chosen("top_k", 0),
-            seed=request.get("seed", uuid.uuid4().int),
+            seed=request.get("seed", secrets.randbits(63)),
         )
 
     async def generate(

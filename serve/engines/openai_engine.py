@@ -31,7 +31,10 @@ class OpenAIEngine:
             return False
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
-        """Render and answer one probe greedily. Raises ConnectionError where the engine does not answer."""
+        """Render and answer one probe greedily.
+
+        Raises ConnectionError where the engine does not answer, and InvalidInput where it refuses the probe.
+        """
         prompt = {"model": name, "messages": probe.messages}
         try:
             async with _connect(address, _PROBE_TIMEOUT) as engine:
@@ -72,6 +75,19 @@ def _connect(address: str, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSess
 
 async def _post(engine: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
     async with engine.post(f"http://engine{path}", json=body) as response:
+        if 400 <= response.status < 500:
+            raise InvalidInput(
+                "probe_refused",
+                f"the engine refuses a probe: {_reason(await response.text())}",
+                "a prompt of the probes may be longer than APPLIANCE_MAX_MODEL_LEN allows",
+            )
         response.raise_for_status()
         answer: dict[str, Any] = await response.json()
         return answer
+
+
+def _reason(refusal: str) -> str:
+    try:
+        return str(json.loads(refusal)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return refusal[:200]

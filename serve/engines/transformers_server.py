@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import uvicorn
 from starlette.types import Receive, Scope, Send
+from transformers.utils.logging import disable_progress_bar
 
 from serve.engines.answer import Answer
 from serve.engines.generation import EngineDead, Generator
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, required=True)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    disable_progress_bar()
     generator = Generator(options.model, options.kv_cache_gib, options.gpu_memory_share, options.max_model_len)
     if generator.max_model_len < options.max_model_len:
         log.warning("the KV cache holds %d tokens; longer contexts are refused", generator.max_model_len)

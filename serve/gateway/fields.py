@@ -120,7 +120,7 @@ def _a(*kinds: type) -> Callable[[Any], bool]:
 
 
 def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: any(value is each or (value == each and type(value) is type(each)) for each in values)
+    return lambda value: value in values
 
 
 def _stop(value: Any) -> bool:
@@ -159,11 +159,11 @@ _FIELDS: dict[str, _Field] = {
     "temperature": _Field("a number from 0 to 2", _number(0, 2)),
     "top_p": _Field("a number above 0 and at most 1", _number(math.ulp(0.0), 1)),
     "top_k": _Field("an integer; 0 or -1: all tokens", _integer(-1, 1 << 31)),
-    "min_p": _Field("a number from 0 to 1", _number(0, 1), _one_of(0, 0.0)),
+    "min_p": _Field("a number from 0 to 1", _number(0, 1), _one_of(0)),
     "seed": _Field("an integer of 64 bits", _integer(-(1 << 63), (1 << 63) - 1)),
-    "frequency_penalty": _Field("a number from -2 to 2", _number(-2, 2), _one_of(0, 0.0)),
-    "presence_penalty": _Field("a number from -2 to 2", _number(-2, 2), _one_of(0, 0.0)),
-    "repetition_penalty": _Field("a number above 0", _number(math.ulp(0.0), math.inf), _one_of(1, 1.0)),
+    "frequency_penalty": _Field("a number from -2 to 2", _number(-2, 2), _one_of(0)),
+    "presence_penalty": _Field("a number from -2 to 2", _number(-2, 2), _one_of(0)),
+    "repetition_penalty": _Field("a number above 0", _number(math.ulp(0.0), math.inf), _one_of(1)),
     "logit_bias": _Field("an object", _OBJECT, _one_of({})),
     # What is told about the answer.
     "logprobs": _Field("true or false", _BOOLEAN, _one_of(False)),

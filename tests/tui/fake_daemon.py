@@ -178,7 +178,7 @@ class FakeDaemon:
         self._emit(run, "warning", "sft", clock, message="2 of 98 rows are longer than max_length and were left out")
         for step in range(1, 97):
             clock += 2.2
-            loss = 2.55 * math.exp(-step / 17) + 0.34 + dice.gauss(0, 0.17) * (0.5 + math.exp(-step / 40))
+            loss = 2.55 * math.exp(-step / 17) + 0.34 + dice.gauss(0, 0.26) * (0.5 + math.exp(-step / 40))
             self.step(run, "sft", step, 96, max(loss, 0.05), clock, (96 - step) * 2.2)
             self.logs[run] += f"sft step {step}/96 loss {loss:.4f} 468 tok/s\n"
             if step % 16 == 0:

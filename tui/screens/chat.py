@@ -17,6 +17,7 @@ from tui.screens.page import Page
 from tui.viewmodels.box import Box
 from tui.viewmodels.conversation import Conversation
 from tui.viewmodels.format import plain
+from tui.widgets.words import Words
 
 
 class ChatPage(Page):
@@ -42,7 +43,7 @@ class ChatPage(Page):
     def compose_body(self) -> ComposeResult:
         with Vertical(id="body"):
             yield VerticalScroll(id="turns")
-            yield Static(id="answering", markup=False)
+            yield Words(id="answering")
             yield Input(id="question", placeholder="Ask the live model; enter sends, esc leaves this line")
 
     def on_mount(self) -> None:
@@ -54,7 +55,7 @@ class ChatPage(Page):
         if not self._answering:
             status = box.status
             words = f"{status.routed} answers" if status.routed else "no release is live: promote one on page 3"
-            self.query_one("#answering", Static).update(words)
+            self.query_one("#answering", Words).say(words)
 
     @on(Input.Submitted, "#question")
     def _ask(self, message: Input.Submitted) -> None:
@@ -68,24 +69,24 @@ class ChatPage(Page):
 
     @work(group="answer", exit_on_error=False)
     async def _answer(self, question: str) -> None:
-        turns, state = self.query_one("#turns", VerticalScroll), self.query_one("#answering", Static)
+        turns, state = self.query_one("#turns", VerticalScroll), self.query_one("#answering", Words)
         answer = Markdown(classes="answer", open_links=False)
         await turns.mount(Static(plain(question), classes="question", markup=False), answer)
         turns.anchor()
-        state.update("waiting for the first word; esc stops it")
+        state.say("waiting for the first word; esc stops it")
         stream = Markdown.get_stream(answer)
         began, first = time.monotonic(), None
         try:
             async for piece in self.appliance.client.chat(self._conversation.ask(question)):
                 if first is None:
                     first = time.monotonic() - began
-                    state.update("answering; esc stops it")
+                    state.say("answering; esc stops it")
                 self._conversation.take(piece)
                 await stream.write(plain(piece))
-            state.update(f"first word after {first or 0:.1f}s, all in {time.monotonic() - began:.1f}s")
+            state.say(f"first word after {first or 0:.1f}s, all in {time.monotonic() - began:.1f}s")
         except ApplianceError as error:
             await turns.mount(Static(f"✗ {error.message}\n→ {error.next}", classes="error", markup=False))
-            state.update("no answer")
+            state.say("no answer")
         finally:
             self._conversation.close()
             self._answering = None
@@ -94,7 +95,7 @@ class ChatPage(Page):
     def action_stop_or_leave(self) -> None:
         if self._answering:
             self._answering.cancel()
-            self.query_one("#answering", Static).update("stopped")
+            self.query_one("#answering", Words).say("stopped")
         else:
             self.set_focus(None)
 

@@ -30,7 +30,7 @@ class Confirm(ModalScreen[bool]):
             dialog.border_title = self._title
             yield Static(self._text, id="text", markup=False)
             with Horizontal(id="buttons"):
-                yield Button(f"{self._verb} (y)", id="yes", variant="primary", compact=True)
+                yield Button(f"{self._verb} (y)", id="yes", compact=True)
                 yield Button("Cancel (n)", id="no", compact=True)
 
     def on_mount(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from textual import on, work
@@ -37,8 +36,7 @@ class DataPage(RecordPage):
         yield Panes({"Report": TextPane(id="report"), "Rows": RowList(id="rows")})
 
     def entries(self, box: Box) -> list[tuple[str, Content]]:
-        now = time.time()
-        return [(dataset.id, dataset_entry(dataset, now)) for dataset in box.datasets]
+        return [(dataset.id, dataset_entry(dataset)) for dataset in box.datasets]
 
     def show_record(self, box: Box, id: str) -> None:
         dataset = box.dataset(id)

@@ -20,7 +20,11 @@ class HelpScreen(ModalScreen[None]):
 
     def __init__(self, title: str, about: str, sections: list[KeySection]) -> None:
         super().__init__()
-        self._title, self._about, self._sections = title, about, sections
+        self._title, self._content = title, _help(about, sections)
+
+    @property
+    def text(self) -> str:
+        return self._content.plain
 
     def compose(self) -> ComposeResult:
         pane = TextPane(id="dialog")
@@ -30,10 +34,14 @@ class HelpScreen(ModalScreen[None]):
         yield pane
 
     def on_mount(self) -> None:
-        lines = [Content(self._about)]
-        for section in self._sections:
-            lines += [Content(""), Content.styled(section.title, "bold $text-accent")]
-            for keys, binding in section.keys:
-                told = f"{binding.description}. {binding.tooltip}" if binding.tooltip else binding.description
-                lines.append(Content.assemble((f"  {keys:<12}", "bold"), (told, "")))
-        self.query_one(TextPane).show(Content("\n").join(lines))
+        self.query_one(TextPane).show(self._content)
+
+
+def _help(about: str, sections: list[KeySection]) -> Content:
+    lines = [Content(about)]
+    for section in sections:
+        lines += [Content(""), Content.styled(section.title, "bold $text-accent")]
+        for keys, binding in section.keys:
+            told = f"{binding.description}. {binding.tooltip}" if binding.tooltip else binding.description
+            lines.append(Content.assemble((f"  {keys:<12}", "bold"), told))
+    return Content("\n").join(lines)

@@ -54,6 +54,7 @@ class Page(Screen[None]):
 
     def on_resize(self) -> None:
         self.call_after_refresh(self._show_news)
+        self.call_after_refresh(self.refresh_bindings)
 
     def _show_news(self) -> None:
         box, link = self.appliance.box, self.appliance.link
@@ -100,8 +101,7 @@ class RecordPage(Page):
     def show_box(self, box: Box) -> None:
         records = self.query_one(RecordList)
         entries = self.entries(box)
-        self.query_one("#empty").display = not entries
-        records.display = self.query_one("#detail").visible = bool(entries)
+        self.set_class(not entries, "-empty")
         records.show(entries)
         if self._wanted in {id for id, _ in entries}:
             records.choose(str(self._wanted))
@@ -133,6 +133,6 @@ class RecordPage(Page):
         self.query_one(RecordList).focus()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action in ("open", "close"):
-            return self.has_class("-narrow") and (action == "close") == self.has_class("-open")
-        return True
+        if action == "open":
+            return self.has_class("-narrow") and not self.has_class("-open")
+        return action != "close" or self.has_class("-open")

@@ -38,7 +38,8 @@ class RecipesPage(RecordPage):
 
     def show_record(self, box: Box, id: str) -> None:
         if recipe := box.recipe(id):
-            self.query_one(TextPane).show(highlight(plain(recipe.text), language="toml"))
+            summary = Content.styled(plain(recipe.summary) + "\n\n", "bold")
+            self.query_one(TextPane).show(summary + highlight(plain(recipe.text), language="toml"))
 
     def action_train(self) -> None:
         box = self.appliance.box

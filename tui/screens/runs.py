@@ -47,7 +47,7 @@ class RunsPage(RecordPage):
     EMPTY = "No runs yet.\n\nPress n to start a shipped recipe, or on a command line:\n\n  appliance train RECIPE.toml"
     ABOUT = (
         "Every run of a recipe, newest first, and the chosen one as it goes. The line is the training loss, smoothed "
-        "over a twentieth of the steps; the dots are single steps; each diamond is the loss on held-out rows. "
+        "over a tenth of the steps; the dots are single steps; each diamond is the loss on held-out rows. "
         "A stage that went back to a checkpoint draws over what it lost. Runs go on when the dashboard is closed."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -131,7 +131,7 @@ class RunsPage(RecordPage):
         if message.run != self.chosen:
             return
         self.query_one("#events", Lines).append(lines)
-        self.query_one(RunSummary).refresh(layout=True)
+        self.query_one(RunSummary).refresh()
         if first and self.appliance.box:
             self.query_one(Chart).refresh()
             super().show_box(self.appliance.box)

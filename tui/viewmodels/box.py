@@ -8,8 +8,10 @@ from textual.content import Content
 
 from appliance import api
 from tui.viewmodels.format import fit, size
-from tui.viewmodels.states import ENGINES, LIVE
+from tui.viewmodels.states import ENGINES, LIVE, NO_ENGINE
 from tui.viewmodels.styles import FAINT, MUTED
+
+_ROOM_FOR_SERVING = 34
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,23 @@ class Box:
 
 def status_line(status: api.Status, width: int) -> Content:
     """What answers, who holds the accelerator and how busy the box is, in `width` cells."""
-    wide = width >= 100
-    parts = [_serving(status, 40 if wide else 22), _lease(status), *_load(status.hardware, wide)]
-    return Content.styled("  │  " if wide else " │ ", FAINT).join(parts)
+    for wide in (True, False):
+        gap = Content.styled("  │  " if wide else " │ ", FAINT)
+        rest = gap.join([_lease(status), *_load(status.hardware, wide)])
+        room = width - rest.cell_length - gap.cell_length
+        if room >= _ROOM_FOR_SERVING:
+            break
+    return gap.join([_serving(status, room), rest])
 
 
-def _serving(status: api.Status, width: int) -> Content:
+def _serving(status: api.Status, room: int) -> Content:
     release = status.routed or status.live
     if release is None:
         return Content.styled("no live release", MUTED)
-    name = (f"{LIVE.glyph} {fit(release, width - 12)} ", LIVE.style)
     engine = next((engine for engine in status.engines if engine.release == release), None)
-    if engine is None:
-        return Content.assemble(name, ("no engine", "$text-warning"))
-    look = ENGINES[engine.state]
-    return Content.assemble(name, (f"{look.glyph} {look.word}", look.style))
+    look = ENGINES[engine.state] if engine else NO_ENGINE
+    name = fit(release, max(8, room - len(look.word) - 5))
+    return Content.assemble((f"{LIVE.glyph} {name} ", LIVE.style), look.label())
 
 
 def _lease(status: api.Status) -> Content:
@@ -63,11 +67,11 @@ def _load(hardware: api.Hardware, wide: bool) -> list[Content]:
     memory = 100 * hardware.memory_used / max(1, hardware.memory_total)
     disk = 100 * (1 - hardware.disk_free / max(1, hardware.disk_total))
     figures = [_figure("cpu", f"{hardware.cpu_load:.0f}%", hardware.cpu_load > 95)]
-    for index, gpu in enumerate(hardware.gpus):
-        label = f"gpu{index}" if len(hardware.gpus) > 1 else "gpu"
-        share = 100 * gpu.memory_used / max(1, gpu.memory_total)
-        text = f"{gpu.utilisation}% {share:.0f}% mem" if wide else f"{gpu.utilisation}%"
-        figures.append(_figure(label, text, share > 97))
+    if gpus := hardware.gpus:
+        label = f"{len(gpus)} gpus" if len(gpus) > 1 else "gpu"
+        used = max(100 * gpu.memory_used / max(1, gpu.memory_total) for gpu in gpus)
+        busy = sum(gpu.utilisation for gpu in gpus) / len(gpus)
+        figures.append(_figure(label, f"{busy:.0f}% {used:.0f}% mem" if wide else f"{busy:.0f}%", used > 97))
     figures.append(_figure("mem", f"{memory:.0f}%", memory > 92))
     disk_text = f"{size(hardware.disk_free)} free" if wide else f"{disk:.0f}%"
     figures.append(_figure("disk", disk_text, disk > 92))

@@ -9,7 +9,7 @@ from tui.viewmodels.plot import Boundary, Layer, Point, plot, smooth
 from tui.viewmodels.styles import MUTED
 from tui.viewmodels.trace import RunTrace
 
-TRAIN, RAW, EVALUATION = "$primary", "$primary 65%", "$accent"
+TRAIN, RAW, EVALUATION = "$primary", "$foreground 60%", "$accent"
 
 
 def loss_plot(trace: RunTrace, width: int, height: int) -> Content | None:

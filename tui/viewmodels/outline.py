@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from textual.content import Content
@@ -23,19 +24,25 @@ def outline(value: Any) -> Content:
 
 
 def _lines(value: Any, indent: str) -> Iterator[Content]:
-    entries = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else ()
     if not isinstance(value, dict | list):
         yield Content(indent + _scalar(value))
-    for count, (key, item) in enumerate(entries):
-        if count == _MOST_ITEMS:
-            yield Content.styled(f"{indent}… and {len(value) - _MOST_ITEMS:,} more", MUTED)
-            return
-        name = (f"{indent}{one_line(str(key))}", "$text-primary")
-        if isinstance(item, dict | list) and item:
-            yield Content.assemble(name)
-            yield from _lines(item, indent + "  ")
+        return
+    entries = value.items() if isinstance(value, dict) else (("•", item) for item in value)
+    for name, item in islice(entries, _MOST_ITEMS):
+        key = (f"{indent}{one_line(str(name))}", "$text-primary")
+        if not isinstance(item, dict | list) or not item:
+            yield Content.assemble(key, "  ", _scalar(item))
+        elif isinstance(value, list) and not any(isinstance(part, dict | list) for part in _parts(item)):
+            yield Content.assemble(key, "  ", figures(item))
         else:
-            yield Content.assemble(name, "  ", _scalar(item))
+            yield Content.assemble(key)
+            yield from _lines(item, indent + "  ")
+    if len(value) > _MOST_ITEMS:
+        yield Content.styled(f"{indent}… and {len(value) - _MOST_ITEMS:,} more", MUTED)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _scalar(value: Any) -> str:

@@ -37,8 +37,8 @@ class Boundary:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Exponential moving average over a twentieth of the points, free of the pull towards zero at the start."""
-    alpha = 2 / (max(1.0, len(points) / 20) + 1)
+    """Exponential moving average over a tenth of the points, free of the pull towards zero at the start."""
+    alpha = 2 / (max(1.0, len(points) / 10) + 1)
     total = weight = 0.0
     averaged = []
     for x, y in points:
@@ -78,9 +78,11 @@ def plot(
     gutter = max(map(len, labels)) + 2
     canvas = _Canvas(width - gutter, height - 2, right, low, high)
     for boundary in boundaries:
-        canvas.boundary(boundary)
+        canvas.rule(boundary.x)
     for layer in layers:
         canvas.draw(layer)
+    for boundary in boundaries:
+        canvas.label(boundary)
     left = {canvas.row(value): label for value, label in zip(y_ticks, labels, strict=True)}
     lines = []
     for row, cells in enumerate(canvas.rows()):
@@ -106,13 +108,22 @@ class _Canvas:
     def row(self, y: float) -> int:
         return self._dot_y(y) // 4
 
-    def boundary(self, boundary: Boundary) -> None:
-        column = self.column(boundary.x)
-        for row in range(self.height):
+    def rule(self, x: float) -> None:
+        column = self.column(x)
+        for row in range(self.height) if column else ():
             self._cells[row, column] = ("┊", FAINT)
-        for offset, character in enumerate(boundary.label, 1):
-            if column + offset < self.width:
-                self._cells[0, column + offset] = (character, MUTED)
+
+    def label(self, boundary: Boundary) -> None:
+        """Write the label beside its line, in the highest row where it covers nothing."""
+        start = self.column(boundary.x) + 1
+        columns = range(start, start + len(boundary.label))
+        if columns.stop > self.width:
+            return
+        for row in range(self.height):
+            if not any((row, column) in self._masks or (row, column) in self._cells for column in columns):
+                cells = zip(columns, boundary.label, strict=True)
+                self._cells |= {(row, column): (character, MUTED) for column, character in cells}
+                return
 
     def draw(self, layer: Layer) -> None:
         layer_masks: dict[tuple[int, int], int] = {}

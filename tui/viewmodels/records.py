@@ -27,8 +27,8 @@ def release_entry(release: api.Release, now: float) -> Content:
     return _entry(look.glyph, release.id, look.word, look.style, f"{passed}, {ago(release.created, now)}")
 
 
-def dataset_entry(dataset: api.Dataset, now: float) -> Content:
-    detail = f"{dataset.rows:,} rows, {ago(dataset.created, now)}"
+def dataset_entry(dataset: api.Dataset) -> Content:
+    detail = f"{dataset.rows:,} rows"
     return _entry("•", dataset.name, dataset.kind, "$text-primary", detail)
 
 

@@ -46,6 +46,7 @@ ENGINES: dict[str, Look] = {
     "starting": Look("◐", "starting", "$text-warning"),
     "backoff": Look("✗", "restarting", "$text-error"),
 }
+NO_ENGINE = Look("○", "no engine", "$text-warning")
 
 
 def release_look(release: api.Release) -> Look:

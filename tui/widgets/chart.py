@@ -37,7 +37,7 @@ class Chart(Widget, can_focus=True):
         picture = loss_plot(self.trace, self.size.width, self.size.height)
         if picture:
             return picture
-        words = "the curve starts with the first step" if self.size.height >= 6 else "too small for a curve"
+        words = "no step has been taken yet" if self.size.height >= 6 else "too small for a curve"
         return Content.styled(words, MUTED)
 
     def _redraw_if_grown(self) -> None:

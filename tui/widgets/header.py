@@ -7,12 +7,12 @@ from functools import partial
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
-from textual.widgets import Static
 
 from tui.link import Link
 from tui.viewmodels.box import Box, status_line
 from tui.viewmodels.styles import MUTED
 from tui.widgets.tab import Tab
+from tui.widgets.words import Words
 
 
 class Header(Vertical):
@@ -22,8 +22,9 @@ class Header(Vertical):
     Header {
         height: auto;
         Horizontal { height: 1; }
-        #link { width: 1fr; padding: 0 1; text-align: right; }
-        #status { height: 1; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; background: $surface; }
+        #link { width: 1fr; height: 1; padding: 0 1; text-align: right; }
+        #status { width: 1fr; height: 1; padding: 0 1; background: $surface; }
+        #status { text-wrap: nowrap; text-overflow: ellipsis; }
         #problem { padding: 0 1; background: $error 20%; display: none; }
         #problem.-shown { display: block; }
     }
@@ -38,17 +39,17 @@ class Header(Vertical):
             for number, (name, label) in enumerate(self._pages.items(), 1):
                 chosen = partial(self.app.run_action, f"app.page('{name}')")
                 yield Tab(f"{number} {label}", chosen, present=name == self._page)
-            yield Static(id="link", markup=False)
-        yield Static(id="status", markup=False)
-        yield Static(id="problem", markup=False)
+            yield Words(id="link")
+        yield Words(id="status")
+        yield Words(id="problem")
 
     def show(self, box: Box | None, link: Link) -> None:
-        self.query_one("#link", Static).update(_badge(link))
         width = (self.size.width or self.app.size.width) - 2
         words = status_line(box.status, width) if box else Content.styled("nothing known yet", MUTED)
-        self.query_one("#status", Static).update(words)
-        problem = self.query_one("#problem", Static)
-        problem.update(Content.assemble((link.problem, ""), ("  (ctrl+r tries at once)", MUTED)))
+        self.query_one("#link", Words).say(_badge(link))
+        self.query_one("#status", Words).say(words)
+        problem = self.query_one("#problem", Words)
+        problem.say(Content.assemble(link.problem, ("  (ctrl+r tries at once)", MUTED)))
         problem.set_class(bool(link.failures), "-shown")
 
 

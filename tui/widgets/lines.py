@@ -73,16 +73,26 @@ class Lines(VirtualLines):
     def append(self, lines: Iterable[Content], tail: Content | None = None) -> None:
         """Add lines, and replace the unfinished line below them by `tail`."""
         added = list(lines)
+        if not added and (tail or Content("")).is_same(self._tail):
+            return
         dropped = max(0, len(self._lines) + len(added) - self._most)
         self._lines.extend(added)
         self._tail = tail or Content("")
         width = max((line.cell_length for line in (*added, self._tail)), default=0)
-        self.virtual_size = Size(max(width, self.virtual_size.width), len(self._lines) + bool(self._tail))
+        self._grow(Size(max(width, self.virtual_size.width), len(self._lines) + bool(self._tail)))
         if self._following:
             self._to_end()
         elif dropped:
             self.scroll_to(y=max(0, self.scroll_offset.y - dropped), animate=False, immediate=True)
         self.refresh()
+
+    def _grow(self, size: Size) -> None:
+        """Set the virtual size. Growing in height only needs no layout, which would paint the whole screen anew."""
+        if size.width != self.virtual_size.width:
+            self.virtual_size = size
+        else:
+            self.set_reactive(Lines.virtual_size, size)
+            self.vertical_scrollbar.window_virtual_size = size.height
 
     def clear(self) -> None:
         self._lines.clear()

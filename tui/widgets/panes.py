@@ -26,8 +26,8 @@ class Panes(Vertical):
     """
     BINDING_GROUP_TITLE = "Views (narrow terminals)"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("right_square_bracket", "turn(1)", "View", key_display="]", tooltip="The next view of this record", id="panes.next"),
-        Binding("left_square_bracket", "turn(-1)", "Previous view", show=False, key_display="[", id="panes.previous"),
+        Binding("right_square_bracket", "turn(1)", "View", key_display="]", id="panes.next"),
+        Binding("left_square_bracket", "turn(-1)", "View before", show=False, key_display="[", id="panes.previous"),
     ]
 
     present = reactive(0)
@@ -37,9 +37,10 @@ class Panes(Vertical):
         self._panes = panes
 
     def compose(self) -> ComposeResult:
-        with Horizontal(id="views"):
-            for index, title in enumerate(self._panes):
-                yield Tab(title, partial(self.turn_to, index))
+        if len(self._panes) > 1:
+            with Horizontal(id="views"):
+                for index, title in enumerate(self._panes):
+                    yield Tab(title, partial(self.turn_to, index))
         for title, pane in self._panes.items():
             pane.add_class("pane")
             pane.border_title = title
@@ -49,9 +50,9 @@ class Panes(Vertical):
         return action != "turn" or (self.screen.has_class("-narrow") and len(self._panes) > 1)
 
     def watch_present(self, present: int) -> None:
-        for index, (tab, pane) in enumerate(zip(self.query(Tab), self._panes.values(), strict=True)):
-            tab.set_class(index == present, "-present")
-            pane.set_class(index == present, "-present")
+        for group in (self.query(Tab), self._panes.values()):
+            for index, widget in enumerate(group):
+                widget.set_class(index == present, "-present")
 
     def action_turn(self, step: int) -> None:
         self.turn_to((self.present + step) % len(self._panes))

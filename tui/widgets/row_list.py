@@ -27,10 +27,9 @@ class RowList(VirtualLines):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"row-list--cursor"}
     DEFAULT_CSS = """
     RowList { overflow-x: hidden; }
-    RowList > .row-list--cursor { background: $block-cursor-blurred-background; }
-    RowList:focus > .row-list--cursor {
-        background: $block-cursor-background; color: $block-cursor-foreground;
-    }
+    RowList > .row-list--cursor { background: $primary 15%; }
+    RowList:focus > .row-list--cursor { background: $primary 35%; }
+    RowList:ansi > .row-list--cursor { background: transparent; text-style: reverse; }
     """
     BINDING_GROUP_TITLE = "Rows"
     BINDINGS: ClassVar[list[BindingType]] = [

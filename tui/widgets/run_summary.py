@@ -22,8 +22,10 @@ class RunSummary(Widget):
         self._shown: tuple[api.Run, RunTrace] | None = None
 
     def show(self, run: api.Run | None, trace: RunTrace) -> None:
-        self._shown = (run, trace) if run else None
-        self.refresh(layout=True)
+        shown = (run, trace) if run else None
+        if shown != self._shown:
+            self._shown = shown
+            self.refresh(layout=True)
 
     def render(self) -> Content:
         return run_summary(*self._shown, self.size.width) if self._shown else Content("")

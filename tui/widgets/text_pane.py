@@ -8,7 +8,8 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.widgets import Static
+
+from tui.widgets.words import Words
 
 
 class TextPane(VerticalScroll):
@@ -22,16 +23,9 @@ class TextPane(VerticalScroll):
         Binding("end,G", "scroll_end", "End", show=False, id="text.end"),
     ]
 
-    def __init__(self, *, id: str) -> None:
-        super().__init__(id=id)
-        self._text = Static(markup=False)
-        self._shown = Content("")
-
     def compose(self) -> ComposeResult:
-        yield self._text
+        yield Words()
 
     def show(self, content: Content) -> None:
         """Show `content` instead of what was there."""
-        if not content.is_same(self._shown):
-            self._shown = content
-            self._text.update(content)
+        self.query_one(Words).say(content)

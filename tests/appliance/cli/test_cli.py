@@ -60,7 +60,7 @@ def test_import_list_and_show(shell: Shell, tmp_path: Path) -> None:
         ("empty.json", b"", "empty"),
         ("broken.json", b'[{"instruction": "a",\n "output": }]', "line 2"),
         ("broken.jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction": \n', "line 2"),
-        ("strange.json", b'[{"x": 1}, {"y": 2}]', "no row"),
+        ("strange.json", b'[{"x": 1}, {"y": 2}]', "none of the 2 rows"),
         ("latin.json", b'[{"instruction": "caf\xe9", "output": "b"}]', "byte"),
     ],
 )

@@ -1,0 +1,69 @@
+"""The gates as data, and the two that are judged from a real engine's answers. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from appliance.supervisor.engines import Probe, ProbeAnswer
+
+GATES = ("structure", "fidelity", "parity", "stopping", "quality")
+"""Names of the gates, in the order in which they are numbered."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a release passes, the figures that say so, and the reason in one line."""
+
+    passed: bool
+    figures: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+def judge_parity(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> Gate:
+    """Whether the engine has rendered every probe to the token ids that were trained on."""
+    differing = [
+        (number, probe.token_ids, answer.token_ids)
+        for number, (probe, answer) in enumerate(zip(probes, answers, strict=True))
+        if probe.token_ids != answer.token_ids
+    ]
+    figures: dict[str, Any] = {"probes": len(probes), "equal": len(probes) - len(differing)}
+    if not differing:
+        return Gate(True, figures, f"the engine renders all {len(probes)} prompts as the trainer does")
+    number, ours, theirs = differing[0]
+    position = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
+    figures["first_difference"] = {
+        "probe": number,
+        "position": position,
+        "trainer": ours[position : position + 8],
+        "engine": theirs[position : position + 8],
+    }
+    return Gate(
+        False,
+        figures,
+        f"the engine renders {len(differing)} of {len(probes)} prompts otherwise than the trainer; "
+        f"the first differs at token {position}",
+    )
+
+
+def judge_stopping(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> Gate:
+    """Whether every greedy answer ended by an end-of-turn token before its limit."""
+    endless = [
+        number for number, (_, answer) in enumerate(zip(probes, answers, strict=True)) if answer.finish_reason != "stop"
+    ]
+    figures = {"probes": len(probes), "stopped": len(probes) - len(endless), "endless": endless}
+    if endless:
+        limit = probes[endless[0]].max_tokens
+        return Gate(
+            False, figures, f"{len(endless)} of {len(probes)} answers do not end, the first not within {limit} tokens"
+        )
+    return Gate(True, figures, f"all {len(probes)} answers end by themselves")
+
+
+def load_probes(run: Path) -> list[Probe]:
+    """The probes that `verify` has written for the run in directory `run`."""
+    return [Probe(**probe) for probe in json.loads((run / "verify" / "probes.json").read_bytes())]

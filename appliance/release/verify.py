@@ -1,0 +1,139 @@
+"""The verify stage: what can be measured on the files of a release without an engine, and the probes for the engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appliance.data.dataset import Dataset, Row, prompt_messages
+from appliance.data.render import render_conversation, render_prompt
+from appliance.errors import NotFound
+from appliance.home import Home, write_json
+from appliance.models import model_path
+from appliance.release.gates import Gate
+from appliance.release.held_out import Score, Yardstick, conversation, judged_stage, score, yardstick
+from appliance.release.merge import DEQUANTISED, last_adapter, rounded_weights
+from appliance.release.weights import layout, pairs, read_update
+from appliance.supervisor.engines import Probe
+from appliance.train.events import EventLog
+from appliance.train.model import load_model, load_tokenizer, release_memory
+from appliance.train.recipe import Recipe
+
+QUALITY_SLACK = 1e-3
+"""Nats a token by which a release may be worse than the live one: less than what rounding makes of equal weights."""
+PROBES_FROM_DATA = 8
+PROBE_SLACK = 64
+"""Tokens that a probe's answer may have beyond twice the length of the answer that was trained on."""
+GENERIC_TOKENS = 256
+GENERIC_PROMPTS = ("Say hello.", "What is the capital of France?")
+
+
+def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: str) -> dict[str, Any]:
+    """Judge gates 1, 2 and 5 on `merge/model/` of the run and write `verify/probes.json`; returns the stage's figures.
+
+    `live` is the id of the release that answers now, or empty. Raises NotFound where that release has no files.
+    """
+    base = model_path(home, recipe.base)
+    model_folder = run / "merge" / "model"
+    merge = json.loads((run / "merge" / "result.json").read_bytes())
+    tokenizer = load_tokenizer(base)
+    write_json(run / "verify" / "probes.json", [asdict(probe) for probe in make_probes(home, recipe, tokenizer)])
+
+    gates = {"structure": judge_structure(run, recipe, base, model_folder, merge["kept"])}
+    if not gates["structure"].passed:
+        unmeasured = Gate(False, {}, "not measured, because the structure is wrong")
+        gates |= {"fidelity": unmeasured, "quality": unmeasured}
+    elif not recipe.stages:
+        gates["fidelity"] = Gate(True, {}, "nothing was trained: the release is the base")
+        gates["quality"] = Gate(True, {}, "no held-out rows to compare on")
+    else:
+        measure = yardstick(home, recipe, tokenizer)
+        own = score(load_model(model_folder), measure.render(tokenizer))
+        gates["fidelity"] = judge_fidelity(own, merge["losses"]["adapter"], recipe.fidelity_tolerance)
+        gates["quality"] = _compare(home, live, measure, own)
+    for name, gate in gates.items():
+        events.append("gate", "verify", gate=name, **asdict(gate))
+    return {"gates": {name: asdict(gate) for name, gate in gates.items()}}
+
+
+def judge_structure(run: Path, recipe: Recipe, base: Path, model: Path, kept: str) -> Gate:
+    """Gate 1: tensors laid out as the base's, all finite, changed where the recipe changes them and nowhere else."""
+    expected, found = layout(base), layout(model)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            was, now = expected.get(name, "absent"), found.get(name, "absent")
+            return Gate(False, {"tensor": name}, f"{name} is {now} in the release, {was} in the base")
+    must = read_update(last_adapter(run, recipe)).weights if recipe.stages else set()
+    may = must | (rounded_weights(base) if kept == DEQUANTISED else set())
+    changed = set()
+    for name, before, after in pairs(base, model):
+        if not torch.isfinite(after).all():
+            return Gate(False, {"tensor": name}, f"{name} holds values that are not finite")
+        if not torch.equal(before, after):
+            changed.add(name)
+    figures = {"tensors": len(found), "targeted": len(must), "changed": len(changed)}
+    if must - changed:
+        return Gate(False, figures, f"{len(must - changed)} targeted weights are unchanged, as {min(must - changed)}")
+    if changed - may:
+        return Gate(False, figures, f"{len(changed - may)} other weights are changed, as {min(changed - may)}")
+    return Gate(True, figures, f"{len(found)} tensors as in the base, {len(must)} of {len(must)} targeted ones changed")
+
+
+def judge_fidelity(own: Score, adapter_loss: float, tolerance: float) -> Gate:
+    """Gate 2: the merged weights are as good as the adapter on the base that it was trained on."""
+    figures = {"adapter_loss": adapter_loss, "merged_loss": own.loss, "tolerance": tolerance}
+    passed = own.loss <= adapter_loss + tolerance
+    comparison = f"held-out loss {own.loss:.4f} merged, {adapter_loss:.4f} with the adapter"
+    return Gate(passed, figures, comparison if passed else f"{comparison}: more than {tolerance} above it")
+
+
+def _compare(home: Home, live: str, measure: Yardstick, own: Score) -> Gate:
+    """Gate 5 against the live release's files, rendered by its own tokenizer."""
+    if not live:
+        return Gate(True, {}, "no live release to compare with")
+    if not measure.held_out:
+        return Gate(True, {}, "no held-out rows to compare on")
+    folder = home.releases / live
+    if not folder.is_dir():
+        raise NotFound("no_such_release", f"the live release {live} has no files", "promote another release")
+    release_memory()
+    return judge_quality(own, score(load_model(folder), measure.render(load_tokenizer(folder))), live)
+
+
+def judge_quality(own: Score, live: Score, live_id: str) -> Gate:
+    """Gate 5: no worse than the live release on the same text, whose nats are shared out over our number of tokens."""
+    live_loss = live.nats / own.tokens
+    figures = {"loss": own.loss, "live_loss": live_loss, "live": live_id}
+    passed = own.loss <= live_loss + QUALITY_SLACK
+    comparison = f"held-out loss {own.loss:.4f}, {live_loss:.4f} of the live release {live_id}"
+    return Gate(passed, figures, comparison if passed else f"{comparison}: worse")
+
+
+def make_probes(home: Home, recipe: Recipe, tokenizer: Any) -> list[Probe]:
+    """Prompts of the run's training data, spread over it, then generic ones, as the trainer's tokenizer renders them.
+
+    Rows with tools are left out: a probe asks for text.
+    """
+    probes = []
+    if recipe.stages:
+        dataset = Dataset.open(home, judged_stage(recipe).dataset)
+        train, _ = dataset.split(recipe.eval_share)
+        plain = [index for index in train if not dataset.rows[index].get("tools")]
+        step = max(1, len(plain) // PROBES_FROM_DATA)
+        probes = [_probe(tokenizer, dataset.rows[index]) for index in plain[::step][:PROBES_FROM_DATA]]
+    for prompt in GENERIC_PROMPTS:
+        messages = [{"role": "user", "content": prompt}]
+        probes.append(Probe(messages, render_prompt(tokenizer, messages), GENERIC_TOKENS))
+    return probes
+
+
+def _probe(tokenizer: Any, row: Row) -> Probe:
+    """The prompt of a row, its answer allowed twice the length of the row's own."""
+    prompt = prompt_messages(row)
+    ids = render_prompt(tokenizer, prompt)
+    whole = render_conversation(tokenizer, conversation(row)["messages"])
+    return Probe(prompt, ids, 2 * (len(whole.input_ids) - len(ids)) + PROBE_SLACK)

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "train"))
+
+from tiny import add_run, make_model, stage, work
+
+from appliance.home import Home
+from appliance.train.recipe import Recipe, parse_recipe
+
+STAGES = {
+    "lora": stage("sft", "FACTS", epochs=30),
+    "qlora": stage("sft", "FACTS", epochs=30),
+    "dpo": stage("dpo", "PREFERENCES", epochs=10),
+    "base": "",
+}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home with the model `tiny` in two files, and one run of each of STAGES, trained and merged."""
+    home = Home(tmp_path_factory.mktemp("trained") / "home")
+    home.create()
+    base = make_model(home.models / "tiny")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "top_k": 5}))
+    for id, text in STAGES.items():
+        run = add_run(home, id, text, "qlora" if id == "qlora" else "lora")
+        assert work(run, *read_recipe(run).pipeline()[:-2]) == 0
+    return home
+
+
+@pytest.fixture
+def home(trained: Home, tmp_path: Path) -> Home:
+    """A copy of `trained` that a test may spoil."""
+    shutil.copytree(trained.root, tmp_path / "home")
+    return Home(tmp_path / "home")
+
+
+def read_recipe(run: Path) -> Recipe:
+    return parse_recipe((run / "recipe.toml").read_text())
+
+
+@pytest.fixture(autouse=True)
+def no_live_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("APPLIANCE_LIVE_RELEASE", raising=False)
+    os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,0 +1,169 @@
+"""The merge stage on a tiny model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import add_run, failure, make_model, result, stage, work
+
+from appliance.errors import Exit
+from appliance.home import Home
+from appliance.release.merge import rounded_weights
+from appliance.release.weights import layout, merged, read_update, write_weights
+from appliance.train.interruption import INTERRUPTED
+from appliance.train.model import load_adapter, load_model, nf4_round_trip
+
+IDS = torch.tensor([[1, 40, 60, 80, 100, 2], [1, 5, 15, 25, 35, 45]])
+
+
+def logits(model: object) -> torch.Tensor:
+    with torch.no_grad():
+        values: torch.Tensor = model(IDS).logits  # type: ignore[operator]
+    return values
+
+
+def test_merged_weights_compute_what_the_adapter_does(trained: Home) -> None:
+    run, base = trained.runs / "lora", trained.models / "tiny"
+    adapted = logits(load_adapter(load_model(base), run / "sft" / "adapter", trainable=False).eval())
+    released = logits(load_model(run / "merge" / "model"))
+    assert float((adapted - logits(load_model(base))).abs().max()) > 1
+    assert float((adapted - released).abs().max()) < 1e-4
+
+
+def test_the_files_are_the_bases_but_for_weights_and_end_tokens(trained: Home) -> None:
+    base, model = trained.models / "tiny", trained.runs / "lora" / "merge" / "model"
+    assert {path.name for path in model.iterdir()} == {path.name for path in base.iterdir()} - {"source.json"}
+    for path in model.iterdir():
+        same = path.read_bytes() == (base / path.name).read_bytes()
+        assert same == (path.name not in ("model.safetensors", "generation_config.json")), path.name
+    assert layout(model) == layout(base)
+    tokenizer = json.loads((base / "tokenizer.json").read_bytes())["added_tokens"]
+    ends = [token["id"] for token in tokenizer if token["content"] in ("<|endoftext|>", "<|im_end|>")]
+    config = json.loads((model / "generation_config.json").read_bytes())
+    assert config == {"eos_token_id": sorted([7, *ends]), "top_k": 5}
+    files = result(trained.runs / "lora", "merge")["files"]
+    assert files == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in model.iterdir()}
+
+
+def test_dtype_and_shards_stay_the_bases(tmp_path: Path, trained: Home) -> None:
+    base = make_model(tmp_path / "base", dtype=torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for part, chosen in enumerate((names[::2], names[1::2]), start=1):
+        content = {name: tensors[name] for name in chosen}
+        save_file(content, base / f"model-0000{part}-of-00002.safetensors", metadata={"format": "pt"})
+    update = read_update(trained.runs / "lora" / "sft" / "adapter")
+    (tmp_path / "out").mkdir()
+    write_weights(base, tmp_path / "out", merged(update, set()))
+    assert layout(tmp_path / "out") == layout(base)
+    name = "model.layers.1.mlp.down_proj.weight"
+    a, b = update.factors[name.removesuffix(".weight")]
+    shard = tmp_path / "out" / layout(base)[name][0]
+    assert torch.equal(load_file(shard)[name], (tensors[name].float() + 2.0 * b @ a).bfloat16())
+    assert update.scale == 2.0
+
+
+def test_qlora_is_scored_on_both_bases_and_the_better_is_kept(trained: Home) -> None:
+    run, base = trained.runs / "qlora", trained.models / "tiny"
+    figures = result(run, "merge")
+    losses = figures["losses"]
+    assert losses.keys() == {"adapter", "16-bit", "dequantised"}
+    assert losses["dequantised"] == pytest.approx(losses["adapter"], abs=1e-3)
+    assert losses[figures["kept"]] == min(losses["16-bit"], losses["dequantised"])
+    assert losses["16-bit"] != losses["dequantised"]
+
+    update = read_update(run / "sft" / "adapter")
+    before = load_file(base / "model.safetensors")
+    after = load_file(run / "merge" / "model" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    a, b = update.factors[name.removesuffix(".weight")]
+    start = before[name] if figures["kept"] == "16-bit" else nf4_round_trip(before[name])
+    assert torch.allclose(after[name], start + update.scale * b @ a, atol=1e-6)
+
+
+@pytest.mark.parametrize("better", ["16-bit", "dequantised"])
+def test_whichever_is_better_is_what_is_written(home: Home, monkeypatch: pytest.MonkeyPatch, better: str) -> None:
+    run = home.runs / "qlora"
+    scores = iter([0.5, 0.1, 0.2] if better == "16-bit" else [0.5, 0.2, 0.1])
+
+    class Fixed:
+        def __init__(self) -> None:
+            self.loss = next(scores)
+
+    monkeypatch.setattr("appliance.release.merge.score", lambda *_: Fixed())
+    (run / "merge" / "result.json").unlink()
+    assert work(run, "merge") == 0
+    assert result(run, "merge")["kept"] == better
+    base = home.models / "tiny"
+    transform = merged(
+        read_update(run / "sft" / "adapter"), rounded_weights(base) if better == "dequantised" else set()
+    )
+    written = load_file(run / "merge" / "model" / "model.safetensors")
+    assert all(
+        torch.equal(written[name], transform(name, tensor))
+        for name, tensor in load_file(base / "model.safetensors").items()
+    )
+
+
+def test_without_stages_the_weights_are_the_bases_own_files(trained: Home) -> None:
+    base, model = trained.models / "tiny", trained.runs / "base" / "merge" / "model"
+    assert (model / "model.safetensors").samefile(base / "model.safetensors")
+    assert not (model / "generation_config.json").samefile(base / "generation_config.json")
+    assert 7 in json.loads((model / "generation_config.json").read_bytes())["eos_token_id"]
+    assert json.loads((base / "generation_config.json").read_bytes())["eos_token_id"] == 7
+
+
+def test_a_base_that_lacks_a_trained_weight_is_refused(home: Home) -> None:
+    run, weights = home.runs / "lora", home.models / "tiny" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["renamed"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (run / "merge" / "result.json").unlink()
+    assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["code"] == "not_mergeable"
+    assert "model.layers.0.mlp.up_proj.weight" in failure(run, "merge")["reason"]
+    assert list((run / "merge").iterdir()) == [run / "merge" / "failure.json"]
+
+
+def test_a_full_disk_is_said_before_anything_is_written(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = home.runs / "lora"
+    (run / "merge" / "result.json").unlink()
+    usage = shutil.disk_usage(home.root)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["code"] == "no_space"
+
+
+def test_a_stop_leaves_nothing_half_made(home: Home) -> None:
+    run = home.runs / "lora"
+    shutil.rmtree(run / "merge")
+    worker = subprocess.Popen([sys.executable, "-c", STOPPED_WHILE_WRITING, str(run)])
+    assert worker.wait(timeout=120) == INTERRUPTED
+    assert list((run / "merge").iterdir()) == []
+    assert work(run, "merge") == 0
+
+
+STOPPED_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+import appliance.release.merge as merge
+from appliance.worker import main
+merge.score = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(main(Path(sys.argv[1]), "merge"))
+"""
+
+
+def test_only_preferences_are_judged_by_their_chosen_answers(home: Home) -> None:
+    assert result(home.runs / "dpo", "merge")["rows"] == 1
+    run = add_run(home, "again", stage("sft", "FACTS", max_steps=1) + stage("dpo", "PREFERENCES", max_steps=1))
+    work(run, "sft", "dpo", "merge")
+    assert result(run, "merge")["rows"] == 2, "the SFT stage's rows come first"

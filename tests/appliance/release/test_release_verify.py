@@ -1,0 +1,182 @@
+"""The verify stage: what passes, and each planted fault caught by its gate."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FACTS, add_run, events, failure, result, stage, work
+
+from appliance.data.render import render_prompt
+from appliance.errors import Exit
+from appliance.home import Home
+from appliance.release.gates import load_probes
+from appliance.release.weights import read_update
+from appliance.train.model import load_tokenizer
+
+TARGET = "model.layers.0.self_attn.v_proj.weight"
+Tensors = dict[str, torch.Tensor]
+
+
+def verify(home: Home, id: str) -> dict[str, Any]:
+    """The gates of a run, as verify has judged them."""
+    run = home.runs / id
+    assert work(run, "verify") == 0
+    gates: dict[str, Any] = result(run, "verify")["gates"]
+    return gates
+
+
+def spoil(home: Home, id: str, change: Callable[[Tensors], None]) -> None:
+    """Change the merged weights of a run."""
+    path = home.runs / id / "merge" / "model" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("id", ["lora", "qlora", "dpo", "base"])
+def test_what_was_merged_right_passes(home: Home, id: str) -> None:
+    gates = verify(home, id)
+    assert gates.keys() == {"structure", "fidelity", "quality"}
+    assert all(gate["passed"] for gate in gates.values()), gates
+    assert gates["structure"]["figures"]["targeted"] == (0 if id == "base" else 14)
+    assert gates["structure"]["figures"]["changed"] == (0 if id == "base" else 14)
+    assert gates["quality"]["reason"].startswith("no ")
+    said = events(home.runs / id, "gate")
+    assert [(event["gate"], event["passed"]) for event in said] == [(name, True) for name in gates]
+
+
+def test_a_transposed_factor_is_caught_by_fidelity(home: Home) -> None:
+    base = load_file(home.models / "tiny" / "model.safetensors")
+    update = read_update(home.runs / "lora" / "sft" / "adapter")
+
+    def transpose(tensors: Tensors) -> None:
+        for module, (a, b) in update.factors.items():
+            delta = update.scale * b @ a
+            if delta.shape[0] == delta.shape[1]:
+                tensors[f"{module}.weight"] = base[f"{module}.weight"] + delta.T
+
+    spoil(home, "lora", transpose)
+    gates = verify(home, "lora")
+    assert gates["structure"]["passed"]
+    assert not gates["fidelity"]["passed"]
+    assert gates["fidelity"]["figures"]["merged_loss"] > gates["fidelity"]["figures"]["adapter_loss"] + 0.05
+
+
+def test_a_value_that_is_not_finite_is_caught_by_structure(home: Home) -> None:
+    def plant(tensors: Tensors) -> None:
+        tensors["model.norm.weight"][3] = torch.nan
+
+    spoil(home, "lora", plant)
+    gates = verify(home, "lora")
+    assert not gates["structure"]["passed"]
+    assert "model.norm.weight" in gates["structure"]["reason"]
+    assert not gates["fidelity"]["passed"]
+    assert "not measured" in gates["fidelity"]["reason"]
+
+
+def test_an_untouched_module_is_caught_by_structure(home: Home) -> None:
+    def restore(tensors: Tensors) -> None:
+        tensors[TARGET] = load_file(home.models / "tiny" / "model.safetensors")[TARGET]
+
+    spoil(home, "lora", restore)
+    gate = verify(home, "lora")["structure"]
+    assert not gate["passed"]
+    assert TARGET in gate["reason"]
+
+
+@pytest.mark.parametrize("id", ["lora", "base"])
+def test_a_change_where_none_belongs_is_caught_by_structure(home: Home, id: str) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors["model.embed_tokens.weight"][9, 9] += 0.5
+
+    spoil(home, id, change)
+    gate = verify(home, id)["structure"]
+    assert not gate["passed"]
+    assert "model.embed_tokens.weight" in gate["reason"]
+
+
+@pytest.mark.parametrize("fault", ["shape", "dtype", "lost", "added"])
+def test_another_layout_is_caught_by_structure(home: Home, fault: str) -> None:
+    def change(tensors: Tensors) -> None:
+        match fault:
+            case "shape":
+                tensors[TARGET] = tensors[TARGET][:-1].contiguous()
+            case "dtype":
+                tensors[TARGET] = tensors[TARGET].bfloat16()
+            case "lost":
+                del tensors[TARGET]
+            case "added":
+                tensors["lm_head.weight"] = tensors[TARGET].clone()
+
+    spoil(home, "lora", change)
+    gates = verify(home, "lora")
+    assert not gates["structure"]["passed"]
+    assert ("lm_head.weight" if fault == "added" else TARGET) in gates["structure"]["reason"]
+    assert not gates["quality"]["passed"]
+
+
+def release(home: Home, id: str) -> Path:
+    """Make the merged model of a run a release, as far as verify looks at it."""
+    shutil.copytree(home.runs / id / "merge" / "model", home.releases / id)
+    return home.releases / id
+
+
+def test_a_release_worse_than_the_live_one_is_caught_by_quality(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    release(home, "lora")
+    monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "lora")
+    worse = add_run(home, "worse", stage("sft", "FACTS", max_steps=1))
+    assert work(worse, "sft", "merge") == 0
+    gates = verify(home, "worse")
+    assert gates["fidelity"]["passed"]
+    assert not gates["quality"]["passed"]
+    assert gates["quality"]["figures"]["live"] == "lora"
+    assert gates["quality"]["figures"]["loss"] > gates["quality"]["figures"]["live_loss"]
+
+
+def test_a_release_as_good_as_the_live_one_passes(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    release(home, "lora")
+    monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "lora")
+    gate = verify(home, "lora")["quality"]
+    assert gate["passed"]
+    assert gate["figures"]["loss"] == pytest.approx(gate["figures"]["live_loss"], abs=1e-4)
+
+
+def test_without_trained_rows_quality_has_nothing_to_compare_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    release(home, "lora")
+    monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "lora")
+    assert verify(home, "base")["quality"] == {
+        "passed": True,
+        "figures": {},
+        "reason": "no held-out rows to compare on",
+    }
+
+
+def test_a_live_release_without_files_is_an_error(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "gone")
+    assert work(home.runs / "lora", "verify") == Exit.FAILED
+    assert failure(home.runs / "lora", "verify")["code"] == "no_such_release"
+
+
+def test_probes_are_training_prompts_as_the_trainer_renders_them(home: Home) -> None:
+    verify(home, "lora")
+    probes = load_probes(home.runs / "lora")
+    asked = {row["messages"][0]["content"] for row in FACTS}
+    assert len(probes) == 10
+    assert sum(probe.messages[-1]["content"] in asked for probe in probes) == 8
+    assert len({probe.messages[-1]["content"] for probe in probes}) == 10
+    tokenizer = load_tokenizer(home.models / "tiny")
+    for probe in probes:
+        assert probe.token_ids == render_prompt(tokenizer, probe.messages)
+        assert tokenizer.decode(probe.token_ids).endswith("<|im_start|>assistant\n")
+        assert 64 < probe.max_tokens <= 256
+    verify(home, "base")
+    assert len(load_probes(home.runs / "base")) == 2
+    verify(home, "dpo")
+    assert any("Say, what colour" in probe.messages[-1]["content"] for probe in load_probes(home.runs / "dpo"))

@@ -1,0 +1,149 @@
+"""Stopped, killed, or left with half a checkpoint: a stage goes on, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import add_run, events, losses, stage, work
+
+from appliance.home import Home
+from appliance.train.interruption import INTERRUPTED, Interruption
+
+STAGE = stage("sft", "FACTS", epochs=20, checkpoint_every=5, evaluate_every=1000)
+PREFERENCE_STAGE = stage("dpo", "PREFERENCES", epochs=10, checkpoint_every=5, learning_rate=0.002)
+DROPOUT = "dropout = 0.2\n"
+
+
+def start_worker(run: Path, stage: str) -> subprocess.Popen[bytes]:
+    with open(run / "log.txt", "ab") as log:
+        argv = [sys.executable, "-m", "appliance.worker", str(run), stage]
+        return subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def after_first_checkpoint(run: Path, worker: subprocess.Popen[bytes]) -> None:
+    """Return as soon as the worker has said that it has written a checkpoint."""
+    deadline = time.monotonic() + 60
+    while not events(run, "checkpoint"):
+        assert worker.poll() is None, (run / "log.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def same_adapter(one: Path, other: Path, stage: str) -> bool:
+    first, second = (load_file(run / stage / "adapter" / "adapter_model.safetensors") for run in (one, other))
+    return all(bool((first[name] - second[name]).abs().max() < 1e-5) for name in first)
+
+
+def test_killed_at_any_moment_it_trains_as_if_it_had_not_been(home: Home) -> None:
+    whole, killed = (add_run(home, id, DROPOUT + STAGE) for id in ("whole", "killed"))
+    work(whole, "sft")
+    worker = start_worker(killed, "sft")
+    after_first_checkpoint(killed, worker)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    reached = max(losses(killed, "sft"))
+    assert reached < 60, "killed before it was done"
+
+    assert work(killed, "sft") == 0
+    steps = [event["step"] for event in events(killed, "step")]
+    assert steps.count(1) == 1, "it went on from the checkpoint"
+    assert losses(killed, "sft") == pytest.approx(losses(whole, "sft"), abs=1e-5)
+    assert same_adapter(whole, killed, "sft")
+    assert [event["step"] for event in events(killed, "eval")] == [0, 60]
+
+
+def test_asked_to_stop_it_saves_the_step_and_goes_on_later(home: Home) -> None:
+    """On an NF4 base."""
+    whole, stopped = (add_run(home, id, STAGE, "qlora") for id in ("whole", "stopped"))
+    work(whole, "sft")
+    worker = start_worker(stopped, "sft")
+    after_first_checkpoint(stopped, worker)
+    worker.terminate()
+    assert worker.wait(timeout=30) == INTERRUPTED
+
+    reached = max(losses(stopped, "sft"))
+    assert events(stopped, "checkpoint")[-1]["step"] == reached < 60
+    assert not (stopped / "sft" / "failure.json").exists()
+    assert work(stopped, "sft") == 0
+    steps = [event["step"] for event in events(stopped, "step")]
+    assert steps == list(range(1, 61)), "no step was lost or taken twice"
+    assert losses(stopped, "sft") == pytest.approx(losses(whole, "sft"), abs=1e-5)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Send this process SIGTERM once the stage has reported so many steps."""
+    taken = 0
+
+    def count(reporter: object, args: object, state: object, control: object, **logged: dict[str, float]) -> None:
+        nonlocal taken
+        taken += "loss" in logged["logs"]
+        if taken == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("appliance.train.callbacks.Guard.on_log", count)
+
+
+@pytest.mark.parametrize("stages", [STAGE, PREFERENCE_STAGE])
+def test_in_the_middle_of_an_epoch_too(home: Home, monkeypatch: pytest.MonkeyPatch, stages: str) -> None:
+    """And DPO's reference stays what it was, though the checkpoint holds the trained adapter only."""
+    method = "sft" if stages is STAGE else "dpo"
+    whole, stopped = (add_run(home, id, stages) for id in ("whole", "stopped"))
+    work(whole, method)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(SystemExit) as ended:
+            work(stopped, method)
+    assert ended.value.code == INTERRUPTED
+    assert max(losses(stopped, method)) == 8
+    work(stopped, method)
+    assert losses(stopped, method) == pytest.approx(losses(whole, method), abs=1e-4)
+    assert same_adapter(whole, stopped, method)
+
+
+def test_a_half_written_checkpoint_is_passed_over(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = (add_run(home, id, STAGE) for id in ("whole", "broken"))
+    work(whole, "sft")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 11)
+        with pytest.raises(SystemExit):
+            work(broken, "sft")
+    folder = broken / "sft"
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-12"}
+    os.truncate(folder / "checkpoint-12" / "optimizer.pt", 100)
+    shutil.copytree(folder / "checkpoint-10", folder / "checkpoint-13")
+    (folder / "checkpoint-13" / "manifest.json").unlink()
+
+    work(broken, "sft")
+    steps = [event["step"] for event in events(broken, "step")]
+    assert steps.count(10) == 1
+    assert steps.count(11) == steps.count(12) == 2
+    assert losses(broken, "sft") == pytest.approx(losses(whole, "sft"), abs=1e-5)
+
+
+def test_a_stage_killed_after_its_adapter_only_says_its_results_again(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS"))
+    work(run, "sft")
+    before = (run / "sft" / "adapter" / "adapter_model.safetensors").read_bytes()
+    (run / "sft" / "result.json").unlink()
+    assert work(run, "sft") == 0
+    assert (run / "sft" / "result.json").exists()
+    assert len(events(run, "step")) == 12
+    assert (run / "sft" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_outside_of_training_a_stop_is_obeyed_at_once() -> None:
+    interruption = Interruption()
+    with interruption.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.requested
+    with pytest.raises(SystemExit) as ended:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == INTERRUPTED

@@ -1,0 +1,243 @@
+"""Training stages end to end on a tiny model, run in this process as a worker runs them."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    CHATML,
+    FACTS,
+    PREFERENCES,
+    add_dataset,
+    add_run,
+    events,
+    failure,
+    losses,
+    make_model,
+    result,
+    stage,
+    work,
+)
+
+from appliance.data.dataset import Dataset
+from appliance.data.render import render_conversation
+from appliance.errors import Exit
+from appliance.home import Home
+from appliance.train.model import load_tokenizer
+
+SFT = stage("sft", "FACTS")
+
+
+def test_sft_learns_and_says_so(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", evaluate_every=4))
+    assert work(run, "sft") == 0
+
+    steps = events(run, "step")
+    assert [event["step"] for event in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert steps[-1]["steps"] == 12
+    assert steps[-1]["eta_seconds"] == 0
+    assert all(step["tokens_per_second"] > 0 and step["memory"] > 1 << 20 and step["lr"] >= 0 for step in steps)
+    assert [event["step"] for event in events(run, "eval")] == [0, 4, 8, 12]
+    assert len(events(run, "sample")) == 2
+    assert len(events(run, "stage_started")) == len(events(run, "stage_finished")) == 1
+    figures = result(run, "sft")
+    assert figures["held_out_loss"] < figures["held_out_loss_before"]
+    assert (figures["rows"], figures["held_out_rows"]) == (10, 2)
+    assert not list((run / "sft").glob("checkpoint-*"))
+
+
+def test_tokens_are_counted_without_padding(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", epochs=2))
+    work(run, "sft")
+    tokenizer = load_tokenizer(home.models / "tiny")
+    dataset = Dataset.open(home, add_dataset(home, "facts", FACTS))
+    rows = [dataset.rows[index]["messages"] for index in dataset.split(0.2)[0]]
+    assert events(run, "step")[-1]["tokens"] == 2 * sum(
+        len(render_conversation(tokenizer, messages).input_ids) for messages in rows
+    )
+
+
+def test_a_finished_stage_is_left_alone(home: Home) -> None:
+    run = add_run(home, "r", SFT)
+    (run / "sft").mkdir()
+    (run / "sft" / "result.json").write_text("{}")
+    assert work(run, "sft") == 0
+    assert not (run / "events.jsonl").exists()
+
+
+def test_a_second_worker_leaves_the_run_alone(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    run = add_run(home, "r", SFT)
+    with open(run / "worker.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert work(run, "sft") == Exit.CONFLICT
+    assert "another worker" in capsys.readouterr().err
+    assert not (run / "sft").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_dpo_goes_on_from_the_sft_adapter(home: Home, kind: str) -> None:
+    run = add_run(home, "r", SFT + stage("dpo", "PREFERENCES", learning_rate=0.002), kind)
+    assert work(run, "sft", "dpo") == 0
+
+    first, *_, last = losses(run, "dpo").values()
+    assert first == pytest.approx(math.log(2), abs=1e-4)
+    assert events(run, "eval", "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert last < first
+    before = load_file(run / "sft" / "adapter" / "adapter_model.safetensors")
+    after = load_file(run / "dpo" / "adapter" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    change = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < change < 0.1, "near the adapter that it started from, and moved"
+    assert {path.name for path in (run / "dpo" / "adapter").iterdir()} >= {"adapter_config.json"}
+    assert not (run / "dpo" / "adapter" / "ref").exists()
+
+
+def test_dpo_may_come_first(home: Home) -> None:
+    run = add_run(home, "r", stage("dpo", "PREFERENCES", learning_rate=0.005))
+    assert work(run, "dpo") == 0
+    first, *_, last = losses(run, "dpo").values()
+    assert first == pytest.approx(math.log(2), abs=1e-5)
+    assert last < first
+
+
+def test_micro_batches_train_like_whole_ones(home: Home) -> None:
+    whole = add_run(home, "whole", stage("sft", "FACTS", batch_size=4))
+    parts = add_run(home, "parts", stage("sft", "FACTS", batch_size=4, micro_batch_size=1))
+    work(whole, "sft")
+    work(parts, "sft")
+    assert losses(parts, "sft") == pytest.approx(losses(whole, "sft"), abs=1e-4)
+
+
+def test_max_steps_caps_the_epochs(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", max_steps=2))
+    work(run, "sft")
+    assert list(losses(run, "sft")) == [1, 2]
+
+
+def test_without_held_out_rows_nothing_is_evaluated(home: Home) -> None:
+    run = add_run(home, "r", SFT)
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("eval_share = 0.2", "eval_share = 0.0"))
+    assert work(run, "sft") == 0
+    assert events(run, "eval") == []
+    assert result(run, "sft")["rows"] == 12
+    assert len(events(run, "sample")) == 2
+
+
+def test_rows_too_long_are_an_error_naming_the_longest(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", max_length=40))
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "row_too_long"
+    assert "longer than max_length = 40" in failure(run, "sft")["reason"]
+    assert "of facts.jsonl" in failure(run, "sft")["reason"]
+    assert "drop_long" in failure(run, "sft")["next"]
+    assert events(run, "failed")[0]["reason"] == failure(run, "sft")["reason"]
+    assert events(run, "step") == []
+
+
+def test_rows_too_long_are_left_out_and_counted_where_asked_for(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", max_length=40, drop_long=True))
+    assert work(run, "sft") == 0
+    (warning,) = events(run, "warning")
+    count = int(warning["message"].split()[0])
+    assert count == 12 - result(run, "sft")["rows"] - result(run, "sft")["held_out_rows"] > 0
+
+
+def test_a_failed_stage_can_be_tried_again(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", max_length=40, max_steps=1))
+    work(run, "sft")
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("max_length = 40", "max_length = 400"))
+    assert work(run, "sft") == 0
+    assert not (run / "sft" / "failure.json").exists()
+
+
+@pytest.mark.parametrize(("method", "dataset"), [("sft", "PREFERENCES"), ("dpo", "FACTS")])
+def test_a_dataset_of_the_wrong_kind_is_refused(home: Home, method: str, dataset: str) -> None:
+    run = add_run(home, "r", stage(method, dataset))
+    assert work(run, method) == Exit.FAILED
+    assert failure(run, method)["code"] == "wrong_dataset_kind"
+
+
+def test_a_template_that_does_not_end_turns_is_refused(home: Home) -> None:
+    (home.models / "tiny").unlink()
+    make_model(home.models / "tiny", template=CHATML.replace("<|im_end|>", ""))
+    run = add_run(home, "r", SFT)
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "no_end_of_turn"
+    assert "line 1 of facts.jsonl" in failure(run, "sft")["reason"]
+
+
+def test_an_answer_of_several_turns_is_refused_by_dpo(home: Home) -> None:
+    turns = [
+        {"role": "assistant", "content": "It is red."},
+        {"role": "user", "content": "Really?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    id = add_dataset(home, "turns", [{**row, "chosen": turns} for row in PREFERENCES])
+    run = add_run(home, "r", stage("dpo", f'"{id}"'))
+    assert work(run, "dpo") == Exit.FAILED
+    assert failure(run, "dpo")["code"] == "answer_not_one_turn"
+
+
+@pytest.mark.parametrize(
+    ("targets", "code"),
+    [(["no_proj"], "no_such_module"), (["q_proj", "lm_head"], "bad_target"), (["norm"], "bad_target")],
+)
+def test_targets_that_do_not_fit_are_refused(home: Home, targets: list[str], code: str) -> None:
+    run = add_run(home, "r", f"targets = {targets}\n" + SFT)
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == code
+
+
+def test_an_adapter_that_does_not_move_is_an_error(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", learning_rate=1e-30))
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "adapter_unchanged"
+    assert len(losses(run, "sft")) == 4
+    assert not (run / "sft" / "adapter").exists()
+
+
+def test_a_loss_that_is_no_number_is_an_error(home: Home, tiny_model: Path) -> None:
+    (home.models / "tiny").unlink()
+    shutil.copytree(tiny_model, home.models / "tiny")
+    weights = home.models / "tiny" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    run = add_run(home, "r", SFT)
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "diverged"
+
+
+def test_a_lack_of_memory_says_what_to_lower(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("appliance.train.stage.load_model", allocate)
+    run = add_run(home, "r", SFT)
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "out_of_memory"
+    assert "micro_batch_size" in failure(run, "sft")["next"]
+
+
+def test_a_fault_of_our_own_points_to_the_log(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("appliance.train.stage.load_model", lambda *_, **__: 1 / 0)
+    run = add_run(home, "r", SFT)
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft") == {
+        "code": "internal",
+        "reason": "ZeroDivisionError: division by zero",
+        "next": "see the log",
+    }
+    assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""Which engine serves, and how it is started. Nothing is started here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.errors import InvalidInput
+from appliance.settings import load_settings
+from serve.engines.choose import choose_engine
+from serve.engines.openai_engine import context_length
+from serve.engines.transformers import TransformersEngine
+from serve.engines.vllm import VllmEngine
+
+
+def options(argv: list[str]) -> dict[str, str]:
+    """The flags of a command with their values."""
+    return {
+        flag: value for flag, value in zip(argv, [*argv[1:], ""], strict=True) if flag.startswith("--") and flag != "--"
+    }
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("engine", "installed", "chosen"),
+    [
+        ("auto", True, "vllm"),
+        ("auto", False, "transformers"),
+        ("transformers", True, "transformers"),
+        ("vllm", True, "vllm"),
+    ],
+)
+def test_vllm_serves_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, engine: str, installed: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    kind = choose_engine(load_settings({}, engine=engine))
+    assert kind.name == chosen
+    assert {"messages", "temperature", "stop", "n", "stream"} <= kind.honours
+
+
+def test_a_forced_engine_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InvalidInput) as caught:
+        choose_engine(load_settings({}, engine="vllm"))
+    assert "vllm" in caught.value.next
+
+
+def test_choosing_imports_no_engine() -> None:
+    code = (
+        "from appliance.settings import load_settings\n"
+        "from serve.engines.choose import choose_engine\n"
+        "choose_engine(load_settings({}))\n"
+        "import sys\n"
+        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_embedded_engines_command(release: Path) -> None:
+    settings = load_settings({}, kv_cache_gib=2.5)
+    command = TransformersEngine(settings).command(release, "r1", Path("/run/e.sock"))
+    assert command.argv[:3] == [sys.executable, "-m", "serve.engines.transformers_server"]
+    assert options(command.argv) == {
+        "--model": str(release),
+        "--name": "r1",
+        "--socket": "/run/e.sock",
+        "--kv-cache-gib": "2.5",
+        "--gpu-memory-share": "0.85",
+        "--max-model-len": "2048",
+    }
+    assert command.address == "unix:/run/e.sock"
+    assert command.environment["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "share"),
+    [(True, "auto", "0.5"), (False, "float32", "0.3")],
+)
+def test_vllms_command(release: Path, gpu: bool, dtype: str, share: str) -> None:
+    settings = load_settings({}, kv_cache_gib=1.5, gpu_memory_share=0.5)
+    command = VllmEngine(settings, gpu).command(release, "r1", Path("/run/e.sock"))
+    given = options(command.argv)
+    assert given["--uds"] == "/run/e.sock"
+    assert given["--served-model-name"] == "r1"
+    assert given["--max-model-len"] == "2048"
+    assert (given["--dtype"], given["--gpu-memory-utilization"]) == (dtype, share)
+    assert "--trust-remote-code" not in given
+    assert "--disable-fastapi-docs" in given
+    assert command.environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert command.environment["HF_HUB_OFFLINE"] == "1"
+    assert command.environment.get("VLLM_CPU_KVCACHE_SPACE") == (None if gpu else "2")
+
+
+@pytest.mark.parametrize(
+    ("config", "setting", "expected"),
+    [
+        ({"max_position_embeddings": 2048}, 0, 2048),
+        ({"max_position_embeddings": 131072}, 0, 8192),
+        ({"max_position_embeddings": 131072}, 32768, 32768),
+        ({"max_position_embeddings": 2048}, 32768, 2048),
+        ({"text_config": {"max_position_embeddings": 4096}}, 0, 4096),
+        ({}, 0, 8192),
+    ],
+)
+def test_the_context_is_the_models_own_within_the_setting(
+    tmp_path: Path, config: dict[str, Any], setting: int, expected: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_length(tmp_path, setting) == expected
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_model_without_a_readable_config(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InvalidInput):
+        context_length(tmp_path, 0)

@@ -1,0 +1,107 @@
+"""What the supervisor relies on, on a real engine process and the real small model. APPLIANCE_ENGINE says which."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from engine_process import Served
+from transformers import AutoTokenizer
+
+from appliance.errors import InvalidInput
+from appliance.supervisor.engines import Probe
+
+pytestmark = pytest.mark.slow
+
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "system", "content": "Answer in one word."},
+    {"role": "user", "content": "The capital of France? 日本 <|im_end|>"},
+]
+
+
+@pytest.fixture
+def probe(served: Served) -> Probe:
+    tokenizer = AutoTokenizer.from_pretrained(served.model)
+    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+    return Probe(MESSAGES, ids, max_tokens=24)
+
+
+async def test_probing_renders_as_the_trainer_does_and_is_repeatable(served: Served, probe: Probe) -> None:
+    answers = [await served.kind.probe(served.address, served.name, probe) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert answers[0].token_ids == probe.token_ids
+    assert answers[0].text
+    assert answers[0].finish_reason in ("stop", "length")
+    assert 0 < answers[0].completion_tokens <= 24
+
+
+async def test_an_engine_that_is_not_there(served: Served, probe: Probe, tmp_path: Path) -> None:
+    nowhere = f"unix:{tmp_path / 'none.sock'}"
+    assert not await served.kind.ready(nowhere)
+    with pytest.raises(ConnectionError):
+        await served.kind.probe(nowhere, served.name, probe)
+
+
+async def test_a_probe_that_it_refuses(served: Served) -> None:
+    endless = Probe([{"role": "user", "content": "word " * 600}], [], max_tokens=24)
+    with pytest.raises(InvalidInput, match=r"refuses a probe.*512"):
+        await served.kind.probe(served.address, served.name, endless)
+
+
+def test_its_socket_is_for_its_owner_alone(served: Served) -> None:
+    mode = served.socket.stat().st_mode
+    assert stat.S_ISSOCK(mode)
+    assert stat.S_IMODE(mode) & 0o077 == 0
+
+
+def test_its_memory_is_bounded(served: Served) -> None:
+    """On a CPU: interpreter, libraries, 0.5 GB of weights and a quarter GiB of KV cache."""
+    group = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _group(pid) == served.process.pid]
+    resident = sum(int((Path(f"/proc/{pid}/statm").read_text().split())[1]) for pid in group) * os.sysconf(
+        "SC_PAGESIZE"
+    )
+    assert resident < (4 << 30 if served.kind.name == "vllm" else 2 << 30)
+
+
+async def test_what_asks_it_reaches_nothing_public(served: Served) -> None:
+    connector = aiohttp.UnixConnector(str(served.socket))
+    async with aiohttp.ClientSession(connector=connector) as engine:
+        for path in ("/docs", "/openapi.json", "/collective_rpc", "/sleep"):
+            async with engine.get(f"http://engine{path}") as response:
+                assert response.status == 404
+
+
+async def test_sigterm_ends_it_promptly_also_in_the_midst_of_an_answer(mortal: Served) -> None:
+    reader, writer = await asyncio.open_unix_connection(mortal.socket)
+    body = json.dumps(
+        {
+            "model": mortal.name,
+            "messages": [{"role": "user", "content": "Tell me a long story."}],
+            "stream": True,
+            "ignore_eos": True,
+            "max_tokens": 450,
+        }
+    )
+    head = ["POST /v1/chat/completions HTTP/1.1", "host: engine", "content-type: application/json"]
+    writer.write("\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode())
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    began = time.monotonic()
+    mortal.process.send_signal(signal.SIGTERM)
+    await asyncio.to_thread(mortal.process.wait, 10)
+    assert time.monotonic() - began < (10 if mortal.kind.name == "vllm" else 4)
+    writer.close()
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None

@@ -1,0 +1,71 @@
+"""A gateway on a real port, in front of a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from scripted_engine import KEY, ScriptedEngine, route
+
+from serve.gateway.app import Gateway
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[ScriptedEngine]:
+    engine = ScriptedEngine(tmp_path / "engine.sock")
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+@pytest.fixture
+def patience() -> float:
+    """Seconds that the gateway waits for a silent engine."""
+    return 30
+
+
+@pytest.fixture
+async def gateway(engine: ScriptedEngine, patience: float) -> Gateway:
+    gateway = Gateway(lambda key: key == KEY, patience)
+    gateway.route(route(engine))
+    return gateway
+
+
+@pytest.fixture
+async def listen() -> AsyncIterator[Callable[[Any], Any]]:
+    """Serve an ASGI app on a free port; returns the URL."""
+    running: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
+
+    async def listen(app: Any) -> str:
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(
+            uvicorn.Config(app, interface="asgi3", lifespan="off", log_level="warning", timeout_graceful_shutdown=0)
+        )
+        running.append((server, asyncio.create_task(server.serve([listener]))))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield listen
+    for server, task in running:
+        server.should_exit = True
+        await task
+
+
+@pytest.fixture
+async def url(gateway: Gateway, listen: Callable[[Any], Any]) -> str:
+    return str(await listen(gateway))
+
+
+@pytest.fixture
+async def http(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client with a good key."""
+    async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=10) as client:
+        yield client

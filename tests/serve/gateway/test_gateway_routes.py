@@ -1,0 +1,184 @@
+"""What the public port lets through, and whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from scripted_engine import ANSWER, ScriptedEngine
+
+from serve.gateway.app import BODY_LIMIT, Gateway
+
+ASK = {"messages": [{"role": "user", "content": "Hi"}]}
+CHAT = "/v1/chat/completions"
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    """The error in the one shape that all errors have."""
+    problem: dict[str, Any] = response.json()["error"]
+    assert set(problem) == {"message", "type", "param", "code"}
+    assert problem["type"] == ("invalid_request_error" if response.status_code < 500 else "server_error")
+    return problem
+
+
+async def test_an_answer_comes_through_byte_for_byte(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    response = await http.post(CHAT, json=ASK)
+    assert response.status_code == 200
+    assert response.json() == ANSWER
+    assert response.headers["x-request-id"].startswith("req_")
+    assert engine.requests == [{**ASK, "model": "r1"}]
+
+
+@pytest.mark.parametrize("model", ["live", "r1", None])
+async def test_the_engine_is_asked_for_the_release_by_its_id(
+    http: httpx.AsyncClient, engine: ScriptedEngine, model: str | None
+) -> None:
+    assert (await http.post(CHAT, json={**ASK, "model": model})).status_code == 200
+    assert engine.requests[0]["model"] == "r1"
+
+
+async def test_another_model_is_not_found(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    response = await http.post(CHAT, json={**ASK, "model": "gpt-4"})
+    assert response.status_code == 404
+    assert error(response)["code"] == "model_not_found"
+    assert error(response)["param"] == "model"
+    assert engine.requests == []
+
+
+async def test_models_are_the_alias_and_the_release(http: httpx.AsyncClient, gateway: Gateway) -> None:
+    listed = (await http.get("/v1/models")).json()
+    assert [model["id"] for model in listed["data"]] == ["live", "r1"]
+    gateway.route(None)
+    assert (await http.get("/v1/models")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        (None, "missing_api_key"),
+        ("", "missing_api_key"),
+        ("Bearer", "missing_api_key"),
+        ("Basic sk-good", "missing_api_key"),
+        ("sk-good", "missing_api_key"),
+        ("Bearer sk-bad", "invalid_api_key"),
+        ("Bearer \xff", "invalid_api_key"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/models"])
+async def test_without_a_good_key_nothing_is_told(
+    url: str, engine: ScriptedEngine, path: str, header: str | None, code: str
+) -> None:
+    async with httpx.AsyncClient(base_url=url) as client:
+        headers = {} if header is None else {b"authorization": header.encode("latin-1")}
+        method = "POST" if path == CHAT else "GET"
+        response = await client.request(method, path, headers=headers, json=ASK if path == CHAT else None)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert error(response)["code"] == code
+    assert engine.requests == []
+
+
+async def test_the_scheme_is_bearer_in_any_case(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, headers={"authorization": "bearer sk-good"}) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/tokenize", "/metrics", "/v1/completions", "/v1/chat/completions/", "//v1/models", "/docs"]
+)
+async def test_what_is_not_on_the_list_does_not_exist(http: httpx.AsyncClient, path: str) -> None:
+    response = await http.get(path)
+    assert response.status_code == 404
+    assert error(response)["code"] == "unknown_url"
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("DELETE", "/v1/models"), ("POST", "/healthz")])
+async def test_the_wrong_method(http: httpx.AsyncClient, method: str, path: str) -> None:
+    response = await http.request(method, path)
+    assert response.status_code == 405
+    assert error(response)["code"] == "method_not_allowed"
+
+
+async def test_health_and_readiness_need_no_key_and_differ(url: str, gateway: Gateway) -> None:
+    async with httpx.AsyncClient(base_url=url) as client:
+        assert (await client.get("/healthz")).status_code == 200
+        ready = await client.get("/readyz")
+        assert ready.status_code == 200
+        assert ready.json()["model"] == "r1"
+        gateway.route(None)
+        assert (await client.get("/healthz")).status_code == 200
+        ready = await client.get("/readyz")
+        assert ready.status_code == 503
+        assert int(ready.headers["retry-after"]) > 0
+
+
+async def test_with_no_live_release_it_says_what_to_do(http: httpx.AsyncClient, gateway: Gateway) -> None:
+    gateway.route(None)
+    response = await http.post(CHAT, json=ASK)
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) > 0
+    assert "promote" in error(response)["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe{",
+        b'{"temperature": NaN}',
+        b"[" * 100_000,
+        b'{"seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+async def test_what_is_no_json_object(http: httpx.AsyncClient, body: bytes) -> None:
+    response = await http.post(CHAT, content=body)
+    assert response.status_code == 400
+    assert error(response)["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_request_that_is_too_large(http: httpx.AsyncClient, engine: ScriptedEngine, chunked: bool) -> None:
+    body = b" " * (BODY_LIMIT + 1)
+
+    async def pieces() -> Any:
+        for start in range(0, len(body), 1 << 16):
+            yield body[start : start + (1 << 16)]
+
+    response = await http.post(CHAT, content=pieces() if chunked else body)
+    assert response.status_code == 413
+    assert error(response)["code"] == "request_too_large"
+    assert engine.requests == []
+    assert (await http.post(CHAT, json=ASK)).status_code == 200
+
+
+async def test_a_field_that_would_be_ignored_is_refused_by_name(
+    http: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    response = await http.post(CHAT, json={**ASK, "logprobs": True})
+    assert response.status_code == 400
+    assert error(response)["param"] == "logprobs"
+    assert engine.requests == []
+
+
+async def test_operators_need_no_key_and_reach_only_the_chat(
+    gateway: Gateway, listen: Callable[[Any], Any], engine: ScriptedEngine
+) -> None:
+    async with httpx.AsyncClient(base_url=await listen(gateway.operator)) as client:
+        assert (await client.post(CHAT, json=ASK)).json() == ANSWER
+        assert (await client.get("/v1/models")).status_code == 404
+        assert (await client.get("/healthz")).status_code == 404
+
+
+async def test_a_fault_of_the_gateway_itself_has_the_same_shape(url: str, listen: Callable[[Any], Any]) -> None:
+    def break_down(key: str) -> bool:
+        raise RuntimeError("database gone")
+
+    async with httpx.AsyncClient(base_url=await listen(Gateway(break_down))) as client:
+        response = await client.get("/v1/models", headers={"authorization": "Bearer sk-good"})
+    assert response.status_code == 500
+    assert "database" not in error(response)["message"]
