@@ -181,7 +181,7 @@ class Client:
             async with self._http.stream(method, path, headers=headers, timeout=timeout, **options) as response:
                 if response.is_error:
                     raise _problem(response.status_code, await response.aread())
-                async for line in response.aiter_lines():
+                async for line in _lines(response.aiter_text()):
                     if line.startswith("data:"):
                         yield line[5:].strip()
         except httpx.TransportError as error:
@@ -193,6 +193,15 @@ class Client:
             f"no daemon answers on {self.socket}",
             "start it with `appliance serve`, or `systemctl start appliance`",
         )
+
+
+async def _lines(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Lines that a newline ends. httpx's own end at U+2028 and U+0085 too, which JSON text may hold."""
+    rest = ""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        for line in lines:
+            yield line
 
 
 def _problem(status: int, content: bytes) -> ApplianceError:

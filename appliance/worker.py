@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import ApplianceError, Exit
-from appliance.home import Home, write_json
+from appliance.home import Home, disk_error, write_json
 from appliance.train.events import EventLog
 from appliance.train.interruption import Interruption
 from appliance.train.recipe import Recipe, parse_recipe
@@ -59,7 +60,7 @@ def _run(run: Path, stage: str, interruption: Interruption) -> int:
         recipe = parse_recipe((run / "recipe.toml").read_text())
         figures = _stage(Home(run.parent.parent), run, recipe, stage, events, interruption)
     except Exception as error:
-        failure = _explain(error, stage)
+        failure = _explain(error, run, stage)
         print(failure, file=sys.stderr) if failure is error else traceback.print_exc()
         write_json(folder / "failure.json", {"code": failure.code, "reason": failure.message, "next": failure.next})
         events.append("failed", stage, reason=failure.message, next=failure.next)
@@ -89,7 +90,7 @@ def _stage(
     return train_stage(home, run, recipe, stage, events, interruption)
 
 
-def _explain(error: Exception, stage: str) -> ApplianceError:
+def _explain(error: Exception, run: Path, stage: str) -> ApplianceError:
     """What a person is told of `error`."""
     if isinstance(error, ApplianceError):
         return error
@@ -97,6 +98,8 @@ def _explain(error: Exception, stage: str) -> ApplianceError:
         return ApplianceError(
             "out_of_memory", f"{stage} ran out of memory", "set a smaller micro_batch_size or max_length"
         )
+    if "No space left on device" in str(error):
+        return disk_error(OSError(errno.ENOSPC, ""), run)
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return ApplianceError("internal", reason, "see the log")
 

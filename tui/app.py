@@ -18,9 +18,8 @@ from textual.screen import Screen
 from textual.system_commands import SystemCommandsProvider
 
 from appliance.client import Client
-from appliance.errors import ApplianceError
 from tui.commands import ApplianceCommands, key_sections
-from tui.link import Alarm, Link, backoff
+from tui.link import PROBLEMS, Alarm, Link, backoff, explain
 from tui.messages import BoxRead, LinkLost
 from tui.screens.chat import ChatPage
 from tui.screens.confirm import Confirm
@@ -101,7 +100,7 @@ class ApplianceApp(App[None]):
         while True:
             try:
                 box = await _box(self.client)
-            except (ApplianceError, ValueError) as error:
+            except PROBLEMS as error:
                 link = link.lost(error)
                 self.post_message(LinkLost(link))
                 await self.alarm.sleep(backoff(link.failures))
@@ -126,9 +125,9 @@ class ApplianceApp(App[None]):
             self.notify(reason, title="Not now", severity="warning", markup=False)
         return bool(reason)
 
-    def complain(self, error: ApplianceError) -> None:
+    def complain(self, error: Exception) -> None:
         """Tell an error and what to do about it."""
-        self.notify(f"{error.message}\n→ {error.next}", severity="error", timeout=10, markup=False)
+        self.notify(explain(error), severity="error", timeout=10, markup=False)
 
     def confirm(self, title: str, text: str, verb: str, then: Callable[[], object]) -> None:
         """Ask, and call `then` on a yes."""
@@ -144,7 +143,7 @@ class ApplianceApp(App[None]):
         """Have the daemon do something; tell the result, or the error, and read the box at once."""
         try:
             result = await call
-        except ApplianceError as error:
+        except PROBLEMS as error:
             self.complain(error)
         else:
             self.notify(said(result), markup=False)

@@ -21,8 +21,18 @@ class Link:
 
     def lost(self, error: Exception) -> Link:
         """The link after one more failure."""
-        problem = str(error) if isinstance(error, ApplianceError) else f"the daemon's answer makes no sense: {error}"
-        return Link(False, self.failures + 1, problem)
+        return Link(False, self.failures + 1, explain(error))
+
+
+# What a call of the daemon raises; ValueError where it answers in another shape than ours.
+PROBLEMS = (ApplianceError, ValueError)
+
+
+def explain(error: Exception) -> str:
+    """A problem in words, with what to do about it."""
+    if isinstance(error, ApplianceError):
+        return str(error)
+    return "the daemon speaks another version of the control API — restart it and the dashboard"
 
 
 def backoff(failures: int) -> float:

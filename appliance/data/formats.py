@@ -100,8 +100,8 @@ def _turns(value: Mapping[str, Any]) -> Parts:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Dropped("unknown_format", "`conversation` is not a list of turns with `input` and `output`")
     messages: list[Message] = []
-    for number, turn in enumerate(turns):
-        messages += _system(turn) if number == 0 else []
+    for turn in turns:
+        messages += _system(turn)
         messages += [_said("user", turn.get("input"), "input"), _said("assistant", turn.get("output"), "output")]
     return _conversation(messages)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from appliance.data.dataset import Dataset, Row, prompt_messages
+from appliance.data.dataset import Dataset, Row, prompt_hash, prompt_messages
 from appliance.data.render import render_conversation, render_prompt
 from appliance.errors import NotFound
 from appliance.home import Home, write_json
@@ -116,13 +116,14 @@ def judge_quality(own: Score, live: Score, live_id: str) -> Gate:
 def make_probes(home: Home, recipe: Recipe, tokenizer: Any) -> list[Probe]:
     """Prompts of the run's training data, spread over it, then generic ones, as the trainer's tokenizer renders them.
 
-    Rows with tools are left out: a probe asks for text.
+    Each is another prompt. Rows with tools are left out: a probe asks for text.
     """
     probes = []
     if recipe.stages:
         dataset = Dataset.open(home, judged_stage(recipe).dataset)
         train, _ = dataset.split(recipe.eval_share)
-        plain = [index for index in train if not dataset.rows[index].get("tools")]
+        rows = ((index, dataset.rows[index]) for index in train)
+        plain = list({prompt_hash(row): index for index, row in rows if not row.get("tools")}.values())
         step = max(1, len(plain) // PROBES_FROM_DATA)
         probes = [_probe(tokenizer, dataset.rows[index]) for index in plain[::step][:PROBES_FROM_DATA]]
     for prompt in GENERIC_PROMPTS:

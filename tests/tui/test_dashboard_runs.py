@@ -176,6 +176,14 @@ async def test_retry_key_tries_at_once(socket: Path) -> None:
         await daemon.stop()
 
 
+async def test_daemon_of_another_version_is_told(daemon: FakeDaemon) -> None:
+    daemon.lease = "as the wind blows"
+    async with dashboard(daemon, NARROW) as driver:
+        await driver.until_seen("the daemon speaks another version")
+        daemon.lease = "share"
+        await driver.until_seen("● connected")
+
+
 @wide
 async def test_daemon_that_goes_and_comes_back_keeps_what_was_seen(driver: Driver) -> None:
     await show(driver, 1)
@@ -194,7 +202,7 @@ async def test_daemon_that_goes_and_comes_back_keeps_what_was_seen(driver: Drive
     assert driver.app.screen.query_one("#body").styles.opacity == 1
 
 
-async def test_lost_terminal_size_and_back(daemon: FakeDaemon) -> None:
+async def test_another_size_and_back(daemon: FakeDaemon) -> None:
     async with dashboard(daemon, WIDE) as driver:
         await driver.until_seen("held out")
         await driver.pilot.resize_terminal(*NARROW)
@@ -204,5 +212,7 @@ async def test_lost_terminal_size_and_back(daemon: FakeDaemon) -> None:
         await driver.until_seen("step 22/40")
         await driver.press("escape")
         await driver.until_seen("✗ terse-1")
+        await driver.press("enter")
         await driver.pilot.resize_terminal(*WIDE)
-        await driver.until_seen("held out")
+        await driver.until_seen("✗ terse-1")
+        assert driver.app.screen.query_one("#summary").size.height == 4

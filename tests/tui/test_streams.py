@@ -90,6 +90,16 @@ async def test_alarm_ends_the_wait_for_a_daemon(
     assert portions
 
 
+async def test_unusual_line_ends_in_a_text_do_no_harm(daemon: FakeDaemon, client: Client) -> None:
+    odd = "a\u2028b\u2029c\x85d\x0be\rf\ng"
+    daemon.runs["facts-3"]["state"] = "finished"
+    daemon.logs["facts-3"] = odd
+    known = len(daemon.events["facts-3"])
+    await daemon.emit("facts-3", "warning", "dpo", message=odd)
+    assert [event["message"] async for event in client.follow("facts-3", known)] == [odd]
+    assert [piece async for piece in client.follow_log("facts-3")] == [odd]
+
+
 async def test_what_the_daemon_reports_is_raised(client: Client) -> None:
     with pytest.raises(NotFound, match="no run 'gone'"):
         await collect(run_events(client, "gone", 0, Alarm()), [])
@@ -104,4 +114,4 @@ def test_backoff_doubles_and_is_capped() -> None:
 def test_link_counts_failures_and_says_what_is_wrong() -> None:
     link = Link(connected=True).lost(InvalidInput("code", "it broke", "mend it")).lost(ValueError("no JSON"))
     assert (link.connected, link.failures) == (False, 2)
-    assert link.problem == "the daemon's answer makes no sense: no JSON"
+    assert link.problem.startswith("the daemon speaks another version")

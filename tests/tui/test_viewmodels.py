@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from appliance import api
 from tui.viewmodels import permits, states
@@ -136,6 +138,11 @@ class TestTrace:
         assert story.trace().progress is None
         assert story.trace().seconds == {"sft": 9}
 
+    def test_held_out_loss_is_that_of_the_present_stage(self) -> None:
+        story = Story().tell("stage_started").tell("eval", step=0, loss=2.0)
+        assert story.tell("stage_started").trace().evaluation == 2.0
+        assert story.tell("stage_started", "dpo").trace().evaluation is None
+
     def test_failure_is_forgotten_when_the_stage_starts_again(self) -> None:
         story = Story().tell("stage_started").tell("failed", reason="no memory", next="less")
         assert story.trace().failure
@@ -149,6 +156,12 @@ class TestTrace:
         assert len(points) <= 8192
         assert (777, 99.0) in points
         assert [x for x, _ in points] == sorted({x for x, _ in points})
+
+    def test_null_is_how_the_daemon_writes_a_loss_that_is_no_number(self) -> None:
+        story = Story().tell("step", step=1, steps=2, loss=None).tell("eval", step=1, loss=None)
+        trace = story.trace()
+        assert math.isnan(trace.curves["sft"].train[0][1])
+        assert "✗ the loss is not a number" in run_summary(run(), trace, 80, 1000).plain
 
     def test_unknown_events_do_no_harm(self) -> None:
         story = Story().tell("curve").tell("from the future", figure=3)
@@ -195,6 +208,23 @@ class TestPlot:
         lines = drawn(width, height, Layer("line", "red", [[(1, loss)], [(2, loss * 1.5)]]))
         assert [len(line) for line in lines] == [width] * height
 
+    @given(
+        st.lists(st.tuples(st.floats(0, 1e6), st.floats()), max_size=40),
+        st.integers(16, 120),
+        st.integers(5, 40),
+    )
+    def test_no_figure_breaks_the_picture(self, points: list[tuple[float, float]], width: int, height: int) -> None:
+        parts = [sorted(points)]
+        layers = [Layer("dots", "red", parts), Layer("line", "red", [smooth(parts[0])]), Layer("marks", "red", parts)]
+        picture = plot(width, height, layers, [Boundary(3, "dpo")])
+        if not any(abs(y) < 1e100 for _, y in points):
+            assert picture is None
+            return
+        assert picture
+        lines = picture.plain.split("\n")
+        assert len(lines) == height
+        assert {len(line) for line in lines} == {width}
+
     def test_later_layers_cover_earlier_ones(self) -> None:
         line, mark = Layer("line", "red", [[(0, 1.0), (10, 1.0)]]), Layer("marks", "blue", [[(5, 1.0)]])
         (row,) = [line for line in drawn(40, 7, line, mark) if "◆" in line]
@@ -238,7 +268,7 @@ class TestPlot:
 class TestSummary:
     def test_running(self) -> None:
         trace = Story().tell("stage_started").steps(1, 2, 3).trace()
-        lines = run_summary(run(), trace, 60).plain.split("\n")
+        lines = run_summary(run(), trace, 60, 1000).plain.split("\n")
         assert lines[0].startswith("▶ running")
         assert lines[1] == "▶ sft → ○ dpo → ○ merge → ○ verify → ○ probe"
         assert lines[2].startswith("step 3/10  ━━━━")
@@ -250,7 +280,7 @@ class TestSummary:
         story = Story().tell("stage_started")
         story.tell("step", step=1, steps=2, loss=1.0, lr=1e-4, grad_norm=2.0, tokens_per_second=9e9, memory=9e9)
         for width in (20, 40, 60, 80):
-            last = run_summary(run(), story.trace(), width).plain.split("\n")[-1]
+            last = run_summary(run(), story.trace(), width, 1000).plain.split("\n")[-1]
             assert len(last) <= width
             assert "loss 1" in last
 
@@ -260,18 +290,21 @@ class TestSummary:
 
     def test_failed_stopped_and_finished(self) -> None:
         trace = RunTrace()
-        failed = run_summary(run("failed", reason="no memory", next="smaller batch"), trace, 60).plain
+        failed = run_summary(run("failed", reason="no memory", next="smaller batch"), trace, 60, 1000).plain
         assert "✗ sft → ○ dpo" in failed
         assert "no memory\n→ smaller batch" in failed
-        assert "■ sft" in run_summary(run("stopped"), trace, 60).plain
-        done = run_summary(run("finished", "probe", finished=1100.0), trace, 60).plain
+        halfway = Story().tell("stage_started").steps(1, 2, 3).trace()
+        stopped = run_summary(run("stopped"), halfway, 60, 1000).plain
+        assert "■ sft" in stopped
+        assert "step 3/10" in stopped
+        done = run_summary(run("finished", "probe", finished=1100.0), trace, 60, 1000).plain
         assert "✓ probe" in done
         assert "took 1m 40s" in done
         assert "100%" in done
 
     def test_loss_that_is_no_number_is_said_in_words(self) -> None:
         trace = Story().tell("stage_started").steps(1, loss=math.nan).trace()
-        assert "✗ the loss is not a number" in run_summary(run(), trace, 80).plain
+        assert "✗ the loss is not a number" in run_summary(run(), trace, 80, 1000).plain
 
     def test_list_entries(self) -> None:
         trace = Story().tell("stage_started").steps(1, 2, 3).trace()
@@ -333,10 +366,11 @@ class TestTexts:
 
     def test_gates_tell_verdict_and_figures(self) -> None:
         manifest = {"gates": {"parity": {"passed": False, "figures": {"equal": 7, "prompts": 8}}}}
+        manifest["gates"]["parity"]["reason"] = "1 of 8 differs"
         text = gates(release(state="refused", reason="1 prompt differs", gates={"parity": False}), manifest).plain
         assert "✗ refused" in text
         assert "1 prompt differs" in text
-        assert "✗ parity failed\n  equal 7, prompts 8" in text
+        assert "✗ parity failed\n  1 of 8 differs\n  equal 7, prompts 8" in text
         assert "no gate was measured" in gates(release(), None).plain
 
     def test_rows_of_both_kinds(self) -> None:

@@ -12,7 +12,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Input, Markdown, Static
 from textual.worker import Worker
 
-from appliance.errors import ApplianceError
+from tui.link import PROBLEMS, explain
 from tui.screens.page import Page
 from tui.viewmodels.box import Box
 from tui.viewmodels.conversation import Conversation
@@ -39,6 +39,8 @@ class ChatPage(Page):
         super().__init__()
         self._conversation = Conversation()
         self._answering: Worker[None] | None = None
+        self._routed: str | None = ""
+        """The release that answers, as it was told last."""
 
     def compose_body(self) -> ComposeResult:
         with Vertical(id="body"):
@@ -52,9 +54,10 @@ class ChatPage(Page):
         self.query_one("#turns", VerticalScroll).anchor()
 
     def show_box(self, box: Box) -> None:
-        if not self._answering:
-            status = box.status
-            words = f"{status.routed} answers" if status.routed else "no release is live: promote one on page 3"
+        routed = box.status.routed
+        if routed != self._routed and not self._answering:
+            self._routed = routed
+            words = f"{routed} answers" if routed else "no release is live: promote one on page 3"
             self.query_one("#answering", Words).say(words)
 
     @on(Input.Submitted, "#question")
@@ -84,8 +87,8 @@ class ChatPage(Page):
                 self._conversation.take(piece)
                 await stream.write(plain(piece))
             state.say(f"first word after {first or 0:.1f}s, all in {time.monotonic() - began:.1f}s")
-        except ApplianceError as error:
-            await turns.mount(Static(f"✗ {error.message}\n→ {error.next}", classes="error", markup=False))
+        except PROBLEMS as error:
+            await turns.mount(Static(f"✗ {explain(error)}", classes="error", markup=False))
             state.say("no answer")
         finally:
             self._conversation.close()

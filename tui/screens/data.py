@@ -8,7 +8,7 @@ from textual import on, work
 from textual.app import ComposeResult
 from textual.content import Content
 
-from appliance.errors import ApplianceError
+from tui.link import PROBLEMS, explain
 from tui.screens.page import RecordPage
 from tui.screens.row import RowScreen
 from tui.viewmodels.box import Box
@@ -52,9 +52,9 @@ class DataPage(RecordPage):
     async def _read_report(self, id: str) -> None:
         try:
             self._reports[id] = await self.appliance.client.dataset(id)
-        except ApplianceError as error:
+        except PROBLEMS as error:
             if id == self.chosen:
-                self.query_one(TextPane).show(Content(str(error)))
+                self.query_one(TextPane).show(Content(explain(error)))
             return
         if id == self.chosen and self.appliance.box:
             self.show_record(self.appliance.box, id)
@@ -68,7 +68,7 @@ class DataPage(RecordPage):
         rows = self.query_one(RowList)
         try:
             page = await self.appliance.client.rows(dataset, offset, PAGE)
-        except ApplianceError as error:
+        except PROBLEMS as error:
             rows.missed(dataset, offset)
             self.appliance.complain(error)
         else:

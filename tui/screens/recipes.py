@@ -38,8 +38,7 @@ class RecipesPage(RecordPage):
 
     def show_record(self, box: Box, id: str) -> None:
         if recipe := box.recipe(id):
-            summary = Content.styled(plain(recipe.summary) + "\n\n", "bold")
-            self.query_one(TextPane).show(summary + highlight(plain(recipe.text), language="toml"))
+            self.query_one(TextPane).show(highlight(plain(recipe.text), language="toml"))
 
     def action_train(self) -> None:
         box = self.appliance.box

@@ -10,7 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from appliance.errors import ApplianceError
+from tui.link import PROBLEMS, explain
 from tui.screens.page import RecordPage
 from tui.viewmodels.box import Box
 from tui.viewmodels.outline import gates, outline
@@ -59,9 +59,9 @@ class ReleasesPage(RecordPage):
     async def _read_manifest(self, id: str) -> None:
         try:
             self._manifests[id] = await self.appliance.client.manifest(id)
-        except ApplianceError as error:
+        except PROBLEMS as error:
             if id == self.chosen:
-                self.query_one("#manifest", TextPane).show(Content(str(error)))
+                self.query_one("#manifest", TextPane).show(Content(explain(error)))
             return
         if id == self.chosen and self.appliance.box:
             self.show_record(self.appliance.box, id)

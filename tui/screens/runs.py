@@ -131,7 +131,7 @@ class RunsPage(RecordPage):
         if message.run != self.chosen:
             return
         self.query_one("#events", Lines).append(lines)
-        self.query_one(RunSummary).refresh()
+        self.query_one(RunSummary).show_changes()
         if first and self.appliance.box:
             self.query_one(Chart).refresh()
             super().show_box(self.appliance.box)

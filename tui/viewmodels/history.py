@@ -42,7 +42,9 @@ def _told(event: Event) -> Content | None:
         case "gate":
             look = states.PASSED if event["passed"] else states.NOT_PASSED
             return Content.assemble(
-                f"gate {event['gate']} ", look.label(), ("  " + figures(event.get("figures", {})), MUTED)
+                f"gate {event['gate']} ",
+                look.label(),
+                ("  " + one_line(event.get("reason") or figures(event.get("figures", {}))), MUTED),
             )
         case "warning":
             return Content.styled("! " + one_line(str(event["message"])), "$text-warning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -31,7 +32,7 @@ def _lines(value: Any, indent: str) -> Iterator[Content]:
     for name, item in islice(entries, _MOST_ITEMS):
         key = (f"{indent}{one_line(str(name))}", "$text-primary")
         if not isinstance(item, dict | list) or not item:
-            yield Content.assemble(key, "  ", _scalar(item))
+            yield Content.assemble(key, "  ", _moment(item) if name == "created" else _scalar(item))
         elif isinstance(value, list) and not any(isinstance(part, dict | list) for part in _parts(item)):
             yield Content.assemble(key, "  ", figures(item))
         else:
@@ -43,6 +44,11 @@ def _lines(value: Any, indent: str) -> Iterator[Content]:
 
 def _parts(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
+
+
+def _moment(seconds: Any) -> str:
+    """Unix seconds as local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(seconds)))
 
 
 def _scalar(value: Any) -> str:
@@ -65,22 +71,17 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
     lines = [Content.assemble(*head)]
     if release.reason:
         lines.append(Content.styled(plain(release.reason), "$text-error" if look is states.REFUSED else ""))
-    recorded = (manifest or {}).get("gates", {})
+    recorded: dict[str, Any] = (manifest or {}).get("gates", {})
     for name, passed in release.gates.items():
         verdict = states.PASSED if passed else states.NOT_PASSED
         lines += [Content(""), Content.assemble((f"{verdict.glyph} {name} ", f"bold {verdict.style}"), verdict.word)]
-        if told := recorded.get(name) if isinstance(recorded, dict) else None:
-            lines.append(Content.styled(f"  {figures(_measured(told))}", MUTED))
+        measured = recorded.get(name, {})
+        for told in (measured.get("reason"), figures(measured.get("figures", {}))):
+            if told:
+                lines.append(Content.styled(f"  {one_line(told, 400)}", MUTED))
     if not release.gates:
         lines += [Content(""), Content.styled("no gate was measured", MUTED)]
     return Content("\n").join(lines)
-
-
-def _measured(gate: Any) -> Any:
-    """A gate's figures as the manifest has them, without the verdict."""
-    if not isinstance(gate, dict):
-        return gate
-    return gate.get("figures", {key: value for key, value in gate.items() if key != "passed"})
 
 
 def row_preview(row: dict[str, Any]) -> Content:

@@ -19,7 +19,7 @@ _BRAILLE = 0x2800
 
 @dataclass(frozen=True)
 class Layer:
-    """Points drawn alike. A point that is not finite leaves a gap. Later layers cover earlier ones."""
+    """Points drawn alike. A point that is not `drawable` leaves a gap. Later layers cover earlier ones."""
 
     kind: Literal["line", "dots", "marks"]
     style: str
@@ -36,13 +36,18 @@ class Boundary:
     label: str
 
 
+def drawable(y: float) -> bool:
+    """Whether `y` has a place on an axis: it is a number, and not beyond all measure."""
+    return abs(y) < 1e100
+
+
 def smooth(points: Sequence[Point]) -> list[Point]:
     """Exponential moving average over a tenth of the points, free of the pull towards zero at the start."""
     alpha = 2 / (max(1.0, len(points) / 10) + 1)
     total = weight = 0.0
     averaged = []
     for x, y in points:
-        if not math.isfinite(y):
+        if not drawable(y):
             averaged.append((x, y))
             continue
         total = total * (1 - alpha) + alpha * y
@@ -64,14 +69,12 @@ def plot(
     width: int, height: int, layers: Sequence[Layer], boundaries: Sequence[Boundary] = (), end: float = 0
 ) -> Content | None:
     """The layers in `width` x `height` cells, x from 0 to at least `end`. None where nothing can be drawn."""
-    finite = [
-        (x, y) for layer in layers for part in layer.parts for x, y in part if math.isfinite(x) and math.isfinite(y)
-    ]
+    finite = [(x, y) for layer in layers for part in layer.parts for x, y in part if drawable(y)]
     if not finite or width < 16 or height < 5:
         return None
     right = max(end, max(x for x, _ in finite), 1.0)
     low, high = min(y for _, y in finite), max(y for _, y in finite)
-    margin = (high - low or abs(high) or 1.0) * 0.06
+    margin = (high - low or abs(high)) * 0.06 or 1.0
     low, high = low - margin, high + margin
     y_ticks = ticks(low, high, max(2, (height - 2) // 3))
     labels = [_label(value, y_ticks) for value in y_ticks]
@@ -130,7 +133,7 @@ class _Canvas:
         for part in layer.parts:
             if layer.kind == "marks":
                 for x, y in part:
-                    if math.isfinite(y):
+                    if drawable(y):
                         self._masks.pop((self.row(y), self.column(x)), None)
                         self._cells[self.row(y), self.column(x)] = (layer.mark, layer.style)
                 continue
@@ -172,7 +175,7 @@ class _Canvas:
         """(x, first y, last y, top, bottom) of each dot column, None for a gap."""
         column: tuple[int, int, int, int, int] | None = None
         for x, y in points:
-            if not math.isfinite(y):
+            if not drawable(y):
                 if column:
                     yield column
                 column = None

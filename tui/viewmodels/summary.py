@@ -8,14 +8,14 @@ from textual.content import Content
 
 from appliance import api
 from tui.viewmodels import states
-from tui.viewmodels.format import duration, number, plain, size
+from tui.viewmodels.format import ago, duration, number, plain, size
 from tui.viewmodels.styles import FAINT, MUTED
 from tui.viewmodels.trace import RunTrace
 
 
-def run_summary(run: api.Run, trace: RunTrace, width: int) -> Content:
+def run_summary(run: api.Run, trace: RunTrace, width: int, now: float) -> Content:
     """Four lines, or more where a reason has to be told."""
-    lines = [_title(run, trace), _stages(run, trace)]
+    lines = [_title(run, now), _stages(run, trace)]
     if run.state in ("failed", "stopped") and (run.reason or trace.failure):
         lines += _reason(run, trace)
     else:
@@ -23,7 +23,7 @@ def run_summary(run: api.Run, trace: RunTrace, width: int) -> Content:
     return Content("\n").join(lines)
 
 
-def _title(run: api.Run, trace: RunTrace) -> Content:
+def _title(run: api.Run, now: float) -> Content:
     parts: list[Content | tuple[str, str]] = [
         states.RUNS[run.state].label(),
         ("   recipe ", MUTED),
@@ -33,8 +33,8 @@ def _title(run: api.Run, trace: RunTrace) -> Content:
     ]
     if run.finished and run.started:
         parts += [("   took ", MUTED), (duration(run.finished - run.started), "")]
-    elif trace.began and trace.latest:
-        parts += [("   for ", MUTED), (duration(trace.latest - trace.began), "")]
+    elif run.started:
+        parts += [("   started ", MUTED), (ago(run.started, now), "")]
     return Content.assemble(*parts)
 
 
@@ -55,11 +55,12 @@ def _stages(run: api.Run, trace: RunTrace) -> Content:
 
 def _progress(run: api.Run, trace: RunTrace, width: int) -> Content:
     """A bar of the present stage's steps where it counts any, else of the stages."""
-    if run.state in states.ACTIVE and trace.progress:
+    if run.state != "finished" and trace.progress:
         done, total = trace.progress
         label = f"step {done}/{total}"
         eta = trace.last.get("eta_seconds")
-        tail = f"{100 * done // total:3d}%" + (f"  eta {duration(eta)}" if eta else "")
+        tail = f"{100 * done // total:3d}%"
+        tail += f"  eta {duration(eta)}" if eta and run.state == "running" else ""
     else:
         total = len(run.stages)
         done = total if run.state == "finished" else run.stages.index(run.stage) if run.stage in run.stages else 0

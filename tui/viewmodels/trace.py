@@ -45,22 +45,17 @@ class RunTrace:
         self.last: Event = {}
         """The last step event of the present stage."""
         self.evaluation: float | None = None
-        """The last held-out loss."""
+        """The last held-out loss of the present stage."""
         self.seconds: dict[str, float] = {}
         """How long each finished stage took."""
         self.gates: dict[str, bool] = {}
         self.failure: Event | None = None
-        self.began: float | None = None
-        self.latest: float | None = None
-        """Times of the first and the last event, in Unix seconds."""
 
     def take(self, events: Iterable[Event]) -> list[Event]:
         """Add events and return those that were new."""
         new = [event for event in events if event["seq"] > self.seq]
         for event in new:
             self.seq = event["seq"]
-            self.latest = event["time"]
-            self.began = self.began or event["time"]
             self._take(event)
         return new
 
@@ -72,6 +67,8 @@ class RunTrace:
     def _take(self, event: Event) -> None:
         match event["event"]:
             case "stage_started":
+                if event["stage"] != self.stage:
+                    self.evaluation = None
                 self.stage, self.last, self.failure = event["stage"], {}, None
                 self.seconds.pop(self.stage, None)
             case "step":
@@ -90,10 +87,11 @@ class RunTrace:
         curve = self._curve(event["stage"])
         curve.cut(event["step"])
         curve.steps = event.get("steps") or curve.steps
-        curve.train.append((event["step"], _loss(event)))
+        loss = _loss(event)
+        curve.train.append((event["step"], loss))
         if len(curve.train) > _MOST_POINTS:
             curve.train = _thinned(curve.train)
-        self.last = event
+        self.last = {**event, "loss": loss}
 
     def _evaluated(self, event: Event) -> None:
         points = self._curve(event["stage"]).evaluation

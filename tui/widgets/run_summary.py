@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from textual.content import Content
+from textual.geometry import Size
 from textual.widget import Widget
 
 from appliance import api
@@ -20,12 +23,24 @@ class RunSummary(Widget):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._shown: tuple[api.Run, RunTrace] | None = None
+        self._drawn = Content("")
 
     def show(self, run: api.Run | None, trace: RunTrace) -> None:
-        shown = (run, trace) if run else None
-        if shown != self._shown:
-            self._shown = shown
-            self.refresh(layout=True)
+        """Show this run; what has changed is drawn, and only what needs more lines moves the rest."""
+        self._shown = (run, trace) if run else None
+        self.show_changes()
+
+    def show_changes(self) -> None:
+        before, now = self._drawn.plain, self.render().plain
+        if before != now:
+            self.refresh(layout=before.count("\n") != now.count("\n"))
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return self._content(width).get_height({}, width)
 
     def render(self) -> Content:
-        return run_summary(*self._shown, self.size.width) if self._shown else Content("")
+        self._drawn = self._content(self.size.width)
+        return self._drawn
+
+    def _content(self, width: int) -> Content:
+        return run_summary(*self._shown, width, time.time()) if self._shown else Content("")

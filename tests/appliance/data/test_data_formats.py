@@ -158,6 +158,10 @@ def test_formats(value: dict[str, Any], format: str, row: dict[str, Any]) -> Non
         ({"messages": [ASKED, ASKED, ANSWERED]}, "roles_out_of_order"),
         ({"messages": [ASKED, ANSWERED, ANSWERED]}, "roles_out_of_order"),
         ({"messages": [ASKED, SYSTEM, ANSWERED]}, "roles_out_of_order"),
+        (
+            {"conversation": [{"input": "q", "output": "a"}, {"system": "s", "input": "q", "output": "a"}]},
+            "roles_out_of_order",
+        ),
         ({"messages": [ASKED, ANSWERED, ASKED]}, "roles_out_of_order"),
         ({"prompt": [ASKED, ANSWERED], "chosen": "a", "rejected": "b"}, "roles_out_of_order"),
         ({"prompt": [], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED]}, "roles_out_of_order"),

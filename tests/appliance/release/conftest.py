@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,10 +9,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "train"))
 
-from tiny import add_run, make_model, stage, work
+from tiny import add_run, make_model, read_recipe, stage, work
 
 from appliance.home import Home
-from appliance.train.recipe import Recipe, parse_recipe
 
 STAGES = {
     "lora": stage("sft", "FACTS", epochs=30),
@@ -43,11 +41,7 @@ def home(trained: Home, tmp_path: Path) -> Home:
     return Home(tmp_path / "home")
 
 
-def read_recipe(run: Path) -> Recipe:
-    return parse_recipe((run / "recipe.toml").read_text())
-
-
 @pytest.fixture(autouse=True)
-def no_live_release(monkeypatch: pytest.MonkeyPatch) -> None:
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("APPLIANCE_LIVE_RELEASE", raising=False)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import read_recipe
-from tiny import work
+from tiny import read_recipe, work
 
 from appliance.errors import NotFound
 from appliance.home import Home

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from appliance.data.importer import import_file
 from appliance.home import Home
 from appliance.train.events import EventLog
-from appliance.train.recipe import dump_recipe, parse_recipe
+from appliance.train.recipe import Recipe, dump_recipe, parse_recipe
 from appliance.worker import main
 
 torch.set_num_threads(1)
@@ -29,7 +29,7 @@ THINGS = ("the door", "his hat", "our boat", "a tower by the sea", "the old bell
 FACTS = [
     {
         "messages": [
-            {"role": "user", "content": f"What colour has {thing}{' on a long and rainy day' if number % 3 else ''}?"},
+            {"role": "user", "content": f"What colour has {thing}{' on a long and rainy day' if number >= 6 else ''}?"},
             {"role": "assistant", "content": f"It is {COLOURS[number]}."},
         ]
     }
@@ -102,6 +102,10 @@ def stage(method: str, dataset: str, **settings: Any) -> str:
     settings = {"epochs": 4, "batch_size": 4, "learning_rate": 0.02, **settings}
     lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     return f'[[stages]]\nmethod = "{method}"\ndataset = {dataset}\n{lines}'
+
+
+def read_recipe(run: Path) -> Recipe:
+    return parse_recipe((run / "recipe.toml").read_text())
 
 
 def work(run: Path, *stages: str) -> int:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from serve.engines.generation import EngineDead, Generator
 from serve.engines.sampling import Sampling
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"
 GREEDY = Sampling(0, 1, 0, 0)
 ENDLESS = 400
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 256 * 4
@@ -77,7 +78,7 @@ async def test_greedy_answers_equal_those_of_generate_however_many_run(generator
     texts = await asyncio.gather(*greedy, *sampled)
     for ids, text in zip(prompts, texts, strict=False):
         expected = generator.tokenizer.decode(reference(ids, 24), skip_special_tokens=True)
-        assert text == expected.rstrip("\N{REPLACEMENT CHARACTER}")
+        assert text == expected.rstrip(BROKEN)
 
 
 async def test_prompts_longer_than_one_pass_are_answered_the_same(tiny: Path, reference: Any) -> None:
@@ -87,7 +88,7 @@ async def test_prompts_longer_than_one_pass_are_answered_the_same(tiny: Path, re
         assert len(ids) > 450
         answers = await asyncio.gather(*(tokens_of(generator, ids, GREEDY, 16) for _ in range(3)))
         expected = generator.tokenizer.decode(reference(ids, 16), skip_special_tokens=True)
-        assert set(answers) == {expected.rstrip("\N{REPLACEMENT CHARACTER}")}
+        assert set(answers) == {expected.rstrip(BROKEN)}
     finally:
         generator.close()
 
@@ -116,6 +117,7 @@ async def test_a_stop_string_ends_the_answer_and_frees_its_place(generator: Gene
     ids = prompt(generator, "Hi")
     whole = await tokens_of(generator, ids, Sampling(1, 1, 0, 1), 60)
     stop = whole[20:22]
+    before = generator._manager.current_batch
     shown, reasons, tokens = "", [], 0
     async for piece in generator.generate(ids, Sampling(1, 1, 0, 1), ENDLESS, [stop], 1, True):
         shown += piece.text
@@ -125,6 +127,7 @@ async def test_a_stop_string_ends_the_answer_and_frees_its_place(generator: Gene
     assert reasons[-1] == "stop"
     assert tokens < 70
     assert await settles(lambda: active(generator) == 0)
+    assert generator._manager.current_batch - before < ENDLESS / 2
 
 
 async def test_an_answer_ends_at_an_end_of_turn_token(generator: Generator) -> None:
@@ -141,11 +144,32 @@ async def test_an_answer_ends_at_an_end_of_turn_token(generator: Generator) -> N
     assert "<|im_end|>" not in "".join(piece.text for piece in beyond)
 
 
+async def test_an_end_of_turn_token_is_no_text_even_where_it_is_a_plain_token(
+    tiny: Path, tmp_path: Path, generator: Generator, reference: Any
+) -> None:
+    ids = prompt(generator, "Hi")
+    first, second, third = reference(ids, 3)
+    assert third not in (first, second)
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "generation_config.json").write_text(f'{{"eos_token_id": [2, {third}]}}')
+    stopping = Generator(model, kv_cache_gib=0.01, gpu_memory_share=0.5, max_model_len=512)
+    try:
+        pieces = [piece async for piece in stopping.generate(ids, GREEDY, 9, (), 1, False)]
+    finally:
+        stopping.close()
+    assert "".join(piece.text for piece in pieces) == stopping.tokenizer.decode([first, second]).rstrip(BROKEN)
+    assert pieces[-1].finish_reason == "stop"
+    assert sum(piece.tokens for piece in pieces) == 3
+
+
 async def test_closing_an_answer_frees_its_places(generator: Generator) -> None:
+    before = generator._manager.current_batch
     async with aclosing(generator.generate(prompt(generator, "Hi"), GREEDY, ENDLESS, (), 3, True)) as pieces:
         await anext(pieces)
         assert active(generator) > 0
     assert await settles(lambda: active(generator) == 0)
+    assert generator._manager.current_batch - before < ENDLESS / 2
     assert generator._manager.output_router.result_handlers == {}
 
 

@@ -53,6 +53,18 @@ def test_a_broken_last_character_is_dropped(tokenizer: Any) -> None:
     assert whole.push(ids(tokenizer, "ab👩")[:-1]) + whole.finish() == "ab"
 
 
+def test_spaces_that_belong_to_a_token_survive() -> None:
+    """SentencePiece-style tokens carry their space in front, and decoding drops that of the first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"?": 0, "▁one": 1, "▁two": 2, "▁three": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=words), ())
+    assert [stream.push([id]) for id in (1, 2, 3)] == ["one", " two", " three"]
+
+
 def test_special_tokens_are_no_text(tokenizer: Any) -> None:
     stream = TextStream(tokenizer, ())
     assert stream.push([*ids(tokenizer, "a"), 1, 0, *ids(tokenizer, "b")]) == "ab"

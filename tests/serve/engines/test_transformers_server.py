@@ -148,6 +148,7 @@ async def test_a_client_that_leaves_frees_its_places(generator: Generator, strea
         Server(generator, "r1")({"type": "http", "method": "POST", "path": CHAT}, client.receive, client.send)
     )
     scheduler = generator._manager.batch_processor.scheduler
+    before = generator._manager.current_batch
     began = False
     while not answering.done():
         began |= len(scheduler.active_requests) == 2
@@ -159,6 +160,7 @@ async def test_a_client_that_leaves_frees_its_places(generator: Generator, strea
             break
         await asyncio.sleep(0.01)
     assert scheduler.active_requests == {}
+    assert generator._manager.current_batch - before < 400
 
 
 async def test_a_dead_engine_says_so(http: httpx.AsyncClient, generator: Generator, monkeypatch: Any) -> None:
