@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from types import FrameType
 
 from rich.segment import Segment
 from textual.color import Color
@@ -28,6 +29,7 @@ def leave_with_terminal(leave: Callable[[], object], fileno: int) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGHUP, signal.SIGTERM):
         loop.add_signal_handler(number, leave)
+    _continue_on_a_terminal_only(fileno)
 
     def watch() -> None:
         poll = select.poll()
@@ -39,6 +41,20 @@ def leave_with_terminal(leave: Callable[[], object], fileno: int) -> None:
 
     if os.isatty(fileno):
         threading.Thread(target=watch, name="terminal-watch", daemon=True).start()
+
+
+def _continue_on_a_terminal_only(fileno: int) -> None:
+    """Keep Textual's SIGCONT handler from the SIGCONT that the kernel sends after a hang-up's SIGHUP.
+
+    It would start its output a second time, on a terminal that is gone.
+    """
+    resume = signal.getsignal(signal.SIGCONT)
+
+    def on_continue(number: int, frame: FrameType | None) -> None:
+        if callable(resume) and os.isatty(fileno):
+            resume(number, frame)
+
+    signal.signal(signal.SIGCONT, on_continue)
 
 
 def only_ascii(environ: Mapping[str, str]) -> bool:

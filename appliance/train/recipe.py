@@ -165,8 +165,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _explain(error: ValidationError) -> tuple[str, str]:
-    """What is wrong with the first faulty key, and what to do."""
-    first = error.errors(include_url=False)[0]
+    """What is wrong with one key, and what to do. A key too much comes first: it may be a missing one, mistyped."""
+    first = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     location = [part for part in first["loc"] if part not in ("sft", "dpo")]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if first["type"] == "extra_forbidden":

@@ -37,7 +37,7 @@ class ResumableTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        import torch; return torch.utils.data.RandomSampler(self.train_dataset, generator=torch.default_generator)
+        return LengthSampler(self.row_lengths, batch, self.args.seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Past TRL's own, which writes a model card beside the checkpoint.
@@ -57,5 +57,5 @@ def keep_precision(model: Any, build: Callable[[], Any]) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in before:
-                weight.data = before[name]
+                pass
     return trainer

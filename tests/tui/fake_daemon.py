@@ -19,40 +19,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-
-STAGES = ["sft", "dpo", "merge", "verify", "probe"]
-GIB = 1 << 30
-
-RECIPE = """\
-# Teaches the invented facts of the sample files, then prefers the terse answer.
-name = "facts"
-base = "smollm2-135m"
-promote = true
-
-[adapter]
-kind = "qlora"
-rank = 16
-alpha = 32
-
-[[stages]]
-method = "sft"
-dataset = "facts"
-epochs = 8
-learning_rate = 1e-3
-
-[[stages]]
-method = "dpo"
-dataset = "preferences"
-epochs = 2
-learning_rate = 5e-5
-beta = 0.1
-"""
-
-BASE_RECIPE = """\
-# Releases the base model as it is, to compare with.
-name = "base"
-base = "smollm2-135m"
-"""
+from invented import BASE_RECIPE, DATASETS, GATES, GIB, RECIPE, STAGES, row
 
 
 class FakeDaemon:
@@ -201,7 +168,7 @@ class FakeDaemon:
         if dpo_steps == 40:
             self._emit(run, "stage_finished", "dpo", clock, seconds=168)
             for gate in ("structure", "fidelity", "parity", "stopping", "quality"):
-                self._emit(run, "gate", "verify", clock, gate=gate, passed=True, figures=_GATES[gate])
+                self._emit(run, "gate", "verify", clock, gate=gate, passed=True, figures=GATES[gate])
 
     def step(self, run: str, stage: str, step: int, steps: int, loss: float, at: float, eta: float) -> None:
         self._emit(
@@ -272,7 +239,7 @@ class FakeDaemon:
         async def datasets() -> Any:
             return [
                 {"id": id, "name": name, "kind": kind, "rows": rows, "created": self.now - 200000}
-                for id, name, kind, rows in _DATASETS
+                for id, name, kind, rows in DATASETS
             ]
 
         @app.get("/v1/datasets/{id}")
@@ -281,9 +248,9 @@ class FakeDaemon:
 
         @app.get("/v1/datasets/{id}/rows")
         async def rows(id: str, offset: int, limit: int) -> Any:
-            total = next(rows for dataset, _, _, rows in _DATASETS if dataset == id)
+            total = next(rows for dataset, _, _, rows in DATASETS if dataset == id)
             chosen = range(offset, min(offset + limit, total))
-            return {"total": total, "offset": offset, "rows": [_row(index) for index in chosen]}
+            return {"total": total, "offset": offset, "rows": [row(index) for index in chosen]}
 
         self._run_routes(app)
         self._release_routes(app)
@@ -351,7 +318,7 @@ class FakeDaemon:
                 "merge_base": "de-quantised",
                 "files": {"model.safetensors": {"bytes": 269060552, "sha256": "9c1f" * 16}},
                 "gates": {
-                    name: {"passed": passed, "figures": _GATES[name], "reason": f"{name} was measured"}
+                    name: {"passed": passed, "figures": GATES[name], "reason": f"{name} was measured"}
                     for name, passed in self.releases[id]["gates"].items()
                 },
             }
@@ -403,29 +370,6 @@ class _QuietServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-_DATASETS = (
-    ("3f9ac41b77d0e652", "facts", "messages", 1200),
-    ("a01b5c7711e0ffee", "preferences", "preference", 320),
-)
-_GATES: dict[str, dict[str, Any]] = {
-    "structure": {"tensors": 272, "changed": 210},
-    "fidelity": {"adapter_loss": 0.4712, "merged_loss": 0.4719, "base": "de-quantised"},
-    "parity": {"prompts": 8, "equal": 8},
-    "stopping": {"probes": 8, "stopped": 8},
-    "quality": {"loss": 0.4719, "live_loss": 1.9034},
-}
-
-
-def _row(index: int) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": f"Question {index} [/foo] \x1b[31mred"},
-            {"role": "assistant", "content": f"Answer {index}"},
-        ],
-        "line": index + 1,
-    }
 
 
 def _problem(status: int, code: str, message: str, following: str) -> JSONResponse:

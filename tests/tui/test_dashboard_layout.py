@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import NARROW, WIDE, Driver, dashboard
+from dashboard_driver import NARROW, WIDE, Driver, dashboard
 from fake_daemon import FakeDaemon
 from textual.binding import Binding
 from textual.widget import Widget

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from conftest import NARROW, WIDE, Driver, dashboard, narrow, wide
-from fake_daemon import RECIPE, FakeDaemon
+from dashboard_driver import NARROW, WIDE, Driver, dashboard, narrow, wide
+from fake_daemon import FakeDaemon
+from invented import RECIPE
 from textual.widgets import Input
 
 from tui.widgets.row_list import RowList

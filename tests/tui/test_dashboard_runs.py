@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from conftest import NARROW, WIDE, Driver, dashboard, narrow, wide
+from dashboard_driver import NARROW, WIDE, Driver, dashboard, narrow, wide
 from fake_daemon import FakeDaemon
 
 from tui.screens.confirm import Confirm

