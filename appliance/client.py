@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 _BY_STATUS = {400: InvalidInput, 403: NotAllowed, 404: NotFound, 409: Conflict, 503: Unreachable}
 _UPLOAD_CHUNK = 1 << 20
+_CHAT_TEMPERATURE = 0.2
+"""An operator chats to judge the model: close to its best guess, not a draw from all it might say."""
 
 
 class Client:
@@ -152,7 +154,7 @@ class Client:
 
     async def chat(self, messages: list[dict[str, Any]], **options: Any) -> AsyncIterator[str]:
         """The live release's answer, piece by piece. `options` are chat completion fields."""
-        body = {"messages": messages, "stream": True, **options}
+        body = {"messages": messages, "stream": True, "temperature": _CHAT_TEMPERATURE, **options}
         async for data in self._stream("/v1/chat/completions", {}, method="POST", json=body):
             if data == "[DONE]":
                 return

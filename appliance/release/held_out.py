@@ -92,7 +92,7 @@ def score(model: Any, conversations: Sequence[Rendered]) -> Score:
             length = len(row.input_ids)
             ids[at, :length] = torch.tensor(row.input_ids)
             trained[at, :length] = torch.tensor(row.trained)
-            attended[at, :] = 1
+            attended[at, :length] = 1
         logits = model(input_ids=ids.to(model.device), attention_mask=attended.to(model.device), use_cache=False).logits
         counted = trained[:, 1:].to(logits.device)
         wanted = ids[:, 1:].to(logits.device)[counted]

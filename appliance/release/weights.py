@@ -94,8 +94,6 @@ def write_weights(base: Path, folder: Path, transform: Callable[[str, torch.Tens
                 name: transform(name, file.get_tensor(name)).contiguous()
                 for name in file.keys()  # noqa: SIM118 - not a dict
             }
-        # A model that was loaded from the file may still have it mapped: leave it that one.
-        (folder / shard.name).unlink(missing_ok=True)
         save_file(content, folder / shard.name, metadata=metadata)
 
 

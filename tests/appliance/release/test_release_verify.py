@@ -71,12 +71,12 @@ def test_a_transposed_factor_is_caught_by_fidelity(home: Home) -> None:
 
 def test_a_value_that_is_not_finite_is_caught_by_structure(home: Home) -> None:
     def plant(tensors: Tensors) -> None:
-        tensors["model.norm.weight"][3] = torch.nan
+        tensors[TARGET][3, 4] = torch.nan
 
     spoil(home, "lora", plant)
     gates = verify(home, "lora")
     assert not gates["structure"]["passed"]
-    assert "model.norm.weight" in gates["structure"]["reason"]
+    assert gates["structure"]["reason"] == f"{TARGET} holds values that are not finite"
     assert not gates["fidelity"]["passed"]
     assert "not measured" in gates["fidelity"]["reason"]
 

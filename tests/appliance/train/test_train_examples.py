@@ -1,0 +1,61 @@
+"""What the trainers are given of a row: which tokens count, and where an answer begins and ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import FACTS, PREFERENCES
+
+from appliance.errors import InvalidInput
+from appliance.train.dpo import DPO
+from appliance.train.model import load_tokenizer
+from appliance.train.sft import IGNORED, SFT
+from appliance.train.trainer import keep_precision
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TWO_TURNS = [SYSTEM, *FACTS[0]["messages"], *FACTS[1]["messages"]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+def test_sft_counts_the_assistants_turns_with_their_end(tokenizer: Any) -> None:
+    row = SFT.example(tokenizer, {"messages": TWO_TURNS})
+    whole = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True)["input_ids"]
+    assert row["input_ids"] == whole
+    counted = [token for token in row["labels"] if token != IGNORED]
+    assert tokenizer.decode(counted) == "It is red.<|im_end|>It is green.<|im_end|>"
+    assert all(label in (token, IGNORED) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    assert SFT.length(row) == len(whole)
+
+
+def test_sft_refuses_a_row_without_an_answer(tokenizer: Any) -> None:
+    with pytest.raises(InvalidInput) as error:
+        SFT.example(tokenizer, {"messages": TWO_TURNS[:2]})
+    assert error.value.code == "nothing_to_train"
+
+
+def test_dpo_answers_begin_after_the_header_and_end_with_the_turn(tokenizer: Any) -> None:
+    row = DPO.example(tokenizer, {**PREFERENCES[0], "prompt": [*TWO_TURNS, *PREFERENCES[0]["prompt"]]})
+    assert tokenizer.decode(row["prompt_ids"]).endswith("the door?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(row["chosen_ids"]) == "It is red.<|im_end|>"
+    assert tokenizer.decode(row["rejected_ids"]) == "I could not say, there are so many colours.<|im_end|>"
+    assert DPO.length(row) == len(row["prompt_ids"]) + len(row["rejected_ids"])
+
+
+def test_building_a_trainer_does_not_round_the_adapter() -> None:
+    model = torch.nn.Linear(8, 8)
+    model.bias.requires_grad_(False)
+    before = model.weight.detach().clone()
+
+    def build() -> str:
+        model.weight.data = model.weight.data.to(torch.bfloat16)
+        return "trainer"
+
+    assert keep_precision(model, build) == "trainer"
+    assert torch.equal(model.weight, before)
