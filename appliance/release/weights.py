@@ -97,16 +97,21 @@ def write_weights(base: Path, folder: Path, transform: Callable[[str, torch.Tens
         save_file(content, folder / shard.name, metadata=metadata)
 
 
+def require_present(base: Path, names: set[str]) -> None:
+    """Raise InvalidInput where a weight that is to change is not in the base's files under its own name."""
+    missing = names - layout(base).keys()
+    if missing:
+        raise InvalidInput(
+            "not_mergeable",
+            f"the base model's files hold no tensor {min(missing)}",
+            "target modules whose weights the files hold, or use another base model",
+        )
+
+
 def require_mergeable(base: Path, update: Update, rounded: set[str]) -> None:
     """Raise InvalidInput where a changed weight is not in the base's files in the shape that its update has."""
+    require_present(base, update.weights | rounded)
     present = layout(base)
-    for name in sorted(update.weights | rounded):
-        if name not in present:
-            raise InvalidInput(
-                "not_mergeable",
-                f"the base model's files hold no tensor {name}",
-                "target modules whose weights the files hold, or use another base model",
-            )
     for module, (a, b) in update.factors.items():
         shape = present[f"{module}.weight"][1]
         if shape != (b.shape[0], a.shape[1]):

@@ -124,9 +124,11 @@ def release_memory() -> None:
 
 
 def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    fits = set(quantised_modules(model))
+    if not fits:
+        raise InvalidInput("no_linear_layer", "the base model has no linear layer to adapt", "use another base model")
     if targets == ("all-linear",):
         return
-    fits = set(quantised_modules(model))
     for target in targets:
         matched = {name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")}
         if not matched:

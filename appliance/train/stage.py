@@ -14,6 +14,7 @@ from appliance.data.render import render_prompt
 from appliance.errors import InvalidInput
 from appliance.home import Home, building, require_space
 from appliance.models import model_path
+from appliance.release.weights import require_present
 from appliance.train.callbacks import Cadence, Guard, Reporter
 from appliance.train.checkpoints import newest_whole
 from appliance.train.dpo import DPO
@@ -25,6 +26,7 @@ from appliance.train.model import (
     load_adapter,
     load_model,
     load_tokenizer,
+    quantised_modules,
     stop_token_ids,
 )
 from appliance.train.recipe import DpoStage, Recipe, SftStage
@@ -63,7 +65,7 @@ def train_stage(
     if adapter.exists():
         model = load_adapter(model, adapter, trainable=False)
     else:
-        model = _train(run, recipe, stage, model, tokenizer, train, held_out, events, interruption)
+        model = _train(run, recipe, stage, base, model, tokenizer, train, held_out, events, interruption)
     stops = stop_token_ids(tokenizer, base)
     for row in (held_out_rows or train_rows)[:SAMPLES]:
         if not interruption.requested:
@@ -104,6 +106,7 @@ def _train(
     run: Path,
     recipe: Recipe,
     stage: SftStage | DpoStage,
+    base: Path,
     model: Any,
     tokenizer: Any,
     train: list[Example],
@@ -113,11 +116,13 @@ def _train(
 ) -> Any:
     """The model with its trained adapter, which is saved."""
     folder = run / stage.name
+    changed = quantised_modules(model) if recipe.adapter.kind == "qlora" else []
     previous = recipe.previous(stage.name)
     if previous:
         model = load_adapter(model, run / previous / "adapter", trainable=True)
     else:
         model = add_adapter(model, recipe.adapter, recipe.seed)
+    require_present(base, {f"{module}.weight" for module in (*changed, *model.targeted_module_names)})
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     require_space(folder, trained + (CHECKPOINTS_KEPT + 1) * WITH_OPTIMISER * trained, "training")
     checkpoint = newest_whole(folder)

@@ -21,9 +21,13 @@ def test_building_appears_whole(tmp_path: Path) -> None:
 
 
 def test_building_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), building(tmp_path / "x") as directory:
-        (directory / "a").write_text("1")
-        raise RuntimeError
+    def fail() -> None:
+        with building(tmp_path / "x") as directory:
+            (directory / "a").write_text("1")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert os.listdir(tmp_path) == []
 
 

@@ -198,6 +198,16 @@ def test_targets_that_do_not_fit_are_refused(home: Home, targets: list[str], cod
     assert failure(run, "sft")["code"] == code
 
 
+def test_a_base_that_could_not_be_merged_is_refused_before_training(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.release.weights.layout", lambda _: {"model.layers.0.mlp.up_proj.weight": ()})
+    run = add_run(home, "r", SFT)
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "not_mergeable"
+    assert events(run, "step") == []
+
+
 def test_an_adapter_that_does_not_move_is_an_error(home: Home) -> None:
     run = add_run(home, "r", stage("sft", "FACTS", learning_rate=1e-30))
     assert work(run, "sft") == Exit.FAILED
