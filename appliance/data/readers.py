@@ -51,7 +51,7 @@ def _json_lines(path: Path, filename: str) -> Iterator[Record]:
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             text = _decode(content, filename, start + len(line) - len(content))
             if text.strip():
-                yield Record({"line": number}, _parse(text, filename, line=number, byte=start))
+                yield Record({"line": number}, _parse(text.rstrip("\r\n"), filename, line=number, byte=start))
             start += len(line)
 
 
