@@ -16,6 +16,8 @@ from serve.gateway.errors import ChatError, no_engine
 from serve.gateway.fields import MODEL_ALIAS, admit
 from serve.gateway.upstream import Route, Upstream
 
+__all__ = ["Gateway", "Route"]
+
 log = logging.getLogger(__name__)
 
 BODY_LIMIT = 4 << 20
@@ -24,9 +26,6 @@ BODY_LIMIT = 4 << 20
 _CHAT = "/v1/chat/completions"
 _METHODS = {"/healthz": "GET", "/readyz": "GET", "/v1/models": "GET", _CHAT: "POST"}
 _KEYLESS = frozenset({"/healthz", "/readyz"})
-
-
-__all__ = ["Gateway", "Route"]
 
 
 class Gateway:

