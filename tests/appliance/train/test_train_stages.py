@@ -228,15 +228,29 @@ def test_a_loss_that_is_no_number_is_an_error(home: Home, tiny_model: Path) -> N
     assert failure(run, "sft")["code"] == "diverged"
 
 
-def test_a_lack_of_memory_says_what_to_lower(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(*_: object, **__: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+@pytest.mark.parametrize(
+    ("message", "code", "advice"),
+    [
+        (
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+            "out_of_memory",
+            "micro_batch_size",
+        ),
+        ("CUDA out of memory. Tried to allocate 2 GiB", "out_of_memory", "micro_batch_size"),
+        ("I/O error: No space left on device (os error 28)", "no_space", "free some space"),
+    ],
+)
+def test_a_lack_of_memory_or_disk_says_what_to_do(
+    home: Home, monkeypatch: pytest.MonkeyPatch, message: str, code: str, advice: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(message)
 
-    monkeypatch.setattr("appliance.train.stage.load_model", allocate)
+    monkeypatch.setattr("appliance.train.stage.load_model", fail)
     run = add_run(home, "r", SFT)
     assert work(run, "sft") == Exit.FAILED
-    assert failure(run, "sft")["code"] == "out_of_memory"
-    assert "micro_batch_size" in failure(run, "sft")["next"]
+    assert failure(run, "sft")["code"] == code
+    assert advice in failure(run, "sft")["next"]
 
 
 def test_a_fault_of_our_own_points_to_the_log(
