@@ -107,4 +107,6 @@ def _explain(error: Exception, run: Path, stage: str) -> ApplianceError:
 
 if __name__ == "__main__":
     os.environ.update({**PATIENT, **os.environ, **QUIET})
+    # On some processors bitsandbytes misses an optional kernel, which nothing here would call.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.exit(main(Path(sys.argv[1]).absolute(), sys.argv[2]))
