@@ -2,111 +2,91 @@
 
 from __future__ import annotations
 
-import codecs
-import json
+import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from appliance.data.json_text import parse_line, read_rows
+from appliance.data.parquet import read_parquet
+from appliance.data.text import COMPRESSED, SourceText
 from appliance.errors import InvalidInput
 
-JSON_LINES = (".jsonl", ".ndjson")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_CELL = 1 << 26
+"""Characters; a quote that nothing closes takes the rest of the file into one cell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One value of a source. `place` is {"line": from 1} in JSON Lines and {"index": from 0} in a JSON array."""
+    """One value of a source. `place` is {"line": from 1} in JSON Lines and tables, {"index": from 0} elsewhere."""
 
     place: dict[str, int]
     value: Any
 
 
 def read_records(path: Path, filename: str) -> Iterator[Record]:
-    """The records of the file at `path`, read as the extension of `filename` says, in their order.
+    """The records of the file at `path`, read as the extensions of `filename` say, in their order.
 
-    Raises InvalidInput for an unknown extension, a file that cannot be read, text that is not UTF-8 (with its byte)
-    and malformed JSON (with line, column and byte). Blank lines of JSON Lines are no records.
+    Raises InvalidInput for an unknown extension, a file that cannot be read, damaged or truncated compression, bytes
+    that are no text, and what is malformed, with its place. Blank lines are no records.
     """
-    extension = Path(filename).suffix.lower()
+    *_, inner, outer = ["", "", *(suffix.lower() for suffix in Path(filename).suffixes)]
     try:
-        if extension in JSON_LINES:
-            yield from _json_lines(path, filename)
-        elif extension == ".json":
-            yield from _json(path, filename)
-        else:
-            raise InvalidInput(
-                "unknown_file_type",
-                f"{filename} is neither JSON nor JSON Lines by its name",
-                "name the file .json, or .jsonl where each line is one row",
-            )
+        match inner if outer in COMPRESSED else outer:
+            case ".jsonl" | ".ndjson":
+                yield from _json_lines(SourceText(path, filename))
+            case ".json":
+                rows = read_rows(SourceText(path, filename))
+                yield from (Record({"index": index}, value) for index, value in enumerate(rows))
+            case ".csv" | ".tsv" as kind:
+                yield from _table(SourceText(path, filename), _DELIMITERS[kind])
+            case ".parquet" if outer == ".parquet":
+                rows = read_parquet(path, filename)
+                yield from (Record({"index": index}, value) for index, value in enumerate(rows))
+            case _:
+                raise InvalidInput(
+                    "unknown_file_type",
+                    f"{filename} is not of a kind that can be read, by its name",
+                    "use .jsonl, .json, .csv or .tsv (each also as .gz or .zst) or .parquet",
+                )
     except OSError as error:
         raise InvalidInput("unreadable_file", f"cannot read {filename}: {error.strerror}", "check the path") from None
 
 
-def _json_lines(path: Path, filename: str) -> Iterator[Record]:
-    start = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            text = _decode(content, filename, start + len(line) - len(content))
-            if text.strip():
-                yield Record({"line": number}, _parse(text.rstrip("\r\n"), filename, line=number, byte=start))
-            start += len(line)
+def _json_lines(source: SourceText) -> Iterator[Record]:
+    for number, (byte, line) in enumerate(source.lines(), 1):
+        if line.strip():
+            yield Record({"line": number}, parse_line(source, line.rstrip("\r\n"), number, byte))
 
 
-def _json(path: Path, filename: str) -> Iterator[Record]:
-    content = path.read_bytes()
-    body = content.removeprefix(codecs.BOM_UTF8)
-    text = _decode(body, filename, len(content) - len(body))
-    if not text.strip():
-        return
-    value = _parse(text, filename, line=1, byte=0)
-    for index, item in enumerate(_list_in(value, filename)):
-        yield Record({"index": index}, item)
+def _table(source: SourceText, delimiter: str) -> Iterator[Record]:
+    """Each row after the header as an object of texts, at the line on which it begins."""
+    csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.reader((line for _, line in source.lines()), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise _malformed(source, line, str(error), "quote cells that hold quotes or line breaks") from None
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = cells
+            if repeated := sorted({name for name in header if header.count(name) > 1}):
+                fault = f"its header has the column {repeated[0]!r} more than once"
+                raise _malformed(source, line, fault, "rename the columns")
+        elif len(cells) != len(header):
+            fault = f"{len(cells)} cells under a header of {len(header)}"
+            raise _malformed(source, line, fault, "mend the row, or quote cells that hold the delimiter")
+        else:
+            yield Record({"line": line}, dict(zip(header, cells, strict=True)))
 
 
-def _list_in(value: Any, filename: str) -> list[Any]:
-    """The array itself, or the one array that the object holds."""
-    if isinstance(value, list):
-        return value
-    lists = [key for key, held in value.items() if isinstance(held, list)] if isinstance(value, dict) else []
-    if len(lists) != 1:
-        held = f"the arrays {', '.join(map(repr, lists))}" if lists else "no array of rows"
-        raise InvalidInput(
-            "no_list_of_rows", f"{filename} holds {held}", "make it one array, or an object with one array"
-        )
-    rows: list[Any] = value[lists[0]]
-    return rows
-
-
-def _decode(content: bytes, filename: str, start: int) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            "not_utf8",
-            f"{filename} is not UTF-8: byte {start + error.start} is 0x{content[error.start]:02x}",
-            "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`",
-        ) from None
-
-
-def _parse(text: str, filename: str, line: int, byte: int) -> Any:
-    """The value of `text`, which begins at that line and byte. NaN and Infinity, which JSON has not, become null."""
-    try:
-        return json.loads(text, parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
-        at = (line + error.lineno - 1, error.colno, byte + len(text[: error.pos].encode()))
-        hint = "if each line is one row, name it .jsonl" if error.msg == "Extra data" and line == 1 else "mend it there"
-        raise _malformed(filename, at, error.msg, hint) from None
-    except RecursionError:
-        raise _malformed(filename, (line, 1, byte), "it is nested too deeply", "make it flatter") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise _malformed(filename, (line, 1, byte), str(error).partition(";")[0], "shorten the number") from None
-
-
-def _malformed(filename: str, at: tuple[int, int, int], fault: str, next: str) -> InvalidInput:
-    line, column, byte = at
-    return InvalidInput(
-        "malformed_json", f"{filename} is malformed at line {line}, column {column} (byte {byte}): {fault}", next
-    )
+def _malformed(source: SourceText, line: int, fault: str, next: str) -> InvalidInput:
+    return InvalidInput("malformed_table", f"{source.filename} is malformed at line {line}: {fault}", next)

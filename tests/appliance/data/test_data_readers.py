@@ -45,9 +45,26 @@ def test_bytes_that_are_not_utf8_are_named_by_offset(tmp_path: Path, filename: s
         read(tmp_path, content, filename)
 
 
-def test_utf16_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"byte 0 is 0xff.*iconv"):
-        read(tmp_path, "[1]".encode("utf-16"), "a.json")
+@pytest.mark.parametrize("filename", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, filename: str, encoding: str) -> None:
+    content = '\ufeff["日本 🎉"]\n'.encode(encoding)
+    assert [value for _, value in read(tmp_path, content, filename)] in (["日本 🎉"], [["日本 🎉"]])
+
+
+def test_faults_of_utf16_are_named_by_its_bytes(tmp_path: Path) -> None:
+    content = '\ufeff["é"]\n["🎉" 1]'.encode("utf-16-le")
+    with pytest.raises(InvalidInput, match=r"line 2, column 6 \(byte 26\)"):
+        read(tmp_path, content, "a.jsonl")
+    assert content[26:28].decode("utf-16-le") == "1"
+    with pytest.raises(InvalidInput, match="is not UTF-16: byte 4 is 0x00"):
+        read(tmp_path, content[:4] + b"\x00\xdc", "a.json")
+
+
+@pytest.mark.parametrize("filename", ["a.json", "a.jsonl", "a.csv"])
+def test_utf16_without_its_mark_is_refused_with_the_way_out(tmp_path: Path, filename: str) -> None:
+    with pytest.raises(InvalidInput, match=r"is not UTF-8: byte 1 is 0x00.*iconv"):
+        read(tmp_path, "[1]".encode("utf-16-le"), filename)
 
 
 def test_a_malformed_line_is_named_by_line_column_and_byte(tmp_path: Path) -> None:
@@ -82,7 +99,7 @@ def test_numbers_that_json_does_not_have_become_null(tmp_path: Path) -> None:
 
 
 def test_an_unknown_extension_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"a\.xlsx is neither"):
+    with pytest.raises(InvalidInput, match=r"a\.xlsx is not of a kind.*\.csv"):
         read(tmp_path, "", "a.xlsx")
 
 

@@ -1,0 +1,190 @@
+"""JSON as it is read from a file: a value from a line, the rows of an array one by one, and where it is malformed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from appliance.data.text import SourceText
+from appliance.errors import InvalidInput
+
+# NaN and Infinity, which JSON has not, become null.
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+_BLANK = re.compile(r"[ \t\n\r]*")
+_LONGEST_TOKEN = 16
+"""No token but a string or a number is longer: a fault this near to the end of a piece may be a token cut in two."""
+
+
+def parse_line(source: SourceText, text: str, line: int, byte: int) -> Any:
+    """The value of one line, which begins at that byte. Raises InvalidInput."""
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        place = (line, error.pos + 1, byte + source.width(text[: error.pos]))
+        raise _malformed(source, place, error.msg, "mend it there") from None
+    except (RecursionError, ValueError) as error:
+        raise _unholdable(source, (line, 1, byte), error) from None
+
+
+def read_rows(source: SourceText) -> Iterator[Any]:
+    """The items of the array that the file is, or of the one array in the object that it is; none of an empty file.
+
+    At any time one item is held, with what of the file has been read beside it. Raises InvalidInput.
+    """
+    scanner = _Scanner(source)
+    arrays: list[str] = []
+    match scanner.peek():
+        case "":
+            return
+        case "[":
+            arrays.append("")
+            yield from _items(scanner)
+        case "{":
+            for key in _keys(scanner):
+                if scanner.peek() != "[":
+                    scanner.value()
+                    continue
+                arrays.append(key)
+                for item in _items(scanner):
+                    if len(arrays) == 1:
+                        yield item
+        case _:
+            scanner.value()
+    if scanner.peek():
+        raise scanner.malformed("Extra data", "if each line is one row, name it .jsonl")
+    if len(arrays) != 1:
+        held = f"the arrays {', '.join(map(repr, arrays))}" if arrays else "no array of rows"
+        raise InvalidInput(
+            "no_list_of_rows",
+            f"{source.filename} holds {held}",
+            "make it one array, or an object with one array",
+        )
+
+
+def _items(scanner: _Scanner) -> Iterator[Any]:
+    scanner.skip()
+    if scanner.peek() == "]":
+        scanner.skip()
+        return
+    while True:
+        yield scanner.value()
+        if scanner.goes_on("]"):
+            continue
+        return
+
+
+def _keys(scanner: _Scanner) -> Iterator[str]:
+    """Each key of an object, with the scanner before its value."""
+    scanner.skip()
+    if scanner.peek() == "}":
+        scanner.skip()
+        return
+    while True:
+        if scanner.peek() != '"':
+            raise scanner.malformed("Expecting property name enclosed in double quotes")
+        key: str = scanner.value()
+        if scanner.peek() != ":":
+            raise scanner.malformed("Expecting ':' delimiter")
+        scanner.skip()
+        yield key
+        if not scanner.goes_on("}"):
+            return
+
+
+class _Scanner:
+    """A place in the text, of which no more is held than from there to the end of what has been read."""
+
+    def __init__(self, source: SourceText) -> None:
+        self._source = source
+        self._pieces = source.pieces()
+        self._text = ""
+        self._at = 0
+        self._start = (1, 1, source.start)
+        """Line, column and byte at which the held text begins."""
+
+    def peek(self) -> str:
+        """The next character that is not blank; empty at the end."""
+        while True:
+            blank = _BLANK.match(self._text, self._at)
+            self._at = blank.end() if blank else self._at
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read_more():
+                return ""
+
+    def skip(self) -> None:
+        """Go past one character."""
+        self._at += 1
+
+    def goes_on(self, closing: str) -> bool:
+        """Go past a comma (True) or the closing bracket (False)."""
+        found = self.peek()
+        if found not in (",", closing):
+            raise self.malformed("Expecting ',' delimiter")
+        self.skip()
+        return found == ","
+
+    def value(self) -> Any:
+        """Go past the next value and return it."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or self._near_the_end(error.pos)
+                if cut and self._read_more():
+                    continue
+                raise self.malformed(error.msg, at=error.pos) from None
+            except (RecursionError, ValueError) as error:
+                raise _unholdable(self._source, self._place(self._at), error) from None
+            if isinstance(value, int | float) and self._near_the_end(end) and self._read_more():
+                continue
+            self._at = end
+            return value
+
+    def malformed(self, fault: str, next: str = "mend it there", at: int | None = None) -> InvalidInput:
+        """The error that says where in the file the scanner (or `at`) is."""
+        return _malformed(self._source, self._place(self._at if at is None else at), fault, next)
+
+    def _near_the_end(self, position: int) -> bool:
+        return position > len(self._text) - _LONGEST_TOKEN
+
+    def _read_more(self) -> bool:
+        """Read at least as much again as is held, so that a long value is not parsed over and over."""
+        held = len(self._text) - self._at
+        pieces, size = [], 0
+        for piece in self._pieces:
+            pieces.append(piece)
+            size += len(piece)
+            if size > held:
+                break
+        if size:
+            self._start = self._place(self._at)
+            self._text = "".join([self._text[self._at :], *pieces])
+            self._at = 0
+        return size > 0
+
+    def _place(self, position: int) -> tuple[int, int, int]:
+        line, column, byte = self._start
+        passed = self._text[:position]
+        newlines = passed.count("\n")
+        column = len(passed) - passed.rfind("\n") if newlines else column + len(passed)
+        return line + newlines, column, byte + self._source.width(passed)
+
+
+def _unholdable(source: SourceText, place: tuple[int, int, int], error: Exception) -> InvalidInput:
+    """The error for a value that is JSON but more than the parser takes."""
+    if isinstance(error, RecursionError):
+        return _malformed(source, place, "it is nested too deeply", "make it flatter")
+    return _malformed(source, place, str(error).partition(";")[0], "shorten the number")
+
+
+def _malformed(source: SourceText, place: tuple[int, int, int], fault: str, next: str) -> InvalidInput:
+    line, column, byte = place
+    return InvalidInput(
+        "malformed_json",
+        f"{source.filename} is malformed at line {line}, column {column} (byte {byte}): {fault}",
+        next,
+    )
