@@ -107,13 +107,33 @@ def _turns(value: Mapping[str, Any]) -> Parts:
 
 
 def _openai(value: Mapping[str, Any]) -> Parts:
+    _check_unjudged(value)
     return _conversation(_messages(value["messages"], "messages"))
 
 
 def _preference(value: Mapping[str, Any]) -> Parts:
-    prompt = value["prompt"]
-    asked = [_said("user", prompt, "prompt")] if isinstance(prompt, str) else _messages(prompt, "prompt")
-    return _preference_row(_system(value) + asked, value)
+    if "prompt" in value:
+        return _preference_row(_system(value) + _spoken("user", value["prompt"], "prompt"), value)
+    answers = {key: _messages(value[key], key) for key in ("chosen", "rejected")}
+    shared = _shared_prompt(answers["chosen"], answers["rejected"])
+    rest = {key: messages[len(shared) :] for key, messages in answers.items()}
+    return _preference_row(_system(value) + shared, rest)
+
+
+def _shared_prompt(one: list[Message], other: list[Message]) -> list[Message]:
+    """What two conversations begin with alike, up to the last turn that is to be answered."""
+    alike = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    while alike and one[alike - 1]["role"] not in ("user", "tool"):
+        alike -= 1
+    if not alike:
+        raise Dropped("no_shared_prompt", "`chosen` and `rejected` do not begin with the same turn of the user")
+    return one[:alike]
+
+
+def _completion(value: Mapping[str, Any]) -> Parts:
+    _check_unjudged(value)
+    prompt = _system(value) + _spoken("user", value["prompt"], "prompt")
+    return _conversation(prompt + _after(prompt, _spoken("assistant", value["completion"], "completion")))
 
 
 def _conversation(messages: list[Message]) -> Parts:
@@ -124,10 +144,7 @@ def _conversation(messages: list[Message]) -> Parts:
 def _preference_row(prompt: list[Message], value: Mapping[str, Any]) -> Parts:
     answers = {}
     for key in ("chosen", "rejected"):
-        given = value[key]
-        answer = [_said("assistant", given, key)] if isinstance(given, str) else _messages(given, key)
-        if prompt and answer[: len(prompt)] == prompt:
-            answer = answer[len(prompt) :]
+        answer = _after(prompt, _spoken("assistant", value[key], key))
         if not answer:
             raise Dropped("empty_answer", f"`{key}` is empty")
         _check_order([*prompt, *answer])
@@ -139,19 +156,37 @@ def _preference_row(prompt: list[Message], value: Mapping[str, Any]) -> Parts:
     return {"prompt": prompt, **answers}
 
 
+def _check_unjudged(value: Mapping[str, Any]) -> None:
+    """Raise Dropped for a row of KTO: an answer with a verdict, which trained on as it is would teach the bad ones."""
+    if str(value.get("label")).lower() in ("true", "false", "1", "0"):
+        raise Dropped("unpaired_preference", "`label` judges the answer; only pairs of answers can be trained on")
+
+
+def _spoken(role: str, value: Any, key: str) -> list[Message]:
+    """Messages given as a text that `role` says, or as messages."""
+    return [_said(role, value, key)] if isinstance(value, str) else _messages(value, key)
+
+
+def _after(prompt: list[Message], messages: list[Message]) -> list[Message]:
+    """The messages without the prompt, where they repeat it."""
+    return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+
+
 _CONVERT: dict[str, Callable[[Mapping[str, Any]], Parts]] = {
     "sharegpt": _sharegpt,
     "preference": _preference,
     "openai": _openai,
     "turns": _turns,
     "alpaca": _alpaca,
+    "completion": _completion,
 }
 _REQUIRED = {
     "sharegpt": ("conversations",),
-    "preference": ("prompt", "chosen", "rejected"),
+    "preference": ("chosen", "rejected"),
     "openai": ("messages",),
     "turns": ("conversation",),
     "alpaca": ("instruction", "output"),
+    "completion": ("prompt", "completion"),
 }
 FORMATS = tuple(_CONVERT)
 """Names of the formats, in the order in which they are tried."""
@@ -177,8 +212,9 @@ def _check_order(messages: list[Message]) -> None:
 
 
 def _messages(value: Any, key: str) -> list[Message]:
-    """Messages given as a list, or as one, with either role and content or from and value."""
-    given = [value] if isinstance(value, dict) else value
+    """Messages given as a list, as one, or as the JSON of either, with role and content or from and value."""
+    held = _from_json(value)
+    given = [held] if isinstance(held, dict) else held
     if not isinstance(given, list):
         raise Dropped("unknown_format", f"`{key}` is {_kind(value)}, not a list of messages")
     return [_message(item, key) for item in given]

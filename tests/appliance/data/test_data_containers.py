@@ -267,6 +267,17 @@ def test_a_fault_in_an_array_is_where_the_parser_of_whole_files_finds_it(tmp_pat
         assert [value for _, value in read(tmp_path, content, "a.json")] == json.loads(content)
 
 
+@pytest.mark.parametrize("chunk", range(1, 9))
+def test_bytes_that_are_no_text_are_where_they_are_however_the_file_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(text_module, "_CHUNK", chunk)
+    for filename in ("a.json", "a.jsonl", "a.csv"):
+        for fault, shown in ((b"\xe6\x97x", "e6"), (b"\xff", "ff"), (b"\0", "00"), (b"\xe6", "e6")):
+            with pytest.raises(InvalidInput, match=f"byte 8 is 0x{shown}"):
+                read(tmp_path, '["日a'.encode() + b"bc" + fault, filename)
+
+
 @pytest.mark.parametrize("container", ["jsonl", "json", "csv", "json.gz", "jsonl.zst"])
 def test_memory_stays_flat(tmp_path: Path, container: str) -> None:
     numbers = random.Random(0)

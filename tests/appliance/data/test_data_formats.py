@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ ANSWERED = {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 DIALOGUE = {"messages": [ASKED, ANSWERED]}
-PAIR = {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [{"role": "assistant", "content": "b"}]}
+OTHER = {"role": "assistant", "content": "b"}
+PAIR = {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [OTHER]}
 
 
 def sharegpt(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
@@ -120,6 +122,23 @@ def sharegpt(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
             "preference",
             PAIR,
         ),
+        ({"chosen": [ASKED, *PAIR["chosen"]], "rejected": [ASKED, *PAIR["rejected"]]}, "preference", PAIR),
+        (
+            {"chosen": [SYSTEM, ASKED, ANSWERED, ASKED, ANSWERED], "rejected": [SYSTEM, ASKED, ANSWERED, ASKED, OTHER]},
+            "preference",
+            {"prompt": [SYSTEM, ASKED, ANSWERED, ASKED], "chosen": [ANSWERED], "rejected": [OTHER]},
+        ),
+        (
+            {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED, ASKED, OTHER], "system": "s"},
+            "preference",
+            {"prompt": [SYSTEM, ASKED], "chosen": [ANSWERED], "rejected": [ANSWERED, ASKED, OTHER]},
+        ),
+        ({"prompt": "q", "completion": "a"}, "completion", DIALOGUE),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "completion", {"messages": [SYSTEM, ASKED, ANSWERED]}),
+        ({"prompt": [SYSTEM, ASKED], "completion": [ANSWERED]}, "completion", {"messages": [SYSTEM, ASKED, ANSWERED]}),
+        ({"prompt": [ASKED], "completion": [ASKED, ANSWERED]}, "completion", DIALOGUE),
+        ({**DIALOGUE, "label": "greeting"}, "openai", DIALOGUE),
+        ({"messages": json.dumps(DIALOGUE["messages"])}, "openai", DIALOGUE),
     ],
 )
 def test_formats(value: dict[str, Any], format: str, row: dict[str, Any]) -> None:
@@ -166,6 +185,18 @@ def test_formats(value: dict[str, Any], format: str, row: dict[str, Any]) -> Non
         ({"prompt": [ASKED, ANSWERED], "chosen": "a", "rejected": "b"}, "roles_out_of_order"),
         ({"prompt": [], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED]}, "roles_out_of_order"),
         ({"prompt": "q", "chosen": "a", "rejected": "a\n"}, "chosen_equals_rejected"),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED, {**ANSWERED, "content": "a "}]}, "chosen_equals_rejected"),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED]}, "chosen_equals_rejected"),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED]}, "empty_answer"),
+        ({"chosen": [ASKED, ANSWERED], "rejected": [SYSTEM, ASKED, ANSWERED]}, "no_shared_prompt"),
+        ({"chosen": [], "rejected": []}, "no_shared_prompt"),
+        ({"chosen": "a", "rejected": "b"}, "unknown_format"),
+        ({"prompt": "q", "completion": " "}, "empty_answer"),
+        ({"prompt": "q", "completion": None}, "unknown_format"),
+        ({"prompt": "q", "completion": []}, "roles_out_of_order"),
+        ({"prompt": "q", "completion": "a", "label": False}, "unpaired_preference"),
+        ({"prompt": "q", "completion": "a", "label": "True"}, "unpaired_preference"),
+        ({**DIALOGUE, "label": 1}, "unpaired_preference"),
         (sharegpt(("human", "q"), ("function_call", "f(1)"), ("gpt", "a")), "bad_tool_call"),
         ({**DIALOGUE, "tools": "f"}, "bad_tools"),
         ({**DIALOGUE, "tools": [1]}, "bad_tools"),

@@ -117,7 +117,7 @@ def test_a_missing_file_a_bad_name_and_a_bad_format(home: Home, tmp_path: Path, 
         importer.import_file(tmp_path / "none.json", "none.json", "rows", home)
     with pytest.raises(InvalidInput, match="cannot be called 'a b'"):
         importer.import_file(tmp_path, "a.json", "a b", home)
-    with pytest.raises(InvalidInput, match="choose one of sharegpt, preference, openai, turns, alpaca"):
+    with pytest.raises(InvalidInput, match="choose one of sharegpt, preference, openai, turns, alpaca, completion"):
         imported(ALPACA, format="excel")
 
 
@@ -225,6 +225,7 @@ rows = json_values | st.fixed_dictionaries(
         "prompt": texts | st.lists(turns, max_size=3),
         "chosen": texts | st.lists(turns, max_size=3),
         "rejected": texts | st.lists(turns, max_size=3),
+        "completion": texts | st.lists(turns, max_size=3),
         "tools": json_values,
     },
 )
