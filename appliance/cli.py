@@ -113,12 +113,13 @@ def data() -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--name", help="What the dataset is called; the file's name where not given.")
 @click.option("--format", "row_format", help="Take every row for this format instead of detecting it.")
+@click.option("--map", "columns", help="Rename the file's columns: instruction=question,output=answer.")
 @_json
-def data_import(path: Path, name: str | None, row_format: str | None, as_json: bool) -> None:
+def data_import(path: Path, name: str | None, row_format: str | None, columns: str | None, as_json: bool) -> None:
     """Import PATH and report every row kept and dropped."""
     from appliance import console
 
-    report = _ask(lambda client: client.import_dataset(path, name or path.name.split(".")[0], row_format))
+    report = _ask(lambda client: client.import_dataset(path, name or path.name.split(".")[0], row_format, columns))
     if as_json:
         console.print_json(report)
         return

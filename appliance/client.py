@@ -57,8 +57,13 @@ class Client:
     async def datasets(self) -> list[api.Dataset]:
         return await self._call("GET", "/v1/datasets", list[api.Dataset])
 
-    async def import_dataset(self, path: Path, name: str, format: str | None = None) -> dict[str, Any]:
-        """Send the file to the daemon and return the import's report. Raises InvalidInput for an unreadable file."""
+    async def import_dataset(
+        self, path: Path, name: str, format: str | None = None, columns: str | None = None
+    ) -> dict[str, Any]:
+        """Send the file to the daemon and return the import's report. Raises InvalidInput for an unreadable file.
+
+        `columns` names the file's columns for the formats: "instruction=question,output=answer".
+        """
         if not path.is_file():
             what = "is a directory" if path.is_dir() else "does not exist"
             raise InvalidInput("unreadable_file", f"{path} {what}", "name a file")
@@ -68,7 +73,8 @@ class Client:
                 while chunk := file.read(_UPLOAD_CHUNK):
                     yield chunk
 
-        params = {"name": name, "filename": path.name} | ({"format": format} if format else {})
+        given = {"name": name, "filename": path.name, "format": format, "columns": columns}
+        params = {key: value for key, value in given.items() if value is not None}
         try:
             return await self._call(
                 "POST",

@@ -104,12 +104,14 @@ def control_app(
         return datasets.all()
 
     @app.post("/v1/datasets")
-    async def import_dataset(request: Request, name: str, filename: str, format: str | None = None) -> dict[str, Any]:
+    async def import_dataset(
+        request: Request, name: str, filename: str, format: str | None = None, columns: str | None = None
+    ) -> dict[str, Any]:
         folder = Path(tempfile.mkdtemp(dir=home.incoming))
         try:
             upload = folder / "upload"
             await _receive(request, upload)
-            report = await _import_in_a_process(upload, filename, name, home, folder / "result.json", format)
+            report = await _import_in_a_process(upload, filename, name, home, folder / "result.json", format, columns)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         datasets.record(report)
@@ -294,16 +296,18 @@ async def _receive(request: Request, path: Path) -> None:
 
 
 async def _import_in_a_process(
-    upload: Path, filename: str, name: str, home: Home, result: Path, format: str | None
+    upload: Path, filename: str, name: str, home: Home, result: Path, format: str | None, columns: str | None
 ) -> dict[str, Any]:
     """The report of the import. Raises the importer's own problem, or Conflict where it was killed."""
     arguments = [
+        *([f"--format={format}"] if format is not None else []),
+        *([f"--map={columns}"] if columns is not None else []),
+        "--",
         str(upload),
         filename,
         name,
         str(home.root),
         str(result),
-        *(["--format", format] if format else []),
     ]
     process = await asyncio.create_subprocess_exec(
         sys.executable,

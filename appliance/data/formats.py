@@ -57,10 +57,10 @@ def to_canonical(value: Any, format: str | None = None) -> Canonical:
         raise Dropped("not_an_object", f"it is {_kind(value)}, not an object")
     found = format or detect(value)
     if found is None:
-        raise Dropped("unknown_format", f"its keys are of no known format: {_keys(value)}")
+        raise Dropped("unknown_format", f"its keys are of no known format: {shown_keys(value)}")
     lacking = [key for key in _REQUIRED[found] if key not in value]
     if lacking:
-        raise Dropped("unknown_format", f"it lacks `{lacking[0]}` of {found}; its keys are {_keys(value)}")
+        raise Dropped("unknown_format", f"it lacks `{lacking[0]}` of {found}; its keys are {shown_keys(value)}")
     parts = _CONVERT[found](value)
     row: Row = {part: _trimmed(messages) for part, messages in parts.items()}
     trimmed = row != parts
@@ -190,6 +190,9 @@ _REQUIRED = {
 }
 FORMATS = tuple(_CONVERT)
 """Names of the formats, in the order in which they are tried."""
+_OPTIONAL = ("input", "history", "system", "tools")
+KEYS = tuple(dict.fromkeys([*(key for keys in _REQUIRED.values() for key in keys), *_OPTIONAL]))
+"""The keys that the formats read."""
 
 
 def _check_order(messages: list[Message]) -> None:
@@ -301,7 +304,8 @@ def _trimmed(messages: list[Message]) -> list[Message]:
     ]
 
 
-def _keys(value: Mapping[str, Any]) -> str:
+def shown_keys(value: Mapping[str, Any]) -> str:
+    """The keys of a row, as many as fit into a message."""
     shown = ", ".join(list(value)[:8])[:120] or "none"
     return shown.encode(errors="replace").decode()
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from appliance.data.columns import ColumnMap
 from appliance.data.dataset import OFFSETS, REPORT, ROWS, SOURCE, RowWriter, canonical_json
 from appliance.data.formats import FORMATS, Canonical, Dropped, to_canonical
 from appliance.data.readers import Record, read_records
@@ -25,11 +26,13 @@ from appliance.errors import ApplianceError, InvalidInput
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_json
 
 
-def import_file(source: Path, filename: str, name: str, home: Home, format: str | None = None) -> dict[str, Any]:
+def import_file(
+    source: Path, filename: str, name: str, home: Home, format: str | None = None, columns: str | None = None
+) -> dict[str, Any]:
     """Import the file at `source`, which its owner calls `filename`, and return the report.
 
-    Where a dataset of the same rows exists, it stays as it is. Raises InvalidInput for a file or a name that cannot
-    be used, and NoSpace.
+    `columns` renames the rows' keys, as ColumnMap says. Where a dataset of the same rows exists, it stays as it is.
+    Raises InvalidInput for a file, a name, a format or a column map that cannot be used, and NoSpace.
     """
     if not re.match(NAME_PATTERN, name):
         raise InvalidInput(
@@ -37,6 +40,7 @@ def import_file(source: Path, filename: str, name: str, home: Home, format: str 
         )
     if format is not None and format not in FORMATS:
         raise InvalidInput("bad_format", f"there is no format {format!r}", f"choose one of {', '.join(FORMATS)}")
+    column_map = ColumnMap(columns) if columns is not None else None
     filename = filename.encode(errors="replace").decode()
     if not source.is_file():
         raise InvalidInput("unreadable_file", f"{filename} is not a file", "name a file")
@@ -44,7 +48,10 @@ def import_file(source: Path, filename: str, name: str, home: Home, format: str 
     try:
         with tempfile.TemporaryDirectory(dir=home.incoming) as scratch:
             with RowWriter.into(Path(scratch)) as writer:
-                account = _import_rows(read_records(source, filename), filename, format, writer)
+                records = read_records(source, filename)
+                account = _import_rows(records, filename, format, column_map, writer)
+            if column_map and account.rows_in:
+                column_map.check(filename)
             account.check(filename)
             report = {"id": writer.id, "name": name, **account.report()}
             _keep(Path(scratch), home.datasets / writer.id, report, _provenance(source, filename))
@@ -76,7 +83,7 @@ class _Account:
                 "no_rows_kept",
                 f"none of the {self.rows_in} rows of {filename} can be used; the first, {_place(first)}: "
                 f"{first['reason']}",
-                f"mend the rows, or name their format (--format {'|'.join(FORMATS)})",
+                f"mend the rows, name their format (--format {'|'.join(FORMATS)}) or their columns (--map)",
             )
         if len(self.kinds) > 1:
             places = " and ".join(f"{kind} rows (first at {place})" for kind, place in self.kinds.items())
@@ -100,14 +107,17 @@ class _Account:
         }
 
 
-def _import_rows(records: Iterator[Record], filename: str, format: str | None, writer: RowWriter) -> _Account:
+def _import_rows(
+    records: Iterator[Record], filename: str, format: str | None, column_map: ColumnMap | None, writer: RowWriter
+) -> _Account:
     """Write the rows that `records` are, each once."""
     account = _Account()
     seen: set[bytes] = set()
     for record in records:
         account.rows_in += 1
         try:
-            found = to_canonical(record.value, format)
+            value = column_map.rename(record.value) if column_map else record.value
+            found = to_canonical(value, format)
             canonical = _canonical_bytes(found)
         except Dropped as drop:
             account.drops.append({**record.place, "code": drop.code, "reason": drop.reason})
@@ -176,9 +186,11 @@ def main() -> None:
     parser.add_argument("home_root", type=Path)
     parser.add_argument("result_json", type=Path)
     parser.add_argument("--format")
+    parser.add_argument("--map", dest="columns")
     given = parser.parse_args()
     try:
-        report = import_file(given.source, given.filename, given.name, Home(given.home_root), given.format)
+        home = Home(given.home_root)
+        report = import_file(given.source, given.filename, given.name, home, given.format, given.columns)
         outcome: dict[str, Any] = {"report": report}
     except ApplianceError as error:
         problem = {"code": error.code, "message": error.message, "next": error.next, "status": error.status}

@@ -103,6 +103,17 @@ async def test_problems_have_a_code_a_message_and_what_to_do(control: Control) -
         await control.client.rows("nope", offset=-1)
 
 
+async def test_an_import_takes_a_format_a_column_map_and_any_filename(control: Control, tmp_path: Path) -> None:
+    (tmp_path / "--rows.csv").write_text("instruction,question,output\nx,q,a\n")
+    file = tmp_path / "--rows.csv"
+    await control.client.import_dataset(file, "mapped", "alpaca", "instruction=question")
+    assert (await control.client.rows("mapped")).rows[0]["messages"][0]["content"] == "q"
+    with pytest.raises(InvalidInput, match="no format has '-x'"):
+        await control.client.import_dataset(file, "mapped", columns="-x=y")
+    with pytest.raises(InvalidInput, match="there is no format '--help'"):
+        await control.client.import_dataset(file, "mapped", "--help")
+
+
 async def test_an_import_is_listed_under_its_name_and_paged(control: Control, tmp_path: Path) -> None:
     rows = [{"instruction": f"q{number}", "output": f"a{number}"} for number in range(12)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -74,6 +74,14 @@ def test_a_file_that_cannot_be_used(shell: Shell, tmp_path: Path, name: str, con
     assert list((shell.home / "incoming").iterdir()) == []
 
 
+def test_a_table_with_columns_of_its_own(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text('question,answer\n"Who?","I,\nthen"\n')
+    arguments = ("data", "import", str(tmp_path / "table.csv"), "--map")
+    assert "there are question, answer" in shell.refuses(2, *arguments, "instruction=query,output=answer")
+    done = shell.run(*arguments, "instruction=question,output=answer", "--json")
+    assert json.loads(done.stdout)["format"] == {"alpaca": 1}
+
+
 def test_a_missing_file_and_a_directory(shell: Shell, tmp_path: Path) -> None:
     assert "does not exist" in shell.refuses(2, "data", "import", str(tmp_path / "nope.json"))
     assert "is a directory" in shell.refuses(2, "data", "import", str(tmp_path))

@@ -24,7 +24,9 @@ def home(tmp_path: Path) -> Home:
 def imported(home: Home, tmp_path: Path) -> Import:
     """Import rows (as JSON Lines, or as an array into a .json name), text or bytes; returns the report."""
 
-    def run(content: Any, filename: str = "rows.jsonl", format: str | None = None) -> dict[str, Any]:
+    def run(
+        content: Any, filename: str = "rows.jsonl", format: str | None = None, columns: str | None = None
+    ) -> dict[str, Any]:
         if isinstance(content, list):
             if filename.endswith(".json"):
                 content = json.dumps(content)
@@ -32,6 +34,6 @@ def imported(home: Home, tmp_path: Path) -> Import:
                 content = "".join(json.dumps(row) + "\n" for row in content)
         source = tmp_path / filename
         source.write_bytes(content.encode() if isinstance(content, str) else content)
-        return import_file(source, filename, "rows", home, format)
+        return import_file(source, filename, "rows", home, format, columns)
 
     return run
