@@ -215,7 +215,7 @@ def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
         return _probe_action(run, snapshot)
     if any(other.alive for other in snapshot.workers):
         return None
-    if snapshot.exclusive and any(engine.alive for engine in snapshot.engines):
+    if snapshot.exclusive and snapshot.engines:
         return None
     return StartWorker(run.id)
 

@@ -145,6 +145,16 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         Snapshot(runs=(SFT,), live="a", engines=(A,), routed="a", exclusive=True),
         [Route(None), StopEngine("a")],
     ),
+    "exclusive: a dead engine may have left children that hold the memory": (
+        Snapshot(
+            runs=(SFT,),
+            live="a",
+            engines=(EngineView("a", alive=False),),
+            exclusive=True,
+            stopping_engines=frozenset("a"),
+        ),
+        [],
+    ),
     "exclusive: the worker starts when they are gone": (
         Snapshot(runs=(SFT,), live="a", exclusive=True),
         [StartWorker("r1")],
