@@ -10,7 +10,7 @@ from appliance.data.render import render_conversation, render_prompt
 from appliance.errors import InvalidInput
 from appliance.train.recipe import DpoStage
 from appliance.train.rows import Example, require_trained
-from appliance.train.trainer import Method, ResumableTrainer, keep_precision, table
+from appliance.train.trainer import Method, ResumableTrainer, build_trainer
 
 
 class _Trainer(ResumableTrainer, DPOTrainer):
@@ -57,17 +57,7 @@ def trainer(
 ) -> Any:
     """TRL's trainer, the reference's log-probabilities computed once per row."""
     config = DPOConfig(beta=stage.beta, max_length=None, precompute_ref_log_probs=True, **arguments)
-    built = keep_precision(
-        model,
-        lambda: _Trainer(
-            model=model,
-            args=config,
-            train_dataset=table(train),
-            eval_dataset=table(held_out),
-            processing_class=tokenizer,
-        ),
-    )
-    built.row_lengths = [length(row) for row in train]
+    built = build_trainer(_Trainer, config, model, tokenizer, train, held_out, length)
     # The frozen copy has served. Left in, checkpoints would hold two adapters, and a resume would load only this one.
     model.delete_adapter("ref")
     return built

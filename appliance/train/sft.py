@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 from appliance.data.render import render_conversation
 from appliance.train.recipe import SftStage
 from appliance.train.rows import Example, require_trained
-from appliance.train.trainer import Method, ResumableTrainer, keep_precision, table
+from appliance.train.trainer import Method, ResumableTrainer, build_trainer
 
 IGNORED = -100
 """The label of a token that the loss leaves out."""
@@ -43,18 +43,7 @@ def trainer(
 ) -> Any:
     """TRL's trainer over examples that need no preparation."""
     config = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **arguments)
-    built = keep_precision(
-        model,
-        lambda: _Trainer(
-            model=model,
-            args=config,
-            train_dataset=table(train),
-            eval_dataset=table(held_out),
-            processing_class=tokenizer,
-        ),
-    )
-    built.row_lengths = [length(row) for row in train]
-    return built
+    return build_trainer(_Trainer, config, model, tokenizer, train, held_out, length)
 
 
 SFT = Method("messages", example, length, trainer)

@@ -45,17 +45,35 @@ class ResumableTrainer(Trainer):
         seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
 
-def table(examples: list[Example]) -> Any:
-    """Examples as the in-memory table that trainers read; None where there are none."""
-    return Table.from_list(examples) if examples else None
+def build_trainer(
+    kind: type[ResumableTrainer],
+    config: Any,
+    model: Any,
+    tokenizer: Any,
+    train: list[Example],
+    held_out: list[Example],
+    length: Callable[[Example], int],
+) -> Any:
+    """The trainer of class `kind` over tokenised examples, with the adapter as it was before.
 
-
-def keep_precision(model: Any, build: Callable[[], Any]) -> Any:
-    """`build()`, with the adapter as it was before: TRL rounds a QLoRA adapter to bf16, which loses small updates."""
+    TRL rounds a QLoRA adapter to bf16, which loses small updates.
+    """
     before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-    trainer = build()
+    trainer = kind(
+        model=model,
+        args=config,
+        train_dataset=_table(train),
+        eval_dataset=_table(held_out),
+        processing_class=tokenizer,
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in before:
                 weight.data = before[name]
+    trainer.row_lengths = [length(row) for row in train]
     return trainer
+
+
+def _table(examples: list[Example]) -> Any:
+    """Examples as the in-memory table that trainers read; None where there are none."""
+    return Table.from_list(examples) if examples else None

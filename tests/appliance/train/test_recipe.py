@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from appliance.api import ShippedRecipe
 from appliance.errors import InvalidInput
 from appliance.recipes import shipped_recipes
 from appliance.train.recipe import dump_recipe, parse_recipe
@@ -48,10 +49,10 @@ def test_a_recipe_without_stages_releases_the_base() -> None:
 
 
 @pytest.mark.parametrize("shipped", shipped_recipes(), ids=lambda shipped: shipped.name)
-def test_every_shipped_recipe_parses(shipped: object) -> None:
-    recipe = parse_recipe(shipped.text)  # type: ignore[attr-defined]
+def test_every_shipped_recipe_parses(shipped: ShippedRecipe) -> None:
+    recipe = parse_recipe(shipped.text)
     assert recipe.name
-    assert shipped.summary  # type: ignore[attr-defined]
+    assert shipped.summary
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from appliance.errors import InvalidInput
 from appliance.train.dpo import DPO
 from appliance.train.model import load_tokenizer
 from appliance.train.sft import IGNORED, SFT
-from appliance.train.trainer import keep_precision
+from appliance.train.trainer import build_trainer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TWO_TURNS = [SYSTEM, *FACTS[0]["messages"], *FACTS[1]["messages"]]
@@ -53,9 +53,14 @@ def test_building_a_trainer_does_not_round_the_adapter() -> None:
     model.bias.requires_grad_(False)
     before = model.weight.detach().clone()
 
-    def build() -> str:
-        model.weight.data = model.weight.data.to(torch.bfloat16)
-        return "trainer"
+    class Rounding:
+        """Does to the adapter what TRL does on being built."""
 
-    assert keep_precision(model, build) == "trainer"
+        def __init__(self, model: torch.nn.Linear, train_dataset: Any, **_: Any) -> None:
+            model.weight.data = model.weight.data.to(torch.bfloat16)
+            self.rows = len(train_dataset)
+
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]
+    trainer = build_trainer(Rounding, None, model, None, rows, [], SFT.length)
     assert torch.equal(model.weight, before)
+    assert (trainer.rows, trainer.row_lengths) == (2, [3, 1])
