@@ -29,7 +29,7 @@ class Dataset(Shape):
 
     id: str
     name: str
-    kind: Literal["messages", "preference"]
+    kind: Literal["messages", "preference", "unpaired"]
     rows: int
     created: float
 

@@ -17,7 +17,7 @@ from appliance.errors import NotFound
 from appliance.home import Home
 
 Row = dict[str, Any]
-Kind = Literal["messages", "preference"]
+Kind = Literal["messages", "preference", "unpaired"]
 
 ROWS = "rows.jsonl"
 OFFSETS = "rows.offsets"
