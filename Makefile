@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-fast test-vllm lint format bench-gpu clean
+.PHONY: demo test test-fast test-vllm lint format docs bench-gpu clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -30,6 +30,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	$(BIN)/python -m appliance.train.reference > docs/RECIPES.md
 
 $(READY): pyproject.toml setup.sh
 	@PYTHON=$(PYTHON) ./setup.sh $(VENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from appliance.home import NAME_PATTERN, Home
 
 SOURCE = "source.json"
 
+_LARGEST_HEADER = 100_000_000
+"""In bytes; the format's own limit."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -77,6 +80,22 @@ def context_length(directory: Path) -> int:
     text = config.get("text_config")
     length = (text if isinstance(text, dict) else config).get("max_position_embeddings")
     return length if isinstance(length, int) else 0
+
+
+def count_parameters(directory: Path) -> int:
+    """How many numbers the model's weight files hold, by their headers. Raises InvalidInput for a broken file."""
+    count = 0
+    for path in directory.glob("model*.safetensors"):
+        try:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+            count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(
+                "bad_model", f"{path} holds no usable model: {error}", "pull the base model again"
+            ) from None
+    return count
 
 
 def _lacking(directory: Path, what: str, next: str) -> InvalidInput:

@@ -24,7 +24,7 @@ from appliance import __version__, api, hardware
 from appliance.data.dataset import Dataset
 from appliance.errors import ApplianceError, Conflict, InvalidInput
 from appliance.home import Home, building, disk_error, require_space, write_atomic
-from appliance.models import list_models, model_path
+from appliance.models import count_parameters, list_models, model_path
 from appliance.recipes import shipped_recipes
 from appliance.release.manifest import read_manifest
 from appliance.store.datasets import Datasets
@@ -138,7 +138,9 @@ def control_app(
     @app.post("/v1/runs")
     async def train(new: NewRun) -> api.Run:
         recipe = parse_recipe(new.recipe)
-        weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
+        base = model_path(home, recipe.base)
+        recipe = recipe.for_base(count_parameters(base))
+        weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
         require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
         stages = tuple(

@@ -12,7 +12,7 @@ from torch.nn import functional
 from appliance.data.dataset import Dataset, Row
 from appliance.data.render import Rendered, render_conversation
 from appliance.home import Home
-from appliance.train.recipe import DpoStage, Recipe, SftStage
+from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.rows import HELD_OUT_ROWS
 
 TOKENS_AT_ONCE = 2048
@@ -44,7 +44,7 @@ class Yardstick:
         return [_render(tokenizer, row) for row in self.conversations]
 
 
-def judged_stage(recipe: Recipe) -> SftStage | DpoStage:
+def judged_stage(recipe: Recipe) -> AnyStage:
     """The stage whose data a run is judged on: the first SFT stage, else the first. The recipe must have stages."""
     supervised = [stage for stage in recipe.stages if stage.method == "sft"]
     return (supervised or recipe.stages)[0]
@@ -65,14 +65,16 @@ def yardstick(home: Home, recipe: Recipe, tokenizer: Any) -> Yardstick:
 
 
 def conversation(row: Row) -> Row:
-    """A row of messages as it is, a preference row as the conversation with its chosen answer."""
+    """A row of messages as it is, another as the conversation with its answer: the chosen one, or the one judged."""
     if "messages" in row:
         return row
-    return {"messages": [*row["prompt"], *row["chosen"]], "tools": row.get("tools")}
+    answer = row["chosen"] if "chosen" in row else row["completion"]
+    return {"messages": [*row["prompt"], *answer], "tools": row.get("tools")}
 
 
 def _fitting(dataset: Dataset, indices: list[int], tokenizer: Any, max_length: int) -> list[Row]:
-    rows = [conversation(dataset.rows[index]) for index in indices]
+    found = (dataset.rows[index] for index in indices)
+    rows = [conversation(row) for row in found if row.get("label", True)]
     return [row for row in rows if len(_render(tokenizer, row).input_ids) <= max_length]
 
 

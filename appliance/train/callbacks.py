@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from appliance.errors import ApplianceError
 from appliance.train.events import EventLog
 from appliance.train.interruption import Interruption
-from appliance.train.recipe import DpoStage, SftStage
+from appliance.train.recipe import AnyStage
 
 STEPS_TO_MOVE = 5
 """Steps after which an adapter that is still as it was counts as not trained."""
@@ -22,7 +22,7 @@ STEPS_TO_MOVE = 5
 class Reporter(TrainerCallback):
     """Writes the stage's events and a line of log per step."""
 
-    def __init__(self, events: EventLog, stage: SftStage | DpoStage) -> None:
+    def __init__(self, events: EventLog, stage: AnyStage) -> None:
         self.events = events
         self.stage = stage
         self._begun = 0.0
@@ -73,7 +73,7 @@ class Reporter(TrainerCallback):
 class Cadence(TrainerCallback):
     """Decides after each step whether to evaluate, to save, and to stop because that was asked for."""
 
-    def __init__(self, stage: SftStage | DpoStage, interruption: Interruption, *, evaluates: bool) -> None:
+    def __init__(self, stage: AnyStage, interruption: Interruption, *, evaluates: bool) -> None:
         self.stage = stage
         self.interruption = interruption
         self.evaluates = evaluates
@@ -95,7 +95,7 @@ class Cadence(TrainerCallback):
 class Guard(TrainerCallback):
     """Ends a training that cannot come to anything."""
 
-    def __init__(self, stage: SftStage | DpoStage) -> None:
+    def __init__(self, stage: AnyStage) -> None:
         self.stage = stage
         self._before = 0.0
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from trl import DPOConfig, DPOTrainer
 
-from appliance.data.render import render_conversation, render_prompt
-from appliance.errors import InvalidInput
+from appliance.data.render import render_prompt
 from appliance.train.recipe import DpoStage
-from appliance.train.rows import Example, require_trained
+from appliance.train.rows import Example, answer_ids
 from appliance.train.trainer import Method, ResumableTrainer, build_trainer
 
 
@@ -24,23 +23,9 @@ def example(tokenizer: Any, row: dict[str, Any]) -> Example:
     prompt = render_prompt(tokenizer, row["prompt"], row.get("tools"))
     return {
         "prompt_ids": prompt,
-        "chosen_ids": _answer(tokenizer, row, "chosen", len(prompt)),
-        "rejected_ids": _answer(tokenizer, row, "rejected", len(prompt)),
+        "chosen_ids": answer_ids(tokenizer, row, "chosen", len(prompt)),
+        "rejected_ids": answer_ids(tokenizer, row, "rejected", len(prompt)),
     }
-
-
-def _answer(tokenizer: Any, row: dict[str, Any], key: str, start: int) -> list[int]:
-    rendered = render_conversation(tokenizer, [*row["prompt"], *row[key]], row.get("tools"))
-    trained = rendered.trained[start:]
-    require_trained(trained)
-    count = sum(trained)
-    if not all(trained[:count]):
-        raise InvalidInput(
-            "answer_not_one_turn",
-            f"its {key} answer is more than one turn of the assistant",
-            "move the turns before the last one into the prompt",
-        )
-    return rendered.input_ids[start : start + count]
 
 
 def length(example: Example) -> int:
@@ -57,10 +42,7 @@ def trainer(
 ) -> Any:
     """TRL's trainer, the reference's log-probabilities computed once per row."""
     config = DPOConfig(beta=stage.beta, max_length=None, precompute_ref_log_probs=True, **arguments)
-    built = build_trainer(_Trainer, config, model, tokenizer, train, held_out, length)
-    # The frozen copy has served. Left in, checkpoints would hold two adapters, and a resume would load only this one.
-    model.delete_adapter("ref")
-    return built
+    return build_trainer(_Trainer, config, model, tokenizer, train, held_out, length)
 
 
 DPO = Method("preference", example, length, trainer)

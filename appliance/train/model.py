@@ -92,6 +92,8 @@ def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
+        use_rslora=adapter.kind == "rslora",
+        use_dora=adapter.kind == "dora",
         target_modules="all-linear" if adapter.targets == ("all-linear",) else list(adapter.targets),
         task_type="CAUSAL_LM",
     )

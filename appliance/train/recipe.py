@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from typing import Annotated, Any, Literal
 
@@ -20,18 +21,36 @@ class _Section(BaseModel):
 
 
 class Adapter(_Section):
-    """The trained part. Defaults suit instruction tuning of small and medium models."""
+    """The trained part: two small factors beside each linear layer, the only weights that change."""
 
-    kind: Literal["lora", "qlora"] = "qlora"
-    """lora trains on the 16-bit base, qlora on the base in NF4 with double quantisation."""
+    kind: Literal["lora", "qlora", "rslora", "dora"] = "qlora"
+    """qlora trains over the base in NF4 with double quantisation: a quarter of the memory of 16 bits at nearly the same
+    loss, hence the default. lora trains over the 16-bit base, faster where memory allows. rslora scales by the root of
+    the rank, which keeps ranks of 64 and more learning. dora also trains the length of each weight column: often
+    better at ranks of 8 and less, at a slower step. rslora and dora train over the 16-bit base."""
     rank: int = Field(16, ge=1, le=512)
-    """Rank of the two factors; more rank, more capacity and memory."""
-    alpha: int = Field(32, ge=1, le=4096)
-    """Scale: the update is (alpha / rank) * B A."""
+    """Rank of the two factors: capacity, and memory in proportion. 16 holds what a few thousand rows teach; 64 and more
+    pay off on tens of thousands."""
+    alpha: int = Field(0, ge=0, le=4096)
+    """Scale: the update is (alpha / rank) * B A, for rslora (alpha / sqrt(rank)) * B A. 0 makes the scale 2, for which
+    the learning rates below are chosen: then the rank can change without them."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input while training."""
+    """Dropout on the adapter's input in sft; 0, because so few weights overfit little and it costs time. dpo and kto
+    train without, or the policy would differ from its own reference."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of the modules that get an adapter; all-linear: every linear layer but the output head."""
+    """Names of the modules that get an adapter. all-linear, every linear layer but the output head: attention alone
+    learns less at the same number of weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scale(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("alpha", 0) != 0:
+            return values
+        rank = values.get("rank", 16)
+        if not isinstance(rank, int) or rank < 1:
+            return values
+        scaled_by = math.sqrt(rank) if values.get("kind") == "rslora" else rank
+        return {**values, "alpha": max(round(2 * scaled_by), 1)}
 
 
 class Stage(_Section):
@@ -42,23 +61,25 @@ class Stage(_Section):
     name: str = ""
     """Directory and label of the stage; empty: the method's name."""
     epochs: float = Field(3, gt=0, le=1000)
-    """Passes over the training split."""
+    """Passes over the training split. A LoRA adapter takes two or three before the held-out loss turns."""
     max_steps: int = Field(0, ge=0)
     """Stop after so many optimiser steps; 0: as many as the epochs need."""
     batch_size: int = Field(8, ge=1, le=4096)
-    """Rows in an optimiser step."""
+    """Rows in an optimiser step. LoRA bears large batches worse than full fine-tuning: 8 to 32."""
     micro_batch_size: int = Field(0, ge=0, le=4096)
     """Rows in one forward pass; 0: the batch size. A divisor of the batch size; the rest is accumulation."""
+    learning_rate: float = Field(0, ge=0, lt=1)
+    """Peak learning rate. 0: by the size of the base, because larger models diverge sooner."""
     warmup_share: float = Field(0.03, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps over which the learning rate rises; Adam's first steps are its least certain."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate falls after the warm-up. cosine ends near zero, which settles the last steps."""
     max_length: int = Field(1024, ge=16, le=1 << 20)
-    """Longest row in tokens; longer rows are an error unless `drop_long`."""
+    """Longest row in tokens; longer rows are an error unless `drop_long`. Nothing is ever cut."""
     drop_long: bool = False
     """Leave out rows longer than `max_length`, counted in the run's events, instead of refusing to train."""
     checkpoint_every: int = Field(20, ge=1)
-    """Steps between checkpoints."""
+    """Steps between checkpoints: what a power cut may cost."""
     evaluate_every: int = Field(20, ge=1)
     """Steps between evaluations of the held-out loss."""
 
@@ -70,24 +91,59 @@ class Stage(_Section):
 
 
 class SftStage(Stage):
-    """Supervised fine-tuning on the assistant's turns."""
+    """Supervised fine-tuning on the assistant's turns of `messages` rows: teaches what to say.
+
+    Its learning rates are about ten times those of full fine-tuning, as an adapter needs: 1e-3 for a base of less than
+    half a billion parameters, 5e-4 to 3 billion, 2e-4 to 15 billion, 1e-4 above.
+    """
 
     method: Literal["sft"]
-    learning_rate: float = Field(2e-4, gt=0, lt=1)
-    """Peak learning rate; a LoRA value, ten times that of full fine-tuning."""
 
 
 class DpoStage(Stage):
-    """Direct preference optimisation; the reference is the adapter that the stage starts from, frozen."""
+    """Direct preference optimisation on `preference` rows: teaches which of two answers is better.
+
+    The reference is the adapter that the stage starts from, frozen; after an sft stage that is the sft adapter. Its
+    learning rates are a fortieth of sft's: a preference is learnt in few steps and unlearns language in a few more.
+    """
 
     method: Literal["dpo"]
-    learning_rate: float = Field(1e-5, gt=0, lt=1)
-    """Peak learning rate; a LoRA value."""
+    epochs: float = Field(1, gt=0, le=1000)
+    """Passes over the training split; one, because pairs seen twice are soon learnt by heart."""
     beta: float = Field(0.1, gt=0, le=10)
-    """Strength of the pull towards the reference."""
+    """Strength of the pull towards the reference; 0.1 is the paper's. Raise it where answers turn strange."""
 
 
-AnyStage = Annotated[SftStage | DpoStage, Field(discriminator="method")]
+class KtoStage(Stage):
+    """Kahneman-Tversky optimisation on `unpaired` rows: teaches from single answers judged good or bad.
+
+    The reference is as in dpo, and so are its learning rates, for the same reason.
+    """
+
+    method: Literal["kto"]
+    epochs: float = Field(1, gt=0, le=1000)
+    """Passes over the training split; one, as for dpo."""
+    batch_size: int = Field(16, ge=2, le=4096)
+    """Rows in an optimiser step, over which the KL term is estimated: fewer than 8 make it noise."""
+    beta: float = Field(0.1, gt=0, le=10)
+    """Strength of the pull towards the reference; 0.1 is the paper's."""
+    desirable_weight: float = Field(1.0, gt=0, le=100)
+    """Weight of the answers judged good. The paper asks for weight times number of the good ones to be 1 to 1.33 times
+    that of the bad ones."""
+    undesirable_weight: float = Field(1.0, gt=0, le=100)
+    """Weight of the answers judged bad; lower it where they are the more."""
+
+
+AnyStage = Annotated[SftStage | DpoStage | KtoStage, Field(discriminator="method")]
+METHOD_NAMES = ("sft", "dpo", "kto")
+
+SFT_LEARNING_RATES = ((500_000_000, 1e-3), (3_000_000_000, 5e-4), (15_000_000_000, 2e-4))
+"""Default by parameters of the base, each up to a size. Source: arXiv 2305.14314 for 7 billion and more; below, the
+rule of LoRA Without Regret (2025) by width, 5e-4 * (2000 / width) ** 0.78."""
+LARGEST_SFT_LEARNING_RATE = 1e-4
+"""For any base above."""
+PREFERENCE_SHARE = 1 / 40
+"""Of the sft rate, for dpo and kto: 5e-6 for a base of 8 billion parameters, as in the Zephyr recipes."""
 
 
 class Recipe(_Section):
@@ -129,12 +185,22 @@ class Recipe(_Section):
             raise ValueError("two stages have the same name; give each its own `name`")
         return self
 
-    def stage(self, name: str) -> SftStage | DpoStage:
+    def stage(self, name: str) -> AnyStage:
         """The training stage called `name`. Raises KeyError."""
         for stage in self.stages:
             if stage.name == name:
                 return stage
         raise KeyError(name)
+
+    def for_base(self, parameters: int) -> Recipe:
+        """The recipe with the learning rates that a base of so many parameters calls for, where it names none."""
+        fitting = (rate for size, rate in SFT_LEARNING_RATES if parameters < size)
+        sft_rate = next(fitting, LARGEST_SFT_LEARNING_RATE)
+        stages = []
+        for stage in self.stages:
+            default = sft_rate if stage.method == "sft" else sft_rate * PREFERENCE_SHARE
+            stages.append(stage.model_copy(update={"learning_rate": stage.learning_rate or default}))
+        return self.model_copy(update={"stages": tuple(stages)})
 
     def pipeline(self) -> tuple[str, ...]:
         """Names of all stages of a run in order: training, then merge, verify and probe."""
@@ -167,7 +233,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def _explain(error: ValidationError) -> tuple[str, str]:
     """What is wrong with one key, and what to do. A key too much comes first: it may be a missing one, mistyped."""
     first = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
-    location = [part for part in first["loc"] if part not in ("sft", "dpo")]
+    location = [part for part in first["loc"] if part not in METHOD_NAMES]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if first["type"] == "extra_forbidden":
         key = str(location[-1])
@@ -177,7 +243,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "missing":
         return f"the recipe lacks `{where}`", f"add `{location[-1]} = ...`"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"the recipe's `{where}` has no known method", "set method to sft or dpo"
+        return f"the recipe's `{where}` has no known method", f"set method to one of {', '.join(METHOD_NAMES)}"
     message = first["msg"].removeprefix("Value error, ")
     if not where:
         return f"the recipe is not valid: {message}", "mend it, then try again"
@@ -185,4 +251,4 @@ def _explain(error: ValidationError) -> tuple[str, str]:
 
 
 def _known_keys() -> list[str]:
-    return sorted({key for model in (Recipe, Adapter, SftStage, DpoStage) for key in model.model_fields})
+    return sorted({key for model in (Recipe, Adapter, SftStage, DpoStage, KtoStage) for key in model.model_fields})

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from appliance.data.dataset import Dataset
+from appliance.data.render import render_conversation
 from appliance.errors import InvalidInput
 from appliance.train.recipe import Stage
 
-Example = dict[str, list[int]]
-"""Columns of token ids, named as the method's trainer reads them."""
+Example = dict[str, Any]
+"""Columns named as the method's trainer reads them: token ids, and KTO's label."""
 
 HELD_OUT_ROWS = 64
 """At most so many rows are evaluated, so that evaluation stays a small share of training."""
@@ -54,6 +55,21 @@ def require_trained(trained: list[bool]) -> None:
     """Raise InvalidInput where no token of a row is trained."""
     if not any(trained):
         raise InvalidInput("nothing_to_train", "it has no assistant turn to train on", "take the row out, or mend it")
+
+
+def answer_ids(tokenizer: Any, row: dict[str, Any], key: str, start: int) -> list[int]:
+    """Token ids of the one answer under `key` up to its end of turn; it begins at `start`. Raises InvalidInput."""
+    rendered = render_conversation(tokenizer, [*row["prompt"], *row[key]], row.get("tools"))
+    trained = rendered.trained[start:]
+    require_trained(trained)
+    count = sum(trained)
+    if not all(trained[:count]):
+        raise InvalidInput(
+            "answer_not_one_turn",
+            f"its {key} answer is more than one turn of the assistant",
+            "move the turns before the last one into the prompt",
+        )
+    return rendered.input_ids[start : start + count]
 
 
 def _place(index: int, row: dict[str, Any]) -> str:

@@ -13,13 +13,14 @@ from appliance.data.dataset import Dataset, Row, prompt_messages
 from appliance.data.render import render_prompt
 from appliance.errors import InvalidInput
 from appliance.home import Home, building, require_space
-from appliance.models import model_path
+from appliance.models import count_parameters, model_path
 from appliance.release.weights import require_present
 from appliance.train.callbacks import Cadence, Guard, Reporter
 from appliance.train.checkpoints import newest_whole
 from appliance.train.dpo import DPO
 from appliance.train.events import EventLog
 from appliance.train.interruption import INTERRUPTED, Interruption
+from appliance.train.kto import KTO
 from appliance.train.model import (
     ON_GPU,
     add_adapter,
@@ -29,12 +30,12 @@ from appliance.train.model import (
     quantised_modules,
     stop_token_ids,
 )
-from appliance.train.recipe import DpoStage, Recipe, SftStage
+from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.rows import HELD_OUT_ROWS, Example, tokenise
 from appliance.train.sft import SFT
 from appliance.train.trainer import Method
 
-METHODS: dict[str, Method] = {"sft": SFT, "dpo": DPO}
+METHODS: dict[str, Method] = {"sft": SFT, "dpo": DPO, "kto": KTO}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 CHECKPOINTS_KEPT = 2
 WITH_OPTIMISER = 3
@@ -51,9 +52,10 @@ def train_stage(
     Returns the stage's figures. Exits with INTERRUPTED after a checkpoint where that was asked for.
     Raises ApplianceError for what cannot be trained on or with.
     """
+    base = model_path(home, recipe.base)
+    recipe = recipe.for_base(count_parameters(base))
     stage = recipe.stage(name)
     folder = run / name
-    base = model_path(home, recipe.base)
     tokenizer = load_tokenizer(base)
     dataset = Dataset.open(home, stage.dataset)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
@@ -78,7 +80,7 @@ def _examples(
     train_rows: list[int],
     held_out_rows: list[int],
     tokenizer: Any,
-    stage: SftStage | DpoStage,
+    stage: AnyStage,
     events: EventLog,
 ) -> tuple[list[Example], list[Example]]:
     method = METHODS[stage.method]
@@ -105,7 +107,7 @@ def _examples(
 def _train(
     run: Path,
     recipe: Recipe,
-    stage: SftStage | DpoStage,
+    stage: AnyStage,
     base: Path,
     model: Any,
     tokenizer: Any,
@@ -143,7 +145,7 @@ def _train(
     return model
 
 
-def _arguments(folder: Path, recipe: Recipe, stage: SftStage | DpoStage, rows: int) -> dict[str, Any]:
+def _arguments(folder: Path, recipe: Recipe, stage: AnyStage, rows: int) -> dict[str, Any]:
     """Transformers' training arguments for `stage` over `rows` examples."""
     micro = stage.micro_batch_size or stage.batch_size
     steps = math.ceil(stage.epochs * math.ceil(rows / stage.batch_size))

@@ -70,6 +70,10 @@ def build_trainer(
         for name, weight in model.named_parameters():
             if name in before:
                 weight.data = before[name]
+    if "ref" in getattr(model, "peft_config", {}):
+        # The reference has served: its log-probabilities are in the rows. Left in, a checkpoint would hold two
+        # adapters, of which a resume loads this one only.
+        model.delete_adapter("ref")
     trainer.row_lengths = [length(row) for row in train]
     return trainer
 

@@ -44,6 +44,31 @@ def test_a_dumped_recipe_reads_back_with_every_default_written_out() -> None:
     assert "checkpoint_every = 20" in text
 
 
+@pytest.mark.parametrize(
+    ("parameters", "sft", "dpo"),
+    [(1.35e8, 1e-3, 2.5e-5), (1.5e9, 5e-4, 1.25e-5), (8e9, 2e-4, 5e-6), (7e10, 1e-4, 2.5e-6)],
+)
+def test_learning_rates_follow_the_size_of_the_base(parameters: float, sft: float, dpo: float) -> None:
+    recipe = parse_recipe(GOOD.replace("learning_rate = 1e-3\n", "")).for_base(int(parameters))
+    assert recipe.stage("sft").learning_rate == sft
+    assert recipe.stage("dpo").learning_rate == pytest.approx(dpo)
+    assert parse_recipe(GOOD).for_base(int(parameters)).stage("sft").learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("adapter", "alpha"),
+    [
+        ('kind = "lora"', 32),
+        ('kind = "lora"\nrank = 64', 128),
+        ('kind = "rslora"', 8),
+        ('kind = "rslora"\nrank = 64', 16),
+        ('kind = "dora"\nalpha = 5', 5),
+    ],
+)
+def test_an_adapter_is_scaled_by_two_at_any_rank(adapter: str, alpha: int) -> None:
+    assert parse_recipe(GOOD.replace('kind = "lora"', adapter)).adapter.alpha == alpha
+
+
 def test_a_recipe_without_stages_releases_the_base() -> None:
     assert parse_recipe('name = "base"\nbase = "tiny"').pipeline() == ("merge", "verify", "probe")
 
@@ -66,9 +91,9 @@ def test_every_shipped_recipe_parses(shipped: ShippedRecipe) -> None:
         (GOOD + "zzz = 1", "unknown key `stages[1].zzz` — take it out"),
         (GOOD.replace('base = "tiny"', ""), "lacks `base`"),
         (GOOD.replace('dataset = "facts"', ""), "lacks `stages[0].dataset`"),
-        (GOOD.replace('method = "sft"', 'method = "ppo"'), "no known method — set method to sft or dpo"),
+        (GOOD.replace('method = "sft"', 'method = "ppo"'), "no known method — set method to one of sft, dpo, kto"),
         (GOOD.replace('method = "sft"', ""), "no known method"),
-        (GOOD.replace("1e-3", "0"), "`stages[0].learning_rate` is not valid"),
+        (GOOD.replace("1e-3", "-1"), "`stages[0].learning_rate` is not valid"),
         (GOOD.replace("1e-3", '"fast"'), "`stages[0].learning_rate` is not valid"),
         (GOOD.replace('"lora"', '"full"'), "`adapter.kind` is not valid"),
         (GOOD.replace("name = ", "name = = "), "is not TOML"),

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FACTS, PREFERENCES
+from tiny import FACTS, JUDGEMENTS, PREFERENCES
 
 from appliance.errors import InvalidInput
 from appliance.train.dpo import DPO
+from appliance.train.kto import KTO, mismatched
 from appliance.train.model import load_tokenizer
 from appliance.train.sft import IGNORED, SFT
 from appliance.train.trainer import build_trainer
@@ -46,6 +47,31 @@ def test_dpo_answers_begin_after_the_header_and_end_with_the_turn(tokenizer: Any
     assert tokenizer.decode(row["chosen_ids"]) == "It is red.<|im_end|>"
     assert tokenizer.decode(row["rejected_ids"]) == "I could not say, there are so many colours.<|im_end|>"
     assert DPO.length(row) == len(row["prompt_ids"]) + len(row["rejected_ids"])
+
+
+def test_kto_keeps_the_answer_and_what_was_thought_of_it(tokenizer: Any) -> None:
+    good, bad = (KTO.example(tokenizer, row) for row in JUDGEMENTS[:2])
+    assert tokenizer.decode(good["prompt_ids"]).endswith("the door?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(good["completion_ids"]) == "It is red.<|im_end|>"
+    assert (good["label"], bad["label"]) == (True, False)
+    assert KTO.length(good) == len(good["prompt_ids"]) + len(good["completion_ids"])
+
+
+def test_kto_pairs_each_prompt_with_an_answer_to_another_of_like_length(tokenizer: Any) -> None:
+    examples = [KTO.example(tokenizer, row) for row in JUDGEMENTS]
+    answered = {tuple(one["completion_ids"]): one["prompt_ids"] for one in examples if one["label"]}
+    paired = mismatched(examples)
+    assert [one["prompt_ids"] for one in paired] == [one["prompt_ids"] for one in examples]
+    for one in paired:
+        other = one["KL_completion_ids"]
+        assert answered.get(tuple(other)) != one["prompt_ids"]
+        assert KTO.length(one) == len(one["prompt_ids"]) + max(len(other), len(one["completion_ids"]))
+    near = [
+        one for one in paired if one["label"] and abs(len(one["KL_completion_ids"]) - len(one["completion_ids"])) < 4
+    ]
+    assert len(near) >= 5, "all but the longest, which is paired with the shortest or the next longer"
+    same = mismatched([examples[0], {**examples[1], "prompt_ids": examples[0]["prompt_ids"]}])
+    assert [one["KL_completion_ids"] for one in same] == [one["completion_ids"] for one in same]
 
 
 def test_building_a_trainer_does_not_round_the_adapter() -> None:

@@ -81,23 +81,28 @@ def test_a_second_worker_leaves_the_run_alone(home: Home, capsys: pytest.Capture
     assert not (run / "sft").exists()
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_dpo_goes_on_from_the_sft_adapter(home: Home, kind: str) -> None:
-    run = add_run(home, "r", SFT + stage("dpo", "PREFERENCES", learning_rate=0.002), kind)
-    assert work(run, "sft", "dpo") == 0
+@pytest.mark.parametrize("kind", ["lora", "qlora", "rslora", "dora"])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_preferences_go_on_from_the_sft_adapter(home: Home, method: str, kind: str) -> None:
+    """Without a merge between; at first the adapter is its own reference."""
+    preferences = stage(method, "PREFERENCES" if method == "dpo" else "JUDGEMENTS", learning_rate=0.002)
+    run = add_run(home, "r", SFT + preferences, kind)
+    assert work(run, "sft", method) == 0
 
-    first, *_, last = losses(run, "dpo").values()
-    assert first == pytest.approx(math.log(2), abs=1e-4)
-    assert events(run, "eval", "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    first, *_, last = losses(run, method).values()
+    at_reference = math.log(2) if method == "dpo" else 0.5
+    assert first == pytest.approx(at_reference, abs=1e-4)
+    assert events(run, "eval", method)[0]["loss"] == pytest.approx(at_reference, abs=1e-4)
     assert last < first
     before = load_file(run / "sft" / "adapter" / "adapter_model.safetensors")
-    after = load_file(run / "dpo" / "adapter" / "adapter_model.safetensors")
+    after = load_file(run / method / "adapter" / "adapter_model.safetensors")
     assert before.keys() == after.keys()
+    assert any("magnitude" in name for name in after) == (kind == "dora")
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
     change = max(float((after[name] - before[name]).abs().max()) for name in before)
     assert 0 < change < 0.1, "near the adapter that it started from, and moved"
-    assert {path.name for path in (run / "dpo" / "adapter").iterdir()} >= {"adapter_config.json"}
-    assert not (run / "dpo" / "adapter" / "ref").exists()
+    assert {path.name for path in (run / method / "adapter").iterdir()} >= {"adapter_config.json"}
+    assert not (run / method / "adapter" / "ref").exists()
 
 
 def test_dpo_may_come_first(home: Home) -> None:
@@ -160,7 +165,7 @@ def test_a_failed_stage_can_be_tried_again(home: Home) -> None:
     assert not (run / "sft" / "failure.json").exists()
 
 
-@pytest.mark.parametrize(("method", "dataset"), [("sft", "PREFERENCES"), ("dpo", "FACTS")])
+@pytest.mark.parametrize(("method", "dataset"), [("sft", "PREFERENCES"), ("dpo", "FACTS"), ("kto", "FACTS")])
 def test_a_dataset_of_the_wrong_kind_is_refused(home: Home, method: str, dataset: str) -> None:
     run = add_run(home, "r", stage(method, dataset))
     assert work(run, method) == Exit.FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from appliance.data.dataset import RowWriter, canonical_json
 from appliance.data.importer import import_file
 from appliance.home import Home
 from appliance.train.events import EventLog
@@ -42,6 +44,11 @@ PREFERENCES = [
         "rejected": [{"role": "assistant", "content": "I could not say, there are so many colours."}],
     }
     for number, thing in enumerate(THINGS)
+]
+JUDGEMENTS = [
+    {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+    for row in PREFERENCES
+    for good in (True, False)
 ]
 
 
@@ -79,18 +86,33 @@ def make_model(folder: Path, *, template: str = CHATML, dtype: torch.dtype = tor
 
 def add_dataset(home: Home, name: str, rows: list[dict[str, Any]]) -> str:
     """Import `rows` and return the dataset's id."""
+    if "label" in rows[0]:
+        return _add_canonical(home, "unpaired", rows)
     path = home.root / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     id: str = import_file(path, path.name, name, home)["id"]
     return id
 
 
+def _add_canonical(home: Home, kind: str, rows: list[dict[str, Any]]) -> str:
+    """Write canonical rows as a dataset as they are."""
+    folder = home.root / "canonical"
+    folder.mkdir()
+    with RowWriter.into(folder) as writer:
+        for number, row in enumerate(rows, 1):
+            writer.add(row, canonical_json(row), {"file": "rows.jsonl", "line": number})
+    (folder / "report.json").write_text(json.dumps({"kind": kind, "findings": []}))
+    target = home.datasets / writer.id
+    folder.rename(target) if not target.exists() else shutil.rmtree(folder)
+    return writer.id
+
+
 def add_run(home: Home, id: str, text: str, kind: str = "lora") -> Path:
     """A queued run of the recipe with the stages in `text`, where FACTS and PREFERENCES name datasets of that rows."""
-    for name, rows in (("FACTS", FACTS), ("PREFERENCES", PREFERENCES)):
+    for name, rows in (("FACTS", FACTS), ("PREFERENCES", PREFERENCES), ("JUDGEMENTS", JUDGEMENTS)):
         if name in text:
             text = text.replace(name, f'"{add_dataset(home, name.lower(), rows)}"')
-    head = f'name = "r"\nbase = "tiny"\neval_share = 0.2\n[adapter]\nkind = "{kind}"\nrank = 4\nalpha = 8\n'
+    head = f'name = "r"\nbase = "tiny"\neval_share = 0.2\n[adapter]\nkind = "{kind}"\nrank = 4\n'
     run = home.runs / id
     run.mkdir()
     (run / "recipe.toml").write_text(dump_recipe(parse_recipe(head + text)))

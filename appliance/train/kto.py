@@ -1,0 +1,90 @@
+"""Kahneman-Tversky optimisation on answers judged good or bad, against the adapter that the stage starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl import KTOConfig, KTOTrainer
+
+from appliance.data.render import render_prompt
+from appliance.train.recipe import KtoStage
+from appliance.train.rows import Example, answer_ids
+from appliance.train.trainer import Method, ResumableTrainer, build_trainer
+
+NEIGHBOURS_TRIED = 64
+"""How far the pairing looks for an answer to another prompt."""
+
+
+class _Trainer(ResumableTrainer, KTOTrainer):
+    """TRL estimates the KL term over a micro-batch; here it is that of the whole step, however that is divided."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        # TRL would tokenise again, and pair answers by their place in the file.
+        return dataset
+
+    def get_batch_samples(self, *arguments: Any) -> Any:
+        batches, items = super().get_batch_samples(*arguments)
+        drifts = [self._drift(batch) for batch in batches]
+        for batch in batches:
+            batch["drift"] = torch.cat(drifts).mean()
+        return batches, items
+
+    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Any:
+        drift = batch.pop("drift", None)
+        return super()._compute_kl_logps(model, batch) if drift is None else batch["ref_KL_logps"] + drift
+
+    def _drift(self, batch: dict[str, Any]) -> torch.Tensor:
+        """How much likelier than to the reference the mismatched answers of `batch` are, in nats (rows)."""
+        drift: torch.Tensor = super()._compute_kl_logps(self.model, batch) - batch["ref_KL_logps"]
+        return drift
+
+
+def example(tokenizer: Any, row: dict[str, Any]) -> Example:
+    """The prompt with the header of the answer, the answer up to its end-of-turn token, and what was thought of it."""
+    prompt = render_prompt(tokenizer, row["prompt"], row.get("tools"))
+    answer = answer_ids(tokenizer, row, "completion", len(prompt))
+    return {"prompt_ids": prompt, "completion_ids": answer, "label": row["label"]}
+
+
+def length(example: Example) -> int:
+    answers = (example["completion_ids"], example.get("KL_completion_ids", []))
+    return len(example["prompt_ids"]) + max(len(answer) for answer in answers)
+
+
+def mismatched(examples: list[Example]) -> list[Example]:
+    """Examples with an answer of about the same length to another prompt, by which the KL term is estimated.
+
+    An example keeps its own where no other prompt is near. Source: section 4.1 of arXiv 2402.01306.
+    """
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["completion_ids"]))
+    paired = list(examples)
+    for place, index in enumerate(order):
+        own = examples[index]
+        near = (examples[order[(place + step) % len(order)]] for step in range(1, NEIGHBOURS_TRIED))
+        other = next((one for one in near if one["prompt_ids"] != own["prompt_ids"]), own)
+        paired[index] = {**own, "KL_completion_ids": other["completion_ids"]}
+    return paired
+
+
+def trainer(
+    model: Any,
+    tokenizer: Any,
+    stage: KtoStage,
+    arguments: dict[str, Any],
+    train: list[Example],
+    held_out: list[Example],
+) -> Any:
+    """TRL's trainer, the reference's log-probabilities computed once per row."""
+    config = KTOConfig(
+        beta=stage.beta,
+        desirable_weight=stage.desirable_weight,
+        undesirable_weight=stage.undesirable_weight,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        **arguments,
+    )
+    return build_trainer(_Trainer, config, model, tokenizer, mismatched(train), mismatched(held_out), length)
+
+
+KTO = Method("unpaired", example, length, trainer)
