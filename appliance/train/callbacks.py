@@ -1,8 +1,7 @@
-"""What happens around an optimiser step: what the run says, when it evaluates and saves, and when it gives up."""
+"""What happens around an optimiser step: what the run says, when it evaluates and when it saves."""
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -10,13 +9,9 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from appliance.errors import ApplianceError
 from appliance.train.events import EventLog
 from appliance.train.interruption import Interruption
 from appliance.train.recipe import AnyStage
-
-STEPS_TO_MOVE = 5
-"""Steps after which an adapter that is still as it was counts as not trained."""
 
 
 class Reporter(TrainerCallback):
@@ -70,6 +65,13 @@ class Reporter(TrainerCallback):
         self.events.append("checkpoint", self.stage.name, step=state.global_step, path=path)
 
 
+class Reseed(TrainerCallback):
+    """Makes the dropout of a step follow from the recipe's seed and the step alone, whatever came between."""
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        torch.manual_seed(args.seed + state.global_step)
+
+
 class Cadence(TrainerCallback):
     """Decides after each step whether to evaluate, to save, and to stop because that was asked for."""
 
@@ -90,38 +92,6 @@ class Cadence(TrainerCallback):
     def _obey(self, state: TrainerState, control: TrainerControl) -> None:
         if self.interruption.requested and 0 < state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
-
-
-class Guard(TrainerCallback):
-    """Ends a training that cannot come to anything."""
-
-    def __init__(self, stage: AnyStage) -> None:
-        self.stage = stage
-        self._before = 0.0
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
-        self._before = _fingerprint(model)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
-        if not all(math.isfinite(logs.get(figure, 0.0)) for figure in ("loss", "grad_norm", "eval_loss")):
-            raise ApplianceError(
-                "diverged",
-                f"the loss is no longer a number at step {state.global_step} of {self.stage.name}",
-                f"lower learning_rate (now {self.stage.learning_rate})",
-            )
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
-        if state.global_step == min(STEPS_TO_MOVE, state.max_steps) and _fingerprint(model) == self._before:
-            raise ApplianceError(
-                "adapter_unchanged",
-                f"the adapter is unchanged after {state.global_step} steps of {self.stage.name}",
-                f"raise learning_rate (now {self.stage.learning_rate}), or target other modules",
-            )
-
-
-def _fingerprint(model: Any) -> float:
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    return sum(float(weight.detach().double().abs().sum()) for weight in trained)
 
 
 def _memory() -> int:

@@ -14,7 +14,7 @@ KINDS = frozenset(
         "stage_started",  # stage
         "step",  # stage, step, steps, loss, lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory (bytes)
         "eval",  # stage, step, loss
-        "sample",  # stage, prompt, text
+        "sample",  # stage, step, prompt, text
         "checkpoint",  # stage, step, path
         "warning",  # stage, message
         "gate",  # stage, gate, passed, figures

@@ -11,6 +11,10 @@ INTERRUPTED = 75
 """Exit status of a worker that stopped because it was asked to; its stage goes on when it is started again."""
 
 
+class Interrupted(Exception):
+    """Asked to stop in the middle of a step or an evaluation: the state is that after the last whole step."""
+
+
 class Interruption:
     """Installs itself as the handler of SIGTERM."""
 

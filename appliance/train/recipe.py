@@ -82,6 +82,18 @@ class Stage(_Section):
     """Steps between checkpoints: what a power cut may cost."""
     evaluate_every: int = Field(20, ge=1)
     """Steps between evaluations of the held-out loss."""
+    samples: int = Field(2, ge=0, le=16)
+    """Held-out prompts that the model answers at each evaluation, so that a person watches it learn."""
+    keep: Literal["best", "last"] = "best"
+    """Which adapter the stage leaves: that of the lowest held-out loss, or that of the last step."""
+    patience: int = Field(0, ge=0)
+    """Stop after so many evaluations in a row without a lower held-out loss; 0: never, because the schedule's end
+    often lowers it once more."""
+    bad_steps: int = Field(3, ge=1)
+    """So many bad steps in a row end the stage at its last good checkpoint; each is a warning. Bad is a loss that is no
+    number or exactly 0, and a gradient norm a hundred times its median. An update that is no number is left out."""
+    on_bad_steps: Literal["fail", "keep"] = "fail"
+    """fail: the run fails, saying why. keep: the stage leaves the adapter of the last good checkpoint."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Stage:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback
 
-from appliance.data.dataset import Dataset, Row, prompt_messages
-from appliance.data.render import render_prompt
+from appliance.data.dataset import Dataset
 from appliance.errors import InvalidInput
 from appliance.home import Home, building, require_space
 from appliance.models import count_parameters, model_path
 from appliance.release.weights import require_present
-from appliance.train.callbacks import Cadence, Guard, Reporter
-from appliance.train.checkpoints import newest_whole
+from appliance.train.best import Best
+from appliance.train.callbacks import Cadence, Reporter, Reseed
+from appliance.train.checkpoints import KEPT, newest_usable, origin
 from appliance.train.dpo import DPO
 from appliance.train.events import EventLog
+from appliance.train.guard import Diverged, Guard
 from appliance.train.interruption import INTERRUPTED, Interruption
 from appliance.train.kto import KTO
 from appliance.train.model import (
@@ -32,16 +33,14 @@ from appliance.train.model import (
 )
 from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.rows import HELD_OUT_ROWS, Example, tokenise
+from appliance.train.samples import Samples
 from appliance.train.sft import SFT
 from appliance.train.trainer import Method
 
 METHODS: dict[str, Method] = {"sft": SFT, "dpo": DPO, "kto": KTO}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-CHECKPOINTS_KEPT = 2
 WITH_OPTIMISER = 3
 """A checkpoint holds each trained weight and AdamW's two moments of it."""
-SAMPLES = 2
-SAMPLE_TOKENS = 48
 
 
 def train_stage(
@@ -58,21 +57,29 @@ def train_stage(
     folder = run / name
     tokenizer = load_tokenizer(base)
     dataset = Dataset.open(home, stage.dataset)
+    _require_sound(dataset)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
     train, held_out = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage, events)
     figures: dict[str, Any] = {"rows": len(train), "held_out_rows": len(held_out)}
 
-    adapter = folder / "adapter"
-    model = load_model(base, quantised=recipe.adapter.kind == "qlora")
-    if adapter.exists():
-        model = load_adapter(model, adapter, trainable=False)
-    else:
-        model = _train(run, recipe, stage, base, model, tokenizer, train, held_out, events, interruption)
-    stops = stop_token_ids(tokenizer, base)
-    for row in (held_out_rows or train_rows)[:SAMPLES]:
-        if not interruption.requested:
-            _sample(model, tokenizer, stops, dataset.rows[row], name, events)
-    return figures | _losses(events, name)
+    if not (folder / "adapter").exists():
+        prompts = [dataset.rows[row] for row in (held_out_rows or train_rows)[: stage.samples]]
+        samples = Samples(tokenizer, stop_token_ids(tokenizer, base), prompts, events, name)
+        _train(run, recipe, stage, base, tokenizer, train, held_out, samples, events, interruption)
+    for leftover in folder.glob("best-*"):
+        shutil.rmtree(leftover)
+    return figures | _losses(events, stage)
+
+
+def _require_sound(dataset: Dataset) -> None:
+    """Raise InvalidInput where the import's report has found an error."""
+    errors = [finding for finding in dataset.report.get("findings", []) if finding["level"] == "error"]
+    if errors:
+        raise InvalidInput(
+            "dataset_has_errors",
+            f"the report of dataset {dataset.id} has {len(errors)} errors: {errors[0]['message']}",
+            f"mend the file and import it again; see `appliance data show {dataset.id}`",
+        )
 
 
 def _examples(
@@ -109,15 +116,56 @@ def _train(
     recipe: Recipe,
     stage: AnyStage,
     base: Path,
-    model: Any,
     tokenizer: Any,
     train: list[Example],
     held_out: list[Example],
+    samples: Samples,
     events: EventLog,
     interruption: Interruption,
-) -> Any:
-    """The model with its trained adapter, which is saved."""
+) -> None:
+    """Train, and leave the adapter that the recipe asks for in the stage's directory."""
     folder = run / stage.name
+    model = _adapted_model(run, recipe, stage, base)
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    require_space(folder, 2 * trained + (KEPT + 1) * WITH_OPTIMISER * trained, "training")
+    made_from = origin(recipe, stage.name)
+    checkpoint, faults = newest_usable(folder, made_from)
+    for fault in faults:
+        events.append("warning", stage.name, message=f"{fault}: not used")
+    best = Best(folder, events, stage)
+    if checkpoint is None:
+        best.forget()
+    arguments = _arguments(folder, recipe, stage, rows=len(train)) | {
+        "eval_on_start": bool(held_out) and checkpoint is None
+    }
+    trainer = METHODS[stage.method].trainer(model, tokenizer, stage, arguments, train, held_out)
+    trainer.origin = made_from
+    trainer.remove_callback(PrinterCallback)
+    cadence = Cadence(stage, interruption, evaluates=bool(held_out))
+    for callback in (Reseed(), Reporter(events, stage), Guard(events, stage), samples, best, cadence):
+        trainer.add_callback(callback)
+    with interruption.deferred():
+        kept = None
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Diverged:
+            kept, _ = newest_usable(folder, made_from)
+            if stage.on_bad_steps == "fail" or not (kept or best.path):
+                raise
+        if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise SystemExit(INTERRUPTED)
+        if stage.keep == "best":
+            kept = best.path or kept
+        with building(folder / "adapter") as saved:
+            if kept is None:
+                model.save_pretrained(saved, save_embedding_layers=False)
+            for path in kept.glob("adapter_*") if kept else ():
+                shutil.copyfile(path, saved / path.name)
+
+
+def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> Any:
+    """The base with a new adapter, or with that of the stage before. Raises InvalidInput for what cannot be merged."""
+    model = load_model(base, quantised=recipe.adapter.kind == "qlora")
     changed = quantised_modules(model) if recipe.adapter.kind == "qlora" else []
     previous = recipe.previous(stage.name)
     if previous:
@@ -125,23 +173,6 @@ def _train(
     else:
         model = add_adapter(model, recipe.adapter, recipe.seed)
     require_present(base, {f"{module}.weight" for module in (*changed, *model.targeted_module_names)})
-    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    require_space(folder, trained + (CHECKPOINTS_KEPT + 1) * WITH_OPTIMISER * trained, "training")
-    checkpoint = newest_whole(folder)
-    arguments = _arguments(folder, recipe, stage, rows=len(train)) | {
-        "eval_on_start": bool(held_out) and checkpoint is None
-    }
-    trainer = METHODS[stage.method].trainer(model, tokenizer, stage, arguments, train, held_out)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Guard(stage))
-    trainer.add_callback(Reporter(events, stage))
-    trainer.add_callback(Cadence(stage, interruption, evaluates=bool(held_out)))
-    with interruption.deferred():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.state.global_step < trainer.state.max_steps:
-            raise SystemExit(INTERRUPTED)
-        with building(folder / "adapter") as saved:
-            model.save_pretrained(saved, save_embedding_layers=False)
     return model
 
 
@@ -170,36 +201,18 @@ def _arguments(folder: Path, recipe: Recipe, stage: AnyStage, rows: int) -> dict
         "include_num_input_tokens_seen": "non_padding",
         "eval_strategy": "no",
         "save_strategy": "no",
-        "save_total_limit": CHECKPOINTS_KEPT,
         "report_to": "none",
         "disable_tqdm": True,
     }
 
 
-@torch.inference_mode()
-def _sample(model: Any, tokenizer: Any, stops: list[int], row: Row, name: str, events: EventLog) -> None:
-    """Say how the model answers the prompt of `row` now, greedily and briefly."""
-    messages = prompt_messages(row)
-    prompt = torch.tensor([render_prompt(tokenizer, messages, row.get("tools"))], device=model.device)
-    model.eval()
-    answer = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=SAMPLE_TOKENS,
-        do_sample=False,
-        eos_token_id=stops,
-        pad_token_id=stops[0],
-    )
-    text = tokenizer.decode(answer[0, prompt.shape[1] :], skip_special_tokens=True)
-    events.append("sample", name, prompt=messages[-1]["content"], text=text)
-
-
-def _losses(events: EventLog, name: str) -> dict[str, float]:
-    """The last training loss, and the held-out loss before and after, from what the stage has reported."""
-    reported = [event for event in events.read() if event["stage"] == name]
+def _losses(events: EventLog, stage: AnyStage) -> dict[str, float]:
+    """The last training loss, and the held-out loss before and of the kept adapter, from what the stage has said."""
+    reported = [event for event in events.read() if event["stage"] == stage.name]
     steps = [event["loss"] for event in reported if event["event"] == "step"]
     evals = [event["loss"] for event in reported if event["event"] == "eval"]
     losses = {"train_loss": steps[-1]}
     if evals:
-        losses |= {"held_out_loss_before": evals[0], "held_out_loss": evals[-1]}
+        kept = min(evals[1:], default=evals[0]) if stage.keep == "best" else evals[-1]
+        losses |= {"held_out_loss_before": evals[0], "held_out_loss": kept}
     return losses

@@ -12,7 +12,7 @@ from datasets import Dataset as Table
 from transformers import Trainer
 
 from appliance.data.dataset import Kind
-from appliance.train.checkpoints import seal
+from appliance.train.checkpoints import saving
 from appliance.train.order import LengthSampler
 from appliance.train.rows import Example
 
@@ -34,15 +34,35 @@ class ResumableTrainer(Trainer):
     """Mixed into a TRL trainer, before it in the order of resolution."""
 
     row_lengths: list[int]
+    origin: dict[str, str]
+    """What the weights follow from, as checkpoints say it."""
+    _saving_to = ""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthSampler(self.row_lengths, batch, self.args.seed)
 
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        norm: torch.Tensor = super()._clip_grad_norm(model)
+        if not torch.isfinite(norm):
+            # The step then updates nothing: one such update would be the end of every weight.
+            model.zero_grad()
+        return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *arguments: Any, **named: Any) -> None:
+        super()._maybe_log_save_evaluate(tr_loss, *arguments, **named)
+        # Transformers subtracts it from itself, which leaves what is no number as it is for all later steps.
+        tr_loss.zero_()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Past TRL's own, which writes a model card beside the checkpoint.
-        Trainer._save_checkpoint(self, model, trial)
-        seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        with saving(Path(self.args.output_dir), self.state.global_step, self.origin) as folder:
+            self._saving_to = str(folder)
+            # Past TRL's own, which writes a model card beside the checkpoint.
+            Trainer._save_checkpoint(self, model, trial)
+        self._saving_to = ""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_to or str(self.args.output_dir)
 
 
 def build_trainer(

@@ -88,7 +88,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         if taken == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("appliance.train.callbacks.Guard.on_log", count)
+    monkeypatch.setattr("appliance.train.guard.Guard.on_log", count)
 
 
 @pytest.mark.parametrize("stages", [STAGE, PREFERENCE_STAGE])
@@ -126,6 +126,21 @@ def test_a_half_written_checkpoint_is_passed_over(home: Home, monkeypatch: pytes
     assert steps.count(10) == 1
     assert steps.count(11) == steps.count(12) == 2
     assert losses(broken, "sft") == pytest.approx(losses(whole, "sft"), abs=1e-5)
+
+
+def test_a_checkpoint_of_another_recipe_is_not_used(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", checkpoint_every=2, evaluate_every=2))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(SystemExit):
+            work(run, "sft")
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("learning_rate = 0.02", "learning_rate = 0.01"))
+    assert list((run / "sft").glob("best-*"))
+    assert work(run, "sft") == 0
+    assert [event["step"] for event in events(run, "step")][6:] == list(range(1, 13))
+    warnings = [event["message"] for event in events(run, "warning")]
+    assert warnings[0] == "checkpoint-6 was trained with another recipe: not used"
 
 
 def test_a_stage_killed_after_its_adapter_only_says_its_results_again(home: Home) -> None:

@@ -1,0 +1,139 @@
+"""A training that cannot come to anything ends, at the last checkpoint that is good."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import add_run, events, failure, losses, result, stage, work
+
+from appliance.errors import Exit
+from appliance.home import Home
+from appliance.train.guard import fault_of
+from appliance.train.sft import _Trainer
+
+STEADY = [1.0] * 20
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "norms", "fault"),
+    [
+        (1.0, 1.0, STEADY, ""),
+        (1.0, 99.0, STEADY, ""),
+        (1.0, 101.0, STEADY, "the gradient norm is 101, 101 times the usual"),
+        (1.0, 101.0, STEADY[:7], ""),
+        (1.0, 5.0, [1e-6] * 20, ""),
+        (0.0, 1.0, STEADY, "the loss is exactly 0"),
+        (math.nan, 1.0, STEADY, "the loss is no number"),
+        (math.inf, 1.0, [], "the loss is no number"),
+        (1.0, math.inf, [], "the gradient is no number"),
+        (1.0, math.nan, STEADY, "the gradient is no number"),
+    ],
+)
+def test_what_is_wrong_with_a_step(loss: float, norm: float, norms: list[float], fault: str) -> None:
+    assert fault_of(loss, norm, norms) == fault
+
+
+def spoil(patch: pytest.MonkeyPatch, steps: range, factor: float) -> None:
+    """Multiply the loss of some steps."""
+    compute = _Trainer.compute_loss
+
+    def spoilt(trainer: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+        loss: torch.Tensor = compute(trainer, *arguments, **named)
+        return loss * factor if trainer.model.training and trainer.state.global_step + 1 in steps else loss
+
+    patch.setattr(_Trainer, "compute_loss", spoilt)
+
+
+def test_a_step_that_is_no_number_is_left_out_with_a_warning(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS"))
+    spoil(monkeypatch, range(4, 6), math.nan)
+    assert work(run, "sft") == 0
+    messages = [event["message"] for event in events(run, "warning")]
+    assert messages == ["step 4: the loss is no number", "step 5: the loss is no number"]
+    found = losses(run, "sft")
+    assert found[12] < found[3]
+
+
+@pytest.mark.parametrize(("factor", "says"), [(math.nan, "no number"), (0.0, "exactly 0"), (1e6, "times the usual")])
+def test_too_many_bad_steps_fail_the_run(home: Home, monkeypatch: pytest.MonkeyPatch, factor: float, says: str) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", epochs=8, checkpoint_every=1, evaluate_every=50))
+    spoil(monkeypatch, range(12, 99), factor)
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "diverged"
+    assert says in failure(run, "sft")["reason"]
+    assert "step 14 of sft, 3 in a row" in failure(run, "sft")["reason"]
+    assert "lower learning_rate (now 0.02)" in failure(run, "sft")["next"]
+    assert {path.name for path in (run / "sft").glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-11"}
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_or_keep_the_last_good_checkpoint_as_the_recipe_says(
+    home: Home, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    settings = {"epochs": 8, "checkpoint_every": 5, "evaluate_every": 4, "bad_steps": 2, "keep": keep}
+    good, bad = (
+        add_run(home, id, stage("sft", "FACTS", on_bad_steps="keep", **settings, max_steps=0)) for id in ("good", "bad")
+    )
+    adapters = {}
+    save = _Trainer._save_checkpoint
+
+    def saving(trainer: Any, model: Any, trial: Any) -> None:
+        save(trainer, model, trial)
+        path = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}" / "adapter_model.safetensors"
+        adapters[trainer.state.global_step] = load_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "_save_checkpoint", saving)
+        work(good, "sft")
+    spoil(monkeypatch, range(13, 99), math.nan)
+    assert work(bad, "sft") == 0
+    kept = load_file(bad / "sft" / "adapter" / "adapter_model.safetensors")
+    assert max(losses(bad, "sft")) == 14
+    held_out = [event["loss"] for event in events(bad, "eval")]
+    if keep == "last":
+        assert all(torch.equal(kept[name], adapters[10][name]) for name in kept)
+    else:
+        assert any(not torch.equal(kept[name], adapters[10][name]) for name in kept)
+        assert result(bad, "sft")["held_out_loss"] == min(held_out[1:])
+
+
+def test_an_adapter_that_does_not_move_is_an_error(home: Home) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", learning_rate=1e-30))
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "adapter_unchanged"
+    assert len(losses(run, "sft")) == 4
+    assert not (run / "sft" / "adapter").exists()
+
+
+def test_a_module_that_does_not_move_is_a_warning(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS"))
+    step = torch.optim.AdamW.step
+
+    def frozen(optimiser: Any, *arguments: Any, **named: Any) -> Any:
+        for weight in optimiser.param_groups[0]["params"][:2]:
+            weight.grad = None
+        return step(optimiser, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", frozen)
+    assert work(run, "sft") == 0
+    (warning,) = events(run, "warning")
+    assert warning["message"].startswith("1 of 14 adapted modules are unchanged after 5 steps, among them ")
+    assert warning["message"].endswith("layers.0.self_attn.q_proj")
+
+
+def test_a_base_whose_loss_is_no_number_is_an_error(home: Home, tiny_model: Path) -> None:
+    (home.models / "tiny").unlink()
+    shutil.copytree(tiny_model, home.models / "tiny")
+    weights = home.models / "tiny" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    run = add_run(home, "r", stage("sft", "FACTS"))
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "diverged"
