@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-fast test-vllm lint format docs bench-gpu clean
+.PHONY: demo test test-fast test-vllm lint format docs bench-gpu bench-merge clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -44,6 +44,9 @@ $(VLLM_VENV)/ready: pyproject.toml setup.sh
 
 bench-gpu: $(READY)
 	@bench/gpu.sh
+
+bench-merge: $(READY)
+	@PYTHONPATH=.:bench HF_HUB_OFFLINE=1 $(BIN)/python bench/merge.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .demo .cache

@@ -9,21 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from appliance.home import Home, building, require_space
 from appliance.models import model_path
+from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.held_out import score, yardstick
-from appliance.release.weights import Update, merged, read_update, require_mergeable, shards, write_weights
-from appliance.train.model import (
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    quantised_modules,
-    release_memory,
-    stop_token_ids,
-)
+from appliance.release.weights import Change, shards, write_weights
+from appliance.train.model import load_adapter, load_model, load_tokenizer, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
 SIXTEEN_BIT = "16-bit"
@@ -50,43 +41,35 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
     return figures
 
 
-def rounded_weights(base: Path) -> set[str]:
-    """Names of the weights that QLoRA trained on in NF4."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
-    return {f"{module}.weight" for module in quantised_modules(model)}
-
-
 def last_adapter(run: Path, recipe: Recipe) -> Path:
     """The adapter that the run's last training stage has left."""
     return run / recipe.stages[-1].name / "adapter"
 
 
 def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> dict[str, Any]:
-    update = read_update(last_adapter(run, recipe))
+    changes = read_changes(last_adapter(run, recipe), base)
     quantised = recipe.adapter.kind == "qlora"
-    rounded: dict[str, set[str]] = {SIXTEEN_BIT: set()}
+    candidates = {SIXTEEN_BIT: changes}
     if quantised:
-        rounded[DEQUANTISED] = rounded_weights(base)
-    require_mergeable(base, update, set().union(*rounded.values()))
+        candidates[DEQUANTISED] = rounded_changes(base, changes)
 
     tokenizer = load_tokenizer(base)
     rows = yardstick(home, recipe, tokenizer).render(tokenizer)
     trained = load_adapter(load_model(base, quantised=quantised), last_adapter(run, recipe), trainable=False)
     losses = {"adapter": score(trained.eval(), rows).loss}
     del trained
-    for candidate, weights in rounded.items():
-        losses[candidate] = _written_loss(base, folder, update, weights, rows)
-    kept = min(rounded, key=losses.__getitem__)
-    if kept != list(rounded)[-1]:
-        write_weights(base, folder, merged(update, rounded[kept]))
+    for candidate, its_changes in candidates.items():
+        losses[candidate] = _written_loss(base, folder, its_changes, rows)
+    kept = min(candidates, key=losses.__getitem__)
+    if kept != list(candidates)[-1]:
+        write_weights(base, folder, candidates[kept])
     return {"kept": kept, "losses": losses, "rows": len(rows)}
 
 
-def _written_loss(base: Path, folder: Path, update: Update, rounded: set[str], rows: list[Any]) -> float:
+def _written_loss(base: Path, folder: Path, changes: dict[str, Change], rows: list[Any]) -> float:
     """Write one candidate's weights, and score them as they were written."""
     release_memory()
-    write_weights(base, folder, merged(update, rounded))
+    write_weights(base, folder, changes)
     return score(load_model(folder), rows).loss
 
 

@@ -14,10 +14,11 @@ from appliance.data.render import render_conversation, render_prompt
 from appliance.errors import NotFound
 from appliance.home import Home, write_json
 from appliance.models import model_path
+from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.gates import Gate
 from appliance.release.held_out import Score, Yardstick, conversation, judged_stage, score, yardstick
-from appliance.release.merge import DEQUANTISED, last_adapter, rounded_weights
-from appliance.release.weights import layout, pairs, read_update
+from appliance.release.merge import DEQUANTISED, last_adapter
+from appliance.release.weights import layout, pairs
 from appliance.supervisor.engines import Probe
 from appliance.train.events import EventLog
 from appliance.train.model import load_model, load_tokenizer, release_memory
@@ -67,8 +68,9 @@ def judge_structure(run: Path, recipe: Recipe, base: Path, model: Path, kept: st
         if expected.get(name) != found.get(name):
             was, now = expected.get(name, "absent"), found.get(name, "absent")
             return Gate(False, {"tensor": name}, f"{name} is {now} in the release, {was} in the base")
-    must = read_update(last_adapter(run, recipe)).weights if recipe.stages else set()
-    may = must | (rounded_weights(base) if kept == DEQUANTISED else set())
+    changes = read_changes(last_adapter(run, recipe), base) if recipe.stages else {}
+    must = changes.keys()
+    may = rounded_changes(base, changes).keys() if kept == DEQUANTISED else must
     changed = set()
     for name, before, after in pairs(base, model):
         if not torch.isfinite(after).all():

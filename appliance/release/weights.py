@@ -1,45 +1,64 @@
-"""Weights as they lie in safetensors files: read, changed and written tensor by tensor, never through a model."""
+"""Weights as they lie in safetensors files: changed and written a few rows at a time, never through a model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from appliance.errors import InvalidInput
-from appliance.train.model import nf4_round_trip
 
-_PREFIX = "base_model.model."
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The types of weights that can be changed."""
+_BLOCK = 1 << 18
+"""Values changed at once: their copies in fp32 stay in the processor's cache."""
+_THREADS = min(8, len(os.sched_getaffinity(0)))
+
+
+class Change(Protocol):
+    """How a stored weight becomes the release's."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it needs all rows at once."""
+        ...
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can be made to a weight of this shape."""
+        ...
+
+    def __call__(self, weight: torch.Tensor, rows: slice, /) -> torch.Tensor:
+        """The new values of `rows`, of which `weight` are the stored ones, to be overwritten; both in fp32."""
+        ...
 
 
 @dataclass(frozen=True)
-class Update:
-    """What an adapter adds: `scale` * B A for the weight of each module in `factors`, (A: rank x in, B: out x rank)."""
+class Stored:
+    """A tensor in a file: its type as safetensors writes it, and where its bytes are."""
 
-    scale: float
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def weights(self) -> set[str]:
-        """Names of the weights that are changed."""
-        return {f"{module}.weight" for module in self.factors}
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
-def read_update(adapter: Path) -> Update:
-    """The update of a LoRA adapter in PEFT's format."""
-    config = json.loads((adapter / "adapter_config.json").read_bytes())
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    factors = {}
-    for name in tensors:
-        if name.endswith(".lora_A.weight"):
-            module = name.removesuffix(".lora_A.weight")
-            factors[module.removeprefix(_PREFIX)] = (tensors[name], tensors[f"{module}.lora_B.weight"])
-    return Update(config["lora_alpha"] / config["r"], factors)
+@dataclass(frozen=True)
+class Shard:
+    """A weight file: everything before the first value, and the tensors in the order in which they lie."""
+
+    path: Path
+    header: bytes
+    tensors: list[Stored]
 
 
 def shards(folder: Path) -> list[Path]:
@@ -47,15 +66,28 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def read_shard(path: Path) -> Shard:
+    """The header of a weight file; the format is 8 bytes of length, JSON, then the values."""
+    with open(path, "rb") as file:
+        header = file.read(8)
+        (length,) = struct.unpack("<Q", header)
+        header += file.read(length)
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    tensors = [
+        Stored(name, entry["dtype"], tuple(entry["shape"]), *(len(header) + at for at in entry["data_offsets"]))
+        for name, entry in entries.items()
+    ]
+    return Shard(path, header, sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)))
+
+
 def layout(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """File, shape and dtype of every tensor of a model, by name."""
-    found = {}
-    for shard in shards(folder):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                part = file.get_slice(name)
-                found[name] = (shard.name, tuple(part.get_shape()), part.get_dtype())
-    return found
+    return {
+        tensor.name: (path.name, tensor.shape, tensor.dtype)
+        for path in shards(folder)
+        for tensor in read_shard(path).tensors
+    }
 
 
 def pairs(base: Path, model: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -66,57 +98,94 @@ def pairs(base: Path, model: Path) -> Iterator[tuple[str, torch.Tensor, torch.Te
                 yield name, before.get_tensor(name), after.get_tensor(name)
 
 
-def merged(update: Update, rounded: set[str]) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """How a base tensor becomes the release's: base + update in fp32, stored in the base's dtype.
+def write_weights(base: Path, folder: Path, changes: Mapping[str, Change]) -> None:
+    """Write the base's weight files into `folder` with `changes` made to the tensors that they name.
 
-    The weights in `rounded` are first given the values that QLoRA trained on.
+    Headers are the base's byte for byte, and so are all other tensors. In memory are one tensor whose change needs it
+    whole, and a block of rows for each thread.
     """
-
-    def transform(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        module = name.removesuffix(".weight")
-        if name not in rounded and module not in update.factors:
-            return tensor
-        value = nf4_round_trip(tensor) if name in rounded else tensor.float()
-        if module in update.factors:
-            a, b = update.factors[module]
-            value = value + update.scale * (b.float() @ a.float())
-        return value.to(tensor.dtype)
-
-    return transform
-
-
-def write_weights(base: Path, folder: Path, transform: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Write the base's weight files into `folder`, each tensor transformed."""
-    for shard in shards(base):
-        with safe_open(shard, framework="pt") as file:
-            metadata = file.metadata()
-            content = {
-                name: transform(name, file.get_tensor(name)).contiguous()
-                for name in file.keys()  # noqa: SIM118 - not a dict
-            }
-        save_file(content, folder / shard.name, metadata=metadata)
+    with ThreadPoolExecutor(_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        written = []
+        for shard in map(read_shard, shards(base)):
+            target = folder / shard.path.name
+            target.write_bytes(shard.header)
+            for tensor in shard.tensors:
+                change = changes.get(tensor.name)
+                if change is not None and change.whole:
+                    _write_tensor(shard.path, target, tensor, change)
+                else:
+                    written.append(pool.submit(_write_tensor, shard.path, target, tensor, change))
+        for future in written:
+            future.result()
 
 
-def require_present(base: Path, names: set[str]) -> None:
-    """Raise InvalidInput where a weight that is to change is not in the base's files under its own name."""
-    missing = names - layout(base).keys()
-    if missing:
-        raise InvalidInput(
-            "not_mergeable",
-            f"the base model's files hold no tensor {min(missing)}",
-            "target modules whose weights the files hold, or use another base model",
-        )
-
-
-def require_mergeable(base: Path, update: Update, rounded: set[str]) -> None:
-    """Raise InvalidInput where a changed weight is not in the base's files in the shape that its update has."""
-    require_present(base, update.weights | rounded)
+def require_fitting(base: Path, changes: Mapping[str, Change]) -> None:
+    """Raise InvalidInput where a changed weight is not in the base's files, or not in the shape of its change."""
     present = layout(base)
-    for module, (a, b) in update.factors.items():
-        shape = present[f"{module}.weight"][1]
-        if shape != (b.shape[0], a.shape[1]):
-            raise InvalidInput(
-                "not_mergeable",
-                f"{module} is {shape} in the base model and {(b.shape[0], a.shape[1])} in the adapter",
-                "train again on this base model",
+    for name, change in sorted(changes.items()):
+        if name not in present:
+            raise not_mergeable(f"the base model's files hold no tensor {name}", "use another base model")
+        _, shape, dtype = present[name]
+        if dtype not in DTYPES:
+            raise not_mergeable(f"{name} is stored as {dtype} in the base model", "use the base in 16 bits")
+        if not change.fits(shape):
+            raise not_mergeable(
+                f"{name} has the shape {shape} in the base model, which the adapter does not fit",
+                "merge into the base model that it was trained on",
             )
+
+
+def not_mergeable(reason: str, next: str) -> InvalidInput:
+    """The error of every adapter that cannot be merged."""
+    return InvalidInput("not_mergeable", reason, next)
+
+
+def _write_tensor(base: Path, target: Path, tensor: Stored, change: Change | None) -> None:
+    with open(base, "rb", buffering=0) as source, open(target, "r+b", buffering=0) as file:
+        source.seek(tensor.begin)
+        file.seek(tensor.begin)
+        if change is None:
+            _copy(source, file, tensor.end - tensor.begin)
+        else:
+            _write_changed(source, file, tensor, change)
+
+
+def _write_changed(source: FileIO, target: FileIO, tensor: Stored, change: Change) -> None:
+    dtype = DTYPES[tensor.dtype]
+    count = tensor.shape[0]
+    width = (tensor.end - tensor.begin) // count
+    step = count if change.whole else max(1, _BLOCK * dtype.itemsize // width)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        stored = torch.empty((rows.stop - rows.start, *tensor.shape[1:]), dtype=dtype)
+        _fill(source, _bytes(stored))
+        _write(target, _bytes(change(stored.to(torch.float32, copy=True), rows).to(dtype)))
+
+
+def _copy(source: FileIO, target: FileIO, length: int) -> None:
+    while length:
+        sent = os.sendfile(target.fileno(), source.fileno(), None, length)
+        _require_more(sent)
+        length -= sent
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    """The memory of a tensor."""
+    return values.contiguous().view(torch.uint8).numpy().data.cast("B")
+
+
+def _fill(source: FileIO, buffer: memoryview) -> None:
+    while buffer:
+        count = source.readinto(buffer)
+        _require_more(count)
+        buffer = buffer[count:]
+
+
+def _require_more(count: int) -> None:
+    if not count:
+        raise EOFError("a weight file ends before its last tensor")
+
+
+def _write(target: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[target.write(data) :]

@@ -13,7 +13,7 @@ from appliance.data.dataset import Dataset
 from appliance.errors import InvalidInput
 from appliance.home import Home, building, require_space
 from appliance.models import count_parameters, model_path
-from appliance.release.weights import require_present
+from appliance.release.adapter import require_present
 from appliance.train.best import Best
 from appliance.train.callbacks import Cadence, Reporter, Reseed
 from appliance.train.checkpoints import KEPT, newest_usable, origin

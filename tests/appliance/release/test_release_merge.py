@@ -16,8 +16,8 @@ from tiny import add_run, failure, make_model, result, stage, work
 
 from appliance.errors import Exit
 from appliance.home import Home
-from appliance.release.merge import rounded_weights
-from appliance.release.weights import layout, merged, read_update, write_weights
+from appliance.release.adapter import LowRank, read_changes, rounded_changes
+from appliance.release.weights import layout, write_weights
 from appliance.train.interruption import INTERRUPTED
 from appliance.train.model import load_adapter, load_model, nf4_round_trip
 
@@ -61,15 +61,16 @@ def test_dtype_and_shards_stay_the_bases(tmp_path: Path, trained: Home) -> None:
     for part, chosen in enumerate((names[::2], names[1::2]), start=1):
         content = {name: tensors[name] for name in chosen}
         save_file(content, base / f"model-0000{part}-of-00002.safetensors", metadata={"format": "pt"})
-    update = read_update(trained.runs / "lora" / "sft" / "adapter")
+    changes = read_changes(trained.runs / "lora" / "sft" / "adapter", base)
     (tmp_path / "out").mkdir()
-    write_weights(base, tmp_path / "out", merged(update, set()))
+    write_weights(base, tmp_path / "out", changes)
     assert layout(tmp_path / "out") == layout(base)
     name = "model.layers.1.mlp.down_proj.weight"
-    a, b = update.factors[name.removesuffix(".weight")]
+    change = changes[name]
+    assert isinstance(change, LowRank)
     shard = tmp_path / "out" / layout(base)[name][0]
-    assert torch.equal(load_file(shard)[name], (tensors[name].float() + 2.0 * b @ a).bfloat16())
-    assert update.scale == 2.0
+    assert torch.equal(load_file(shard)[name], (tensors[name].float() + 2.0 * change.left @ change.right).bfloat16())
+    assert change.scale == 2.0
 
 
 def test_qlora_is_scored_on_both_bases_and_the_better_is_kept(trained: Home) -> None:
@@ -81,13 +82,13 @@ def test_qlora_is_scored_on_both_bases_and_the_better_is_kept(trained: Home) -> 
     assert losses[figures["kept"]] == min(losses["16-bit"], losses["dequantised"])
     assert losses["16-bit"] != losses["dequantised"]
 
-    update = read_update(run / "sft" / "adapter")
+    change = read_changes(run / "sft" / "adapter", base)["model.layers.0.self_attn.q_proj.weight"]
+    assert isinstance(change, LowRank)
     before = load_file(base / "model.safetensors")
     after = load_file(run / "merge" / "model" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
-    a, b = update.factors[name.removesuffix(".weight")]
     start = before[name] if figures["kept"] == "16-bit" else nf4_round_trip(before[name])
-    assert torch.allclose(after[name], start + update.scale * b @ a, atol=1e-6)
+    assert torch.allclose(after[name], start + change.scale * change.left @ change.right, atol=1e-6)
 
 
 @pytest.mark.parametrize("better", ["16-bit", "dequantised"])
@@ -104,14 +105,12 @@ def test_whichever_is_better_is_what_is_written(home: Home, monkeypatch: pytest.
     assert work(run, "merge") == 0
     assert result(run, "merge")["kept"] == better
     base = home.models / "tiny"
-    transform = merged(
-        read_update(run / "sft" / "adapter"), rounded_weights(base) if better == "dequantised" else set()
-    )
-    written = load_file(run / "merge" / "model" / "model.safetensors")
-    assert all(
-        torch.equal(written[name], transform(name, tensor))
-        for name, tensor in load_file(base / "model.safetensors").items()
-    )
+    changes = read_changes(run / "sft" / "adapter", base)
+    expected = home.root / "expected"
+    expected.mkdir()
+    write_weights(base, expected, changes if better == "16-bit" else rounded_changes(base, changes))
+    written = run / "merge" / "model" / "model.safetensors"
+    assert written.read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
 def test_without_stages_the_weights_are_the_bases_own_files(trained: Home) -> None:

@@ -15,8 +15,8 @@ from tiny import FACTS, add_run, events, failure, result, stage, work
 from appliance.data.render import render_prompt
 from appliance.errors import Exit
 from appliance.home import Home
+from appliance.release.adapter import LowRank, read_changes
 from appliance.release.gates import load_probes
-from appliance.release.weights import read_update
 from appliance.train.model import load_tokenizer
 
 TARGET = "model.layers.0.self_attn.v_proj.weight"
@@ -54,13 +54,14 @@ def test_what_was_merged_right_passes(home: Home, id: str) -> None:
 
 def test_a_transposed_factor_is_caught_by_fidelity(home: Home) -> None:
     base = load_file(home.models / "tiny" / "model.safetensors")
-    update = read_update(home.runs / "lora" / "sft" / "adapter")
+    changes = read_changes(home.runs / "lora" / "sft" / "adapter", home.models / "tiny")
 
     def transpose(tensors: Tensors) -> None:
-        for module, (a, b) in update.factors.items():
-            delta = update.scale * b @ a
+        for name, change in changes.items():
+            assert isinstance(change, LowRank)
+            delta = change.scale * change.left @ change.right
             if delta.shape[0] == delta.shape[1]:
-                tensors[f"{module}.weight"] = base[f"{module}.weight"] + delta.T
+                tensors[name] = base[name] + delta.T
 
     spoil(home, "lora", transpose)
     gates = verify(home, "lora")

@@ -219,7 +219,7 @@ def test_targets_that_do_not_fit_are_refused(home: Home, targets: list[str], cod
 def test_a_base_that_could_not_be_merged_is_refused_before_training(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.release.weights.layout", lambda _: {"model.layers.0.mlp.up_proj.weight": ()})
+    monkeypatch.setattr("appliance.release.adapter.layout", lambda _: {"model.layers.0.mlp.up_proj.weight": ()})
     run = add_run(home, "r", SFT)
     assert work(run, "sft") == Exit.FAILED
     assert failure(run, "sft")["code"] == "not_mergeable"
