@@ -2,9 +2,9 @@
 
     python bench/merge.py [--rounds N] [--shape SHAPE] [--scratch DIRECTORY] [--tokenizer BASE]
 
-PEFT's way is merge_and_unload and save_pretrained. Each merge runs in a process of its own, alternating; seconds are those
-of the work without imports, on files in the page cache, without fsync for all three. Memory is the process's highest
-resident set, imports included. The last line is one JSON object.
+PEFT's way is merge_and_unload and save_pretrained. Each merge runs in a process of its own, alternating. Seconds are
+those of the work without imports, on files in the page cache, without fsync for all three; memory is the process's
+highest resident set, imports included. The last line is one JSON object.
 """
 
 from __future__ import annotations
