@@ -9,10 +9,12 @@ from trl import DPOConfig, DPOTrainer
 from appliance.data.render import render_prompt
 from appliance.train.recipe import DpoStage
 from appliance.train.rows import Example, answer_ids
-from appliance.train.trainer import Method, ResumableTrainer, build_trainer
+from appliance.train.trainer import Method, PartwiseTrainer, build_trainer
 
 
-class _Trainer(ResumableTrainer, DPOTrainer):
+class _Trainer(PartwiseTrainer, DPOTrainer):
+    sequences_per_row = 2
+
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         # TRL would tokenise again, without the mask.
         return dataset

@@ -10,13 +10,13 @@ from trl import KTOConfig, KTOTrainer
 from appliance.data.render import render_prompt
 from appliance.train.recipe import KtoStage
 from appliance.train.rows import Example, answer_ids
-from appliance.train.trainer import Method, ResumableTrainer, build_trainer
+from appliance.train.trainer import Method, PartwiseTrainer, build_trainer
 
 NEIGHBOURS_TRIED = 64
 """How far the pairing looks for an answer to another prompt."""
 
 
-class _Trainer(ResumableTrainer, KTOTrainer):
+class _Trainer(PartwiseTrainer, KTOTrainer):
     """TRL estimates the KL term over a micro-batch; here it is that of the whole step, however that is divided."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -25,9 +25,8 @@ class _Trainer(ResumableTrainer, KTOTrainer):
 
     def get_batch_samples(self, *arguments: Any) -> Any:
         batches, items = super().get_batch_samples(*arguments)
-        drifts = [self._drift(batch) for batch in batches]
         for batch in batches:
-            batch["drift"] = torch.cat(drifts).mean()
+            batch["drift"] = torch.cat([self._drift(part) for part, _ in self.parts(batch)]).mean()
         return batches, items
 
     def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Any:

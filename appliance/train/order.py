@@ -8,6 +8,9 @@ import torch
 
 BATCHES_SORTED_TOGETHER = 32
 
+PART_TOKENS = 1024
+"""Tokens of one forward pass, padding included. More costs memory, and on a CPU no longer saves time."""
+
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
     """Row indices of one epoch, each `batch_size` of them a batch; the incomplete batch comes last.
@@ -32,6 +35,21 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
     if epoch == 0:
         order.sort(key=lambda batch: batch != 0)
     return [index for batch in order for index in batches[batch]] + shuffled[whole:]
+
+
+def cut_by_tokens(lengths: Sequence[int], tokens: int, rows: int) -> list[slice]:
+    """Where to cut a batch whose rows have these lengths, so that each part holds at most so many rows and tokens.
+
+    Tokens are counted with the padding to the part's longest row. A row that is too long alone is a part of its own.
+    """
+    parts: list[slice] = []
+    start = longest = 0
+    for at, length in enumerate(lengths):
+        longest = max(longest, length)
+        if at > start and (at - start == rows or (at - start + 1) * longest > tokens):
+            parts.append(slice(start, at))
+            start, longest = at, length
+    return [*parts, slice(start, len(lengths))]
 
 
 class LengthSampler(torch.utils.data.Sampler[int]):

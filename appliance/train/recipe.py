@@ -67,7 +67,8 @@ class Stage(_Section):
     batch_size: int = Field(8, ge=1, le=4096)
     """Rows in an optimiser step. LoRA bears large batches worse than full fine-tuning: 8 to 32."""
     micro_batch_size: int = Field(0, ge=0, le=4096)
-    """Rows in one forward pass; 0: the batch size. A divisor of the batch size; the rest is accumulation."""
+    """Most rows in one forward pass; 0: as many as fit about a thousand tokens, which already fills the processor. The
+    step is the same however its rows are divided: fewer only saves memory."""
     learning_rate: float = Field(0, ge=0, lt=1)
     """Peak learning rate. 0: by the size of the base, because larger models diverge sooner."""
     warmup_share: float = Field(0.03, ge=0, lt=1)
@@ -94,12 +95,6 @@ class Stage(_Section):
     number or exactly 0, and a gradient norm a hundred times its median. An update that is no number is left out."""
     on_bad_steps: Literal["fail", "keep"] = "fail"
     """fail: the run fails, saying why. keep: the stage leaves the adapter of the last good checkpoint."""
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Stage:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError("micro_batch_size must divide batch_size")
-        return self
 
 
 class SftStage(Stage):

@@ -9,13 +9,13 @@ from trl import SFTConfig, SFTTrainer
 from appliance.data.render import render_conversation
 from appliance.train.recipe import SftStage
 from appliance.train.rows import Example, require_trained
-from appliance.train.trainer import Method, ResumableTrainer, build_trainer
+from appliance.train.trainer import Method, PartwiseTrainer, build_trainer
 
 IGNORED = -100
 """The label of a token that the loss leaves out."""
 
 
-class _Trainer(ResumableTrainer, SFTTrainer):
+class _Trainer(PartwiseTrainer, SFTTrainer):
     pass
 
 

@@ -140,6 +140,7 @@ def _train(
     }
     trainer = METHODS[stage.method].trainer(model, tokenizer, stage, arguments, train, held_out)
     trainer.origin = made_from
+    trainer.part_rows = stage.micro_batch_size or stage.batch_size
     trainer.remove_callback(PrinterCallback)
     cadence = Cadence(stage, interruption, evaluates=bool(held_out))
     for callback in (Reseed(), Reporter(events, stage), Guard(events, stage), samples, best, cadence):
@@ -178,7 +179,6 @@ def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> An
 
 def _arguments(folder: Path, recipe: Recipe, stage: AnyStage, rows: int) -> dict[str, Any]:
     """Transformers' training arguments for `stage` over `rows` examples."""
-    micro = stage.micro_batch_size or stage.batch_size
     steps = math.ceil(stage.epochs * math.ceil(rows / stage.batch_size))
     if stage.max_steps:
         steps = min(steps, stage.max_steps)
@@ -189,9 +189,8 @@ def _arguments(folder: Path, recipe: Recipe, stage: AnyStage, rows: int) -> dict
         "bf16": ON_GPU,
         "gradient_checkpointing": ON_GPU,
         "dataloader_pin_memory": ON_GPU,
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": stage.batch_size // micro,
+        "per_device_train_batch_size": stage.batch_size,
+        "per_device_eval_batch_size": HELD_OUT_ROWS,
         "max_steps": steps,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": SCHEDULES[stage.schedule],

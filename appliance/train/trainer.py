@@ -1,7 +1,8 @@
-"""What both of TRL's trainers are given so that a resumed stage trains exactly as one that was never interrupted."""
+"""What TRL's trainers are given: steps in parts that fit the memory, and a resume that changes nothing."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from transformers import Trainer
 
 from appliance.data.dataset import Kind
 from appliance.train.checkpoints import saving
-from appliance.train.order import LengthSampler
+from appliance.train.order import PART_TOKENS, LengthSampler, cut_by_tokens
 from appliance.train.rows import Example
+
+Batch = dict[str, torch.Tensor]
+"""What TRL's collators make of rows: a value a row; a sequence a row; or all rows' first, then all rows' second."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,58 @@ class Method:
     """(adapted model, tokenizer, stage, arguments, train, held out) -> Transformers trainer."""
 
 
-class ResumableTrainer(Trainer):
-    """Mixed into a TRL trainer, before it in the order of resolution."""
+class PartwiseTrainer(Trainer):
+    """Mixed into a TRL trainer, before it in the order of resolution.
+
+    To Transformers a batch is all rows of an optimiser step. It goes through the model in parts of rows of like length,
+    whose losses add up to the whole batch's: a mean over trained tokens by their number in the batch, one over rows by
+    each part's share of them.
+    """
 
     row_lengths: list[int]
+    sequences_per_row = 1
+    part_rows = sys.maxsize
+    """Most rows in a forward pass."""
+    part_tokens = PART_TOKENS
+    """Most tokens in a forward pass."""
     origin: dict[str, str]
     """What the weights follow from, as checkpoints say it."""
     _saving_to = ""
 
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        losses = []
+        for part, share in self.parts(inputs):
+            # What Transformers divides a mean over rows by; one over tokens it leaves alone.
+            self.current_gradient_accumulation_steps = 1 / share
+            losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def prediction_step(
+        self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        (inputs,), items = self.get_batch_samples(iter([inputs]), 1, self.args.device)
+        losses = []
+        with torch.no_grad():
+            for part, share in self.parts(inputs):
+                loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=items)
+                losses.append(loss * share if items is None else loss)
+        return torch.stack(losses).sum(), None, None
+
+    def compute_ref_log_probs(self, model: Any, inputs: Batch) -> tuple[torch.Tensor, ...]:
+        """TRL's log-probabilities of the reference, for the methods that have one."""
+        score = super().compute_ref_log_probs
+        parts = [score(model, part) for part, _ in self.parts(inputs)]
+        return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+
+    def parts(self, inputs: Batch) -> list[tuple[Batch, float]]:
+        """`inputs` as forward passes take it, without needless padding, and the share of rows in each part."""
+        count = len(inputs["attention_mask"]) // self.sequences_per_row
+        lengths = inputs["attention_mask"].sum(1).view(-1, count).amax(0).tolist()
+        cuts = cut_by_tokens(lengths, self.part_tokens // self.sequences_per_row, self.part_rows)
+        return [(_part(inputs, count, cut), (cut.stop - cut.start) / count) for cut in cuts]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthSampler(self.row_lengths, batch, self.args.seed)
+        return LengthSampler(self.row_lengths, self.args.train_batch_size, self.args.seed)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: torch.Tensor = super()._clip_grad_norm(model)
@@ -66,7 +111,7 @@ class ResumableTrainer(Trainer):
 
 
 def build_trainer(
-    kind: type[ResumableTrainer],
+    kind: type[PartwiseTrainer],
     config: Any,
     model: Any,
     tokenizer: Any,
@@ -78,6 +123,7 @@ def build_trainer(
 
     TRL rounds a QLoRA adapter to bf16, which loses small updates.
     """
+    train, held_out = sorted(train, key=length), sorted(held_out, key=length)
     before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = kind(
         model=model,
@@ -101,3 +147,19 @@ def build_trainer(
 def _table(examples: list[Example]) -> Any:
     """Examples as the in-memory table that trainers read; None where there are none."""
     return Table.from_list(examples) if examples else None
+
+
+def _part(inputs: Batch, count: int, rows: slice) -> Batch:
+    """The tensors of `rows` out of `count`, their sequences no longer than the longest of them; numbers as they are."""
+    part = {}
+    for key, tensor in inputs.items():
+        if tensor.dim() > 0:
+            tensor = tensor.reshape(-1, count, *tensor.shape[1:])[:, rows].flatten(0, 1)
+        part[key] = tensor
+    for prefix in ("", "KL_"):
+        if f"{prefix}attention_mask" in part:
+            width = int(part[f"{prefix}attention_mask"].sum(1).max())
+            for name in ("input_ids", "attention_mask", "completion_mask", "labels"):
+                if f"{prefix}{name}" in part:
+                    part[f"{prefix}{name}"] = part[f"{prefix}{name}"][:, :width]
+    return part

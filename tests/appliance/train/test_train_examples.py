@@ -89,4 +89,4 @@ def test_building_a_trainer_does_not_round_the_adapter() -> None:
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]
     trainer = build_trainer(Rounding, None, model, None, rows, [], SFT.length)
     assert torch.equal(model.weight, before)
-    assert (trainer.rows, trainer.row_lengths) == (2, [3, 1])
+    assert (trainer.rows, trainer.row_lengths) == (2, [1, 3]), "by length"

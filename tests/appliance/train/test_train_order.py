@@ -3,7 +3,9 @@ from __future__ import annotations
 import itertools
 import random
 
-from appliance.train.order import LengthSampler, epoch_order
+import pytest
+
+from appliance.train.order import LengthSampler, cut_by_tokens, epoch_order
 
 LENGTHS = random.Random(3).choices(range(10, 400), k=1003)
 
@@ -53,3 +55,23 @@ def test_the_sampler_follows_the_epoch() -> None:
     sampler.set_epoch(3)
     assert list(sampler) == epoch_order(LENGTHS, 8, 17, 3)
     assert len(sampler) == len(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "rows", "parts"),
+    [
+        ([5], 10, 8, [1]),
+        ([5, 5, 5, 5], 10, 8, [2, 2]),
+        ([5, 5, 5, 5], 100, 8, [4]),
+        ([5, 5, 5, 5], 100, 3, [3, 1]),
+        ([50, 5, 5], 10, 8, [1, 2]),
+        ([5, 50, 5], 10, 8, [1, 1, 1]),
+        ([4, 6, 3, 3], 12, 8, [2, 2]),
+    ],
+)
+def test_a_batch_is_cut_by_rows_and_by_tokens_with_their_padding(
+    lengths: list[int], tokens: int, rows: int, parts: list[int]
+) -> None:
+    cuts = cut_by_tokens(lengths, tokens, rows)
+    assert [cut.stop - cut.start for cut in cuts] == parts
+    assert [row for cut in cuts for row in lengths[cut]] == lengths

@@ -1,0 +1,77 @@
+"""A step in parts is the step of the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import FACTS, JUDGEMENTS, PREFERENCES, add_run, read_recipe, stage
+
+from appliance.home import Home
+from appliance.train.model import add_adapter, load_model, load_tokenizer
+from appliance.train.stage import METHODS, _arguments
+from appliance.train.trainer import Batch, PartwiseTrainer
+
+ROWS = {"sft": FACTS, "dpo": PREFERENCES, "kto": JUDGEMENTS}
+
+
+@pytest.fixture(params=["sft", "dpo", "kto"])
+def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> PartwiseTrainer:
+    """A trainer of each method whose adapter is no longer zero."""
+    method = METHODS[request.param]
+    recipe = read_recipe(add_run(home, "r", stage(request.param, "FACTS", batch_size=6)))
+    tokenizer = load_tokenizer(home.models / "tiny")
+    model: PeftModel = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
+    examples = [method.example(tokenizer, row) for row in ROWS[request.param]]
+    arguments = _arguments(tmp_path, recipe, recipe.stages[0], len(examples))
+    built: PartwiseTrainer = method.trainer(model, tokenizer, recipe.stages[0], arguments, examples, examples)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for weight in built.model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.05)
+    return built
+
+
+def step(trainer: PartwiseTrainer) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss and gradients of the first batch."""
+    trainer.create_optimizer_and_scheduler(1)
+    (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, batch, items)
+    return loss, [weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None]
+
+
+def batch_of(trainer: PartwiseTrainer) -> Batch:
+    batch: Batch = next(iter(trainer.get_train_dataloader()))
+    return batch
+
+
+@pytest.mark.parametrize("limit", [{"part_tokens": 40}, {"part_rows": 1}, {"part_rows": 4}])
+def test_loss_and_gradient_are_those_of_the_whole_batch(trainer: PartwiseTrainer, limit: dict[str, Any]) -> None:
+    whole, gradients = step(trainer)
+    for name, value in limit.items():
+        setattr(trainer, name, value)
+    assert len(trainer.parts(batch_of(trainer))) > 1
+    loss, parted = step(trainer)
+    assert loss == pytest.approx(float(whole), rel=1e-4)
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-3
+    for one, other in zip(gradients, parted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_held_out_loss_is_the_same_however_it_is_divided(trainer: PartwiseTrainer) -> None:
+    whole = trainer.evaluate()["eval_loss"]
+    trainer.part_rows = 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_parts_hold_no_needless_padding(trainer: PartwiseTrainer) -> None:
+    trainer.part_rows = 1
+    for part, share in trainer.parts(batch_of(trainer)):
+        assert share == pytest.approx(1 / 6)
+        assert bool(part["attention_mask"].any(0).all())
+        assert part["input_ids"].shape == part["attention_mask"].shape
