@@ -229,9 +229,10 @@ def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> Non
 
 @cli.command()
 @click.argument("run")
-def stop(run: str) -> None:
-    """Stop RUN at its next checkpoint; it can be resumed."""
-    print(_ask(lambda client: client.stop(run)).state)
+@click.option("--discard", is_flag=True, help="Take away its checkpoints and adapters; a resume starts from nothing.")
+def stop(run: str, discard: bool) -> None:
+    """Stop RUN and keep its work: `appliance resume` goes on from there."""
+    print(_ask(lambda client: client.stop(run, discard)).state)
 
 
 @cli.command()

@@ -109,9 +109,12 @@ class Client:
     async def run(self, run: str) -> api.Run:
         return await self._call("GET", f"/v1/runs/{run}", api.Run)
 
-    async def stop(self, run: str) -> api.Run:
-        """Ask a run to write a checkpoint and stop. A run that has ended already is returned as it is."""
-        return await self._call("POST", f"/v1/runs/{run}/stop", api.Run)
+    async def stop(self, run: str, discard: bool = False) -> api.Run:
+        """Ask a run to write a checkpoint and stop. `discard` takes away its work, also if it has stopped already.
+
+        A run that has ended is returned as it is; with `discard`, raises Conflict for one that has finished.
+        """
+        return await self._call("POST", f"/v1/runs/{run}/stop", api.Run, params={"discard": discard})
 
     async def resume(self, run: str) -> api.Run:
         """Queue a stopped or failed run again, from its last checkpoint."""

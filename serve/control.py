@@ -164,10 +164,17 @@ def control_app(
         return runs.get(id)
 
     @app.post("/v1/runs/{id}/stop")
-    async def stop(id: str) -> api.Run:
-        if runs.get(id).state in ACTIVE:
+    async def stop(id: str, discard: bool = False) -> api.Run:
+        found = runs.get(id)
+        if found.state in ACTIVE:
+            if discard:
+                supervisor.workers.mark_to_discard(id)
             runs.mark_stopping(id)
             supervisor.poke()
+        elif discard and found.state == "finished":
+            raise Conflict("run_finished", f"run {id} has finished and made a release", "leave it as it is")
+        elif discard:
+            supervisor.workers.discard(id)
         return runs.get(id)
 
     @app.post("/v1/runs/{id}/resume")

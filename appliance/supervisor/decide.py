@@ -32,11 +32,16 @@ class RunView:
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker process on record: the run it works for, and whether it was asked to end."""
+    """A worker process on record: the run it works for, and whether it was asked to end.
+
+    `overdue`: it has had its time to do so. `silent`: it has said nothing for so long that it may hang.
+    """
 
     run: str
     alive: bool
     told_to_stop: bool = False
+    overdue: bool = False
+    silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,20 @@ class StartWorker:
 @dataclass(frozen=True)
 class StopWorker:
     """Ask it to write a checkpoint and end."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class KillWorker:
+    """It was asked to end and does not."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class WarnOfSilence:
+    """Tell people that the worker may hang."""
 
     run: str
 
@@ -164,6 +183,8 @@ class Route:
 Action = (
     StartWorker
     | StopWorker
+    | KillWorker
+    | WarnOfSilence
     | ForgetWorker
     | Advance
     | FailRun
@@ -188,8 +209,8 @@ def decide(snapshot: Snapshot) -> list[Action]:
         if head is None or worker.run != head.id:
             if not worker.alive:
                 actions.append(ForgetWorker(worker.run, lost=False))
-            elif not worker.told_to_stop:
-                actions.append(StopWorker(worker.run))
+            elif ending := _ending(worker):
+                actions.append(ending)
     if head is not None:
         action = _run_action(head, snapshot)
         if action is not None:
@@ -200,7 +221,9 @@ def decide(snapshot: Snapshot) -> list[Action]:
 def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
     worker = next((worker for worker in snapshot.workers if worker.run == run.id), None)
     if worker is not None and worker.alive:
-        return StopWorker(run.id) if run.state == "stopping" and not worker.told_to_stop else None
+        if run.state == "stopping":
+            return _ending(worker)
+        return WarnOfSilence(run.id) if worker.silent else None
     if worker is not None:
         return ForgetWorker(run.id, lost=run.outcome == "none" and not worker.told_to_stop)
     if run.outcome == "done":
@@ -218,6 +241,13 @@ def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
     if snapshot.exclusive and snapshot.engines:
         return None
     return StartWorker(run.id)
+
+
+def _ending(worker: WorkerView) -> Action | None:
+    """How to get a living worker to end: ask once, and where that does not help, kill it."""
+    if not worker.told_to_stop:
+        return StopWorker(worker.run)
+    return KillWorker(worker.run) if worker.overdue else None
 
 
 def _probe_action(run: RunView, snapshot: Snapshot) -> Action | None:

@@ -20,6 +20,9 @@ from appliance.store.processes import Kind, ProcessRow
 MARK = "APPLIANCE_CHILD"
 """Environment variable of every child; its value is the home. It finds children that no record names."""
 
+_ends: dict[int, int] = {}
+"""Exit statuses of dead children that nobody has asked for yet."""
+
 
 def spawn(
     kind: Kind,
@@ -56,8 +59,33 @@ def spawn(
 def alive(row: ProcessRow) -> bool:
     """Whether the very process of `row` still runs. Collects it if it is a dead child of ours."""
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(row.pid, os.WNOHANG)
+        pid, status = os.waitpid(row.pid, os.WNOHANG)
+        if pid:
+            _ends[row.pid] = os.waitstatus_to_exitcode(status)
     return row.boot == _boot_id() and _start_ticks(row.pid) == row.started
+
+
+def exit_status(row: ProcessRow) -> int | None:
+    """Exit status of a dead child, negative for the signal that ended it; None where it was not ours to wait for."""
+    return _ends.pop(row.pid, None)
+
+
+def kernel_kills() -> int:
+    """How often the kernel has killed for want of memory: in our control group, else on the whole machine."""
+    group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+    for counters in (Path("/sys/fs/cgroup", group, "memory.events"), Path("/proc/vmstat")):
+        with contextlib.suppress(OSError):
+            found = dict(line.split() for line in counters.read_text().splitlines())
+            if "oom_kill" in found:
+                return int(found["oom_kill"])
+    return 0
+
+
+def kill(row: ProcessRow) -> None:
+    """End the process and its group at once."""
+    if alive(row):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(row.pid, signal.SIGKILL)
 
 
 def terminate(row: ProcessRow) -> None:

@@ -33,6 +33,7 @@ from appliance.supervisor.decide import (
     EngineView,
     FailRun,
     ForgetWorker,
+    KillWorker,
     Outcome,
     ProbeRun,
     Route,
@@ -43,10 +44,11 @@ from appliance.supervisor.decide import (
     StopEngine,
     StopRun,
     StopWorker,
-    WorkerView,
+    WarnOfSilence,
     decide,
 )
 from appliance.supervisor.engines import EngineKind
+from appliance.supervisor.workers import Workers
 from appliance.train.events import EventLog
 from appliance.train.recipe import Recipe, parse_recipe
 
@@ -92,12 +94,11 @@ class Supervisor:
         self.runs = Runs(db)
         self.releases = Releases(db)
         self.processes = Processes(db)
+        self.workers = Workers(home, self.runs, self.processes, worker_command)
         self.routed: str | None = None
         self._frontage = frontage
         self._on_tick = on_tick
-        self._worker_command = worker_command
         self._poke = asyncio.Event()
-        self._told_to_stop: set[str] = set()
         self._answered: dict[str, float] = {}
         self._begun: dict[str, float] = {}
         self._ready_since: dict[str, float] = {}
@@ -168,11 +169,7 @@ class Supervisor:
         now = time.monotonic()
         return Snapshot(
             runs=tuple(self._view(run) for run in self.runs.active()),
-            workers=tuple(
-                WorkerView(row.owner, processes.alive(row), row.owner in self._told_to_stop)
-                for row in rows
-                if row.kind == "worker"
-            ),
+            workers=self.workers.views(),
             engines=tuple(
                 EngineView(
                     row.owner,
@@ -234,12 +231,15 @@ class Supervisor:
     def _perform(self, action: Action) -> None:
         match action:
             case StartWorker(run):
-                self._start_worker(self.runs.get(run))
+                self.workers.start(self.runs.get(run), self.releases.live())
             case StopWorker(run):
-                self._told_to_stop.add(run)
-                processes.terminate(self._row("worker", run))
+                self.workers.tell_to_stop(run)
+            case KillWorker(run):
+                self.workers.kill(run)
+            case WarnOfSilence(run):
+                self.workers.warn_of_silence(self.runs.get(run))
             case ForgetWorker(run, lost):
-                self._forget_worker(run, lost)
+                self.workers.forget(run, lost)
             case Advance(run):
                 self._advance(self.runs.get(run))
             case FailRun(run, why):
@@ -247,6 +247,8 @@ class Supervisor:
             case StopRun(run):
                 if probe := self._probes.get(run):
                     probe.cancel()
+                if self.workers.is_to_discard(run):
+                    self.workers.discard(run)
                 self.runs.finish(run, "stopped")
             case ProbeRun(run):
                 self._probes[run] = asyncio.create_task(self._probe(self.runs.get(run)))
@@ -265,30 +267,6 @@ class Supervisor:
                 self.routed = release
                 self._frontage.route(release, address)
 
-    def _start_worker(self, run: api.Run) -> None:
-        directory = self.run_directory(run.id)
-        environment = {
-            **os.environ,
-            "APPLIANCE_LIVE_RELEASE": self.releases.live() or "",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
-        argv = [*self._worker_command, str(directory), run.stage]
-        self.runs.mark_running(run.id)
-        self._told_to_stop.discard(run.id)
-        row = processes.spawn("worker", run.id, run.stage, argv, environment, directory / "log.txt", self.home.root)
-        self.processes.add(row)
-
-    def _forget_worker(self, run: str, lost: bool) -> None:
-        self.processes.remove(self._row("worker", run))
-        self._told_to_stop.discard(run)
-        if lost:
-            self.runs.lose(run)
-            stage = self.runs.get(run).stage
-            self._events(run).append(
-                "warning", stage, message=f"the {stage} process died; going on from its last checkpoint"
-            )
-
     def _advance(self, run: api.Run) -> None:
         following = run.stages[run.stages.index(run.stage) + 1]
         self.runs.advance(run.id, following)
@@ -296,20 +274,20 @@ class Supervisor:
             self._events(run.id).append("stage_started", "probe")
 
     def _fail(self, run: api.Run, why: str) -> None:
-        reason, next = {
-            "losses": (f"the {run.stage} process died {MOST_LOSSES} times", f"see `appliance logs {run.id}`"),
-            "engine": (
-                f"the engine did not start on the new weights in {MOST_CANDIDATE_FAILURES} attempts",
-                f"see {self.home.engines / (run.id + '.log')}",
-            ),
-            "stage": ("", ""),
-        }[why]
         if why == "stage":
             failure = json.loads((self.run_directory(run.id) / run.stage / "failure.json").read_bytes())
-            reason, next = failure["reason"], failure["next"]
+            self.runs.finish(run.id, "failed", failure["reason"], failure["next"])
+            return
+        log: list[str] = []
+        if why == "losses":
+            death = next(event for event in reversed(self._events(run.id).read()) if "cause" in event)
+            reason = f"the {run.stage} process died {MOST_LOSSES} times; the last time it {death['cause']}"
+            next_step, log = f"{death['next']}; see `appliance logs {run.id}`", death["log"]
         else:
-            self._events(run.id).append("failed", run.stage, reason=reason, next=next)
-        self.runs.finish(run.id, "failed", reason, next)
+            reason = f"the engine did not start on the new weights in {MOST_CANDIDATE_FAILURES} attempts"
+            next_step = f"see {self.home.engines / (run.id + '.log')}"
+        self._events(run.id).append("failed", run.stage, reason=reason, next=next_step, log=log)
+        self.runs.finish(run.id, "failed", reason, next_step)
 
     async def _probe(self, run: api.Run) -> None:
         """Gates 3 and 4 on the real engine. An engine that dies meanwhile is started again, and the probe with it."""

@@ -16,10 +16,10 @@ KINDS = frozenset(
         "eval",  # stage, step, loss
         "sample",  # stage, step, prompt, text
         "checkpoint",  # stage, step, path
-        "warning",  # stage, message
+        "warning",  # stage, message; where known code, next, cause, log (last lines)
         "gate",  # stage, gate, passed, figures
         "stage_finished",  # stage, seconds
-        "failed",  # stage, reason, next
+        "failed",  # stage, reason, next; where known log (last lines)
     }
 )
 

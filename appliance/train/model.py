@@ -84,9 +84,45 @@ def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def targeted_modules(model: Any, targets: tuple[str, ...]) -> set[str]:
+    """Names of the modules that a recipe's `targets` mean in the base. Raises InvalidInput where one fits none."""
+    linear = set(quantised_modules(model))
+    if not linear:
+        raise InvalidInput("no_linear_layer", "the base model has no linear layer to adapt", "use another base model")
+    if targets == ("all-linear",):
+        return linear
+    meant: set[str] = set()
+    for target in targets:
+        matched = {name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")}
+        if not matched:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise InvalidInput(
+                "no_such_module",
+                f"the adapter's target {target!r} matches no module of the base model",
+                f"choose from {known}",
+            )
+        if not matched <= linear:
+            raise InvalidInput(
+                "bad_target", f"the adapter's target {target!r} is not a linear layer inside the model", "take it out"
+            )
+        meant |= matched
+    return meant
+
+
+def require_covered(model: Any, meant: set[str]) -> None:
+    """Raise InvalidInput unless the adapter on `model` covers each module that its recipe means."""
+    missing = sorted(meant - set(model.targeted_module_names))
+    if missing:
+        raise InvalidInput(
+            "adapter_incomplete",
+            f"the adapter covers {len(meant) - len(missing)} of the {len(meant)} modules that its recipe names; "
+            f"{missing[0]} has none",
+            "name the modules in targets, or train the stages anew",
+        )
+
+
 def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
-    """`model` with a new LoRA adapter that changes nothing yet. Raises InvalidInput for targets that do not fit."""
-    _check_targets(model, adapter.targets)
+    """`model` with a new LoRA adapter that changes nothing yet."""
     set_seed(seed)
     config = LoraConfig(
         r=adapter.rank,
@@ -123,27 +159,6 @@ def release_memory() -> None:
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
-
-
-def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
-    fits = set(quantised_modules(model))
-    if not fits:
-        raise InvalidInput("no_linear_layer", "the base model has no linear layer to adapt", "use another base model")
-    if targets == ("all-linear",):
-        return
-    for target in targets:
-        matched = {name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")}
-        if not matched:
-            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in fits}))
-            raise InvalidInput(
-                "no_such_module",
-                f"the adapter's target {target!r} matches no module of the base model",
-                f"choose from {known}",
-            )
-        if not matched <= fits:
-            raise InvalidInput(
-                "bad_target", f"the adapter's target {target!r} is not a linear layer inside the model", "take it out"
-            )
 
 
 def _first_line(error: Exception) -> str:

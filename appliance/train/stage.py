@@ -29,7 +29,9 @@ from appliance.train.model import (
     load_model,
     load_tokenizer,
     quantised_modules,
+    require_covered,
     stop_token_ids,
+    targeted_modules,
 )
 from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.rows import HELD_OUT_ROWS, Example, tokenise
@@ -165,14 +167,19 @@ def _train(
 
 
 def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> Any:
-    """The base with a new adapter, or with that of the stage before. Raises InvalidInput for what cannot be merged."""
+    """The base with a new adapter, or with that of the stage before.
+
+    Raises InvalidInput for an adapter that does not cover what its recipe says, or could not be merged.
+    """
     model = load_model(base, quantised=recipe.adapter.kind == "qlora")
     changed = quantised_modules(model) if recipe.adapter.kind == "qlora" else []
+    meant = targeted_modules(model, recipe.adapter.targets)
     previous = recipe.previous(stage.name)
     if previous:
         model = load_adapter(model, run / previous / "adapter", trainable=True)
     else:
         model = add_adapter(model, recipe.adapter, recipe.seed)
+    require_covered(model, meant)
     require_present(base, {f"{module}.weight" for module in (*changed, *model.targeted_module_names)})
     return model
 

@@ -84,6 +84,23 @@ async def test_stopping_what_has_ended_changes_nothing(control: Control) -> None
         await control.client.resume(run)
 
 
+async def test_the_work_of_a_run_that_failed_can_be_discarded_and_of_one_that_finished_not(control: Control) -> None:
+    run = control.run("failed")
+    checkpoint = control.home.runs / run / "merge" / "model"
+    checkpoint.mkdir(parents=True)
+    assert (await control.client.stop(run, discard=True)).state == "failed"
+    assert not checkpoint.parent.exists()
+    finished = control.run("finished")
+    with pytest.raises(Conflict, match="has finished and made a release"):
+        await control.client.stop(finished, discard=True)
+
+
+async def test_a_running_one_is_discarded_when_it_has_stopped(control: Control) -> None:
+    run = control.run("queued")
+    assert (await control.client.stop(run, discard=True)).state == "stopping"
+    assert control.supervisor.workers.is_to_discard(run)
+
+
 async def test_resuming_a_failed_run_queues_it_without_its_failure(control: Control) -> None:
     run = control.run("failed")
     failure = control.home.runs / run / "merge" / "failure.json"

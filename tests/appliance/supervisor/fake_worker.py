@@ -18,7 +18,11 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 match behaviour:
     case "hang":
         time.sleep(60)
+    case "defy":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
     case "die":
+        print("about to die", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     case "die once":
         if (run / "starts.txt").read_text().split().count(stage) == 1:

@@ -13,6 +13,7 @@ from appliance.supervisor.decide import (
     EngineView,
     FailRun,
     ForgetWorker,
+    KillWorker,
     ProbeRun,
     Route,
     RunView,
@@ -22,6 +23,7 @@ from appliance.supervisor.decide import (
     StopEngine,
     StopRun,
     StopWorker,
+    WarnOfSilence,
     WorkerView,
     decide,
 )
@@ -67,6 +69,21 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "and asked once": (
         Snapshot(runs=(RunView("r1", "stopping", "sft"),), workers=(WorkerView("r1", alive=True, told_to_stop=True),)),
         [],
+    ),
+    "and killed where it does not obey": (
+        Snapshot(
+            runs=(RunView("r1", "stopping", "sft"),),
+            workers=(WorkerView("r1", alive=True, told_to_stop=True, overdue=True),),
+        ),
+        [KillWorker("r1")],
+    ),
+    "a worker that is silent for long is warned of": (
+        Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=True, silent=True),)),
+        [WarnOfSilence("r1")],
+    ),
+    "a worker of no active run that does not end is killed": (
+        Snapshot(workers=(WorkerView("gone", alive=True, told_to_stop=True, overdue=True),)),
+        [KillWorker("gone")],
     ),
     "a worker that stopped as asked is not lost": (
         Snapshot(runs=(RunView("r1", "stopping", "sft"),), workers=(WorkerView("r1", alive=False, told_to_stop=True),)),

@@ -50,6 +50,27 @@ async def test_output_goes_to_the_log_and_the_end_is_seen(tmp_path: Path) -> Non
     assert sorted((tmp_path / "log.txt").read_text().split()) == ["err", "out"]
 
 
+@pytest.mark.parametrize(("code", "status"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 11)", -11)])
+async def test_how_a_child_ended_is_known(tmp_path: Path, code: str, status: int) -> None:
+    row = start(tmp_path, code)
+    wait_for(lambda: not processes.alive(row))
+    assert processes.exit_status(row) == status
+    assert processes.exit_status(row) is None
+
+
+async def test_killed_it_leaves_nobody_behind(tmp_path: Path) -> None:
+    row = start(tmp_path, FORKS)
+    wait_for(lambda: (tmp_path / "log.txt").read_text())
+    child = int((tmp_path / "log.txt").read_text())
+    processes.kill(row)
+    wait_for(lambda: not processes.alive(row) and not exists(child))
+    assert processes.exit_status(row) == -9
+
+
+def test_the_kernels_kills_are_counted() -> None:
+    assert processes.kernel_kills() >= 0
+
+
 async def test_a_pid_with_another_start_time_is_not_the_process(tmp_path: Path) -> None:
     row = start(tmp_path, "import time; time.sleep(60)")
     other = ProcessRow(row.kind, row.owner, row.stage, row.pid, row.started + 1, row.boot)

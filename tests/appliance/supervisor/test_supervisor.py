@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from appliance.home import Home
 from appliance.store.database import open_database
 from appliance.supervisor import supervisor as loop
 from appliance.supervisor.supervisor import Supervisor
+from appliance.train.events import EventLog
 from appliance.train.recipe import Recipe, SftStage, dump_recipe
 
 WORKER = (sys.executable, str(Path(__file__).parent / "fake_worker.py"))
@@ -72,6 +74,9 @@ class Daemon:
 
     def running(self, kind: str) -> list[str]:
         return [row.owner for row in self.supervisor.processes.all() if row.kind == kind]
+
+    def events(self, run: str) -> list[dict[str, Any]]:
+        return EventLog(self.home.runs / run / "events.jsonl").read()
 
     def starts(self, run: str) -> list[str]:
         path = self.home.runs / run / "starts.txt"
@@ -141,7 +146,67 @@ async def test_a_worker_that_dies_every_time_is_given_up(daemon: Daemon) -> None
     run = daemon.queue(sft="die")
     await daemon.until_state(run, "failed")
     assert daemon.starts(run) == ["sft"] * 5
-    assert daemon.supervisor.runs.get(run).reason == "the sft process died 5 times"
+    failed = daemon.supervisor.runs.get(run)
+    assert failed.reason == "the sft process died 5 times; the last time it was killed (SIGKILL)"
+    assert failed.next == f"find out who ends processes on this box; see `appliance logs {run}`"
+    *warnings, last = daemon.events(run)
+    assert len(warnings) == 5
+    assert warnings[0]["message"] == "the sft process was killed (SIGKILL); going on from its last checkpoint"
+    assert warnings[0]["log"] == ["about to die"]
+    assert (last["event"], last["reason"], last["log"]) == ("failed", failed.reason, ["about to die"] * 5)
+
+
+async def test_a_worker_that_the_kernel_killed_is_out_of_memory(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.supervisor.processes.kernel_kills", itertools.count(1000).__next__)
+    run = daemon.queue(sft="die once")
+    await daemon.until_state(run, "finished")
+    warning = daemon.events(run)[0]
+    assert warning["code"] == "out_of_memory"
+    assert "killed by the kernel because the memory ran out" in warning["message"]
+
+
+async def test_a_silent_worker_is_warned_of_and_not_at_once_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.supervisor.workers.LEAST_SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr("appliance.supervisor.watch.LEAST_SILENCE_SECONDS", 0.0)
+    run = daemon.queue(sft="hang")
+    log = EventLog(daemon.home.runs / run / "events.jsonl")
+    for step in range(3):
+        log.append("step", "sft", step=step)
+        await asyncio.sleep(0.02)
+    await daemon.until(lambda: len(daemon.events(run)) == 5)
+    first, second = daemon.events(run)[3:]
+    assert first["code"] == "silent"
+    assert "a step takes 0.0 s as a rule: it may hang" in first["message"]
+    assert second["time"] - first["time"] > 0.3, "twenty steps later"
+
+
+async def test_a_worker_that_does_not_obey_is_killed(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.supervisor.workers.STOP_SECONDS", 0.3)
+    run = daemon.queue(sft="defy")
+    await daemon.until(lambda: daemon.starts(run))
+    await asyncio.sleep(0.3)
+    daemon.supervisor.runs.mark_stopping(run)
+    await daemon.until_state(run, "stopped")
+    assert daemon.supervisor.runs.losses(run) == 0
+
+
+async def test_stopped_to_be_discarded_a_run_has_made_nothing(daemon: Daemon) -> None:
+    run = daemon.queue(merge="hang")
+    await daemon.until(lambda: "merge" in daemon.starts(run))
+    daemon.supervisor.workers.mark_to_discard(run)
+    daemon.supervisor.runs.mark_stopping(run)
+    await daemon.until_state(run, "stopped")
+    assert not (daemon.home.runs / run / "sft").exists()
+    assert not (daemon.home.runs / run / "merge").exists()
+    assert daemon.supervisor.runs.get(run).stage == "sft"
+    (daemon.home.runs / run / "behaviour.json").write_text("{}")
+    daemon.supervisor.runs.queue_again(run)
+    await daemon.until_state(run, "finished")
+    assert daemon.starts(run) == ["sft", "merge", "sft", "merge", "verify"]
 
 
 async def test_a_failure_is_reported_in_its_own_words_and_can_be_resumed(daemon: Daemon) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import (
     CHATML,
@@ -214,6 +216,26 @@ def test_targets_that_do_not_fit_are_refused(home: Home, targets: list[str], cod
     run = add_run(home, "r", f"targets = {targets}\n" + SFT)
     assert work(run, "sft") == Exit.FAILED
     assert failure(run, "sft")["code"] == code
+
+
+def test_an_adapter_that_covers_less_than_its_recipe_says_is_refused(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = functools.partial(LoraConfig, exclude_modules=["up_proj"])
+    with monkeypatch.context() as patch:
+        patch.setattr("appliance.train.model.LoraConfig", some)
+        run = add_run(home, "r", SFT)
+        assert work(run, "sft") == Exit.FAILED
+        assert failure(run, "sft")["code"] == "adapter_incomplete"
+        assert "covers 12 of the 14 modules" in failure(run, "sft")["reason"]
+    run = add_run(home, "chained", 'targets = ["q_proj"]\n' + SFT + stage("dpo", "PREFERENCES"))
+    work(run, "sft")
+    (run / "recipe.toml").write_text((run / "recipe.toml").read_text().replace('"q_proj"', '"q_proj", "k_proj"'))
+    assert work(run, "dpo") == Exit.FAILED
+    assert (
+        "covers 2 of the 4 modules that its recipe names; model.layers.0.self_attn.k_proj"
+        in (failure(run, "dpo")["reason"])
+    )
 
 
 def test_a_base_that_could_not_be_merged_is_refused_before_training(
