@@ -75,3 +75,10 @@ class NoSpace(ApplianceError):
     """The disk cannot take what has to be written."""
 
     status = 507
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: Python's own, or a library's by its words."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "OUT_OF_MEMORY", "ALLOC_FAILED")
+    )

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import ApplianceError, Exit
+from appliance.errors import ApplianceError, Exit, is_out_of_memory
 from appliance.home import Home, disk_error, write_json
 from appliance.train.events import EventLog
 from appliance.train.interruption import Interruption
@@ -95,9 +95,9 @@ def _explain(error: Exception, run: Path, stage: str) -> ApplianceError:
     """What a person is told of `error`."""
     if isinstance(error, ApplianceError):
         return error
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return ApplianceError(
-            "out_of_memory", f"{stage} ran out of memory", "set a smaller micro_batch_size or max_length"
+            "out_of_memory", f"{stage} ran out of memory", "set a smaller max_length or adapter rank, or use qlora"
         )
     if "No space left on device" in str(error):
         return disk_error(OSError(errno.ENOSPC, ""), run)

@@ -65,13 +65,6 @@ class Reporter(TrainerCallback):
         self.events.append("checkpoint", self.stage.name, step=state.global_step, path=path)
 
 
-class Reseed(TrainerCallback):
-    """Makes the dropout of a step follow from the recipe's seed and the step alone, whatever came between."""
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        torch.manual_seed(args.seed + state.global_step)
-
-
 class Cadence(TrainerCallback):
     """Decides after each step whether to evaluate, to save, and to stop because that was asked for."""
 
@@ -82,7 +75,7 @@ class Cadence(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
-        control.should_evaluate = self.evaluates and (last or step % self.stage.evaluate_every == 0)
+        control.should_evaluate = self.evaluates and is_evaluated(step, self.stage, state.max_steps)
         control.should_save = not last and step % self.stage.checkpoint_every == 0
         self._obey(state, control)
 
@@ -92,6 +85,11 @@ class Cadence(TrainerCallback):
     def _obey(self, state: TrainerState, control: TrainerControl) -> None:
         if self.interruption.requested and 0 < state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+
+def is_evaluated(step: int, stage: AnyStage, last: int) -> bool:
+    """Whether the held-out loss is evaluated after `step` of `last` steps."""
+    return step == last or step % stage.evaluate_every == 0
 
 
 def _memory() -> int:

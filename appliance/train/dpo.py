@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 from appliance.data.render import render_prompt
 from appliance.train.recipe import DpoStage
 from appliance.train.rows import Example, answer_ids
-from appliance.train.trainer import Method, PartwiseTrainer, build_trainer
+from appliance.train.trainer import Given, Method, PartwiseTrainer, build_trainer
 
 
 class _Trainer(PartwiseTrainer, DPOTrainer):
@@ -34,17 +34,10 @@ def length(example: Example) -> int:
     return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
 
 
-def trainer(
-    model: Any,
-    tokenizer: Any,
-    stage: DpoStage,
-    arguments: dict[str, Any],
-    train: list[Example],
-    held_out: list[Example],
-) -> Any:
+def trainer(stage: DpoStage, arguments: dict[str, Any], given: Given) -> Any:
     """TRL's trainer, the reference's log-probabilities computed once per row."""
     config = DPOConfig(beta=stage.beta, max_length=None, precompute_ref_log_probs=True, **arguments)
-    return build_trainer(_Trainer, config, model, tokenizer, train, held_out, length)
+    return build_trainer(_Trainer, config, given, length)
 
 
 DPO = Method("preference", example, length, trainer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from trl import KTOConfig, KTOTrainer
 from appliance.data.render import render_prompt
 from appliance.train.recipe import KtoStage
 from appliance.train.rows import Example, answer_ids
-from appliance.train.trainer import Method, PartwiseTrainer, build_trainer
+from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
 
 NEIGHBOURS_TRIED = 64
 """How far the pairing looks for an answer to another prompt."""
@@ -26,17 +28,17 @@ class _Trainer(PartwiseTrainer, KTOTrainer):
     def get_batch_samples(self, *arguments: Any) -> Any:
         batches, items = super().get_batch_samples(*arguments)
         for batch in batches:
-            batch["drift"] = torch.cat([self._drift(part) for part, _ in self.parts(batch)]).mean()
+            batch["drift"] = self.room.fit(partial(self._drift, batch)).mean()
         return batches, items
 
-    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Any:
+    def _compute_kl_logps(self, model: Any, batch: Batch) -> Any:
         drift = batch.pop("drift", None)
         return super()._compute_kl_logps(model, batch) if drift is None else batch["ref_KL_logps"] + drift
 
-    def _drift(self, batch: dict[str, Any]) -> torch.Tensor:
+    def _drift(self, batch: Batch) -> torch.Tensor:
         """How much likelier than to the reference the mismatched answers of `batch` are, in nats (rows)."""
-        drift: torch.Tensor = super()._compute_kl_logps(self.model, batch) - batch["ref_KL_logps"]
-        return drift
+        score = super()._compute_kl_logps
+        return torch.cat([score(self.model, part) - part["ref_KL_logps"] for part, _ in self.parts(batch)])
 
 
 def example(tokenizer: Any, row: dict[str, Any]) -> Example:
@@ -66,14 +68,7 @@ def mismatched(examples: list[Example]) -> list[Example]:
     return paired
 
 
-def trainer(
-    model: Any,
-    tokenizer: Any,
-    stage: KtoStage,
-    arguments: dict[str, Any],
-    train: list[Example],
-    held_out: list[Example],
-) -> Any:
+def trainer(stage: KtoStage, arguments: dict[str, Any], given: Given) -> Any:
     """TRL's trainer, the reference's log-probabilities computed once per row."""
     config = KTOConfig(
         beta=stage.beta,
@@ -83,7 +78,8 @@ def trainer(
         precompute_ref_log_probs=True,
         **arguments,
     )
-    return build_trainer(_Trainer, config, model, tokenizer, mismatched(train), mismatched(held_out), length)
+    paired = replace(given, train=mismatched(given.train), held_out=mismatched(given.held_out))
+    return build_trainer(_Trainer, config, paired, length)
 
 
 KTO = Method("unpaired", example, length, trainer)

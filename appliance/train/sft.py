@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 from appliance.data.render import render_conversation
 from appliance.train.recipe import SftStage
 from appliance.train.rows import Example, require_trained
-from appliance.train.trainer import Method, PartwiseTrainer, build_trainer
+from appliance.train.trainer import Given, Method, PartwiseTrainer, build_trainer
 
 IGNORED = -100
 """The label of a token that the loss leaves out."""
@@ -33,17 +33,10 @@ def length(example: Example) -> int:
     return len(example["input_ids"])
 
 
-def trainer(
-    model: Any,
-    tokenizer: Any,
-    stage: SftStage,
-    arguments: dict[str, Any],
-    train: list[Example],
-    held_out: list[Example],
-) -> Any:
+def trainer(stage: SftStage, arguments: dict[str, Any], given: Given) -> Any:
     """TRL's trainer over examples that need no preparation."""
     config = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **arguments)
-    return build_trainer(_Trainer, config, model, tokenizer, train, held_out, length)
+    return build_trainer(_Trainer, config, given, length)
 
 
 SFT = Method("messages", example, length, trainer)

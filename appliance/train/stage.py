@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from appliance.home import Home, building, require_space
 from appliance.models import count_parameters, model_path
 from appliance.release.adapter import require_present
 from appliance.train.best import Best
-from appliance.train.callbacks import Cadence, Reporter, Reseed
-from appliance.train.checkpoints import KEPT, newest_usable, origin
+from appliance.train.callbacks import Cadence, Reporter, is_evaluated
+from appliance.train.checkpoints import KEPT, newest_usable, origin, step_of
 from appliance.train.dpo import DPO
 from appliance.train.events import EventLog
 from appliance.train.guard import Diverged, Guard
-from appliance.train.interruption import INTERRUPTED, Interruption
+from appliance.train.interruption import INTERRUPTED, Interrupted, Interruption
 from appliance.train.kto import KTO
 from appliance.train.model import (
     ON_GPU,
@@ -34,10 +35,11 @@ from appliance.train.model import (
     targeted_modules,
 )
 from appliance.train.recipe import AnyStage, Recipe
+from appliance.train.room import Room
 from appliance.train.rows import HELD_OUT_ROWS, Example, tokenise
 from appliance.train.samples import Samples
 from appliance.train.sft import SFT
-from appliance.train.trainer import Method
+from appliance.train.trainer import Given, Method
 
 METHODS: dict[str, Method] = {"sft": SFT, "dpo": DPO, "kto": KTO}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -137,20 +139,26 @@ def _train(
     best = Best(folder, events, stage)
     if checkpoint is None:
         best.forget()
-    arguments = _arguments(folder, recipe, stage, rows=len(train)) | {
-        "eval_on_start": bool(held_out) and checkpoint is None
-    }
-    trainer = METHODS[stage.method].trainer(model, tokenizer, stage, arguments, train, held_out)
+    said = [event for event in events.read() if event["stage"] == stage.name]
+    arguments = _arguments(folder, recipe, stage, rows=len(train))
+    arguments["eval_on_start"] = bool(held_out) and _evaluation_due(checkpoint, stage, arguments["max_steps"], said)
+    room = Room.after(said, stage.micro_batch_size or stage.batch_size, partial(events.append, "warning", stage.name))
+    given = Given(model, tokenizer, train, held_out, room, interruption)
+    trainer = METHODS[stage.method].trainer(stage, arguments, given)
     trainer.origin = made_from
-    trainer.part_rows = stage.micro_batch_size or stage.batch_size
     trainer.remove_callback(PrinterCallback)
     cadence = Cadence(stage, interruption, evaluates=bool(held_out))
-    for callback in (Reseed(), Reporter(events, stage), Guard(events, stage), samples, best, cadence):
+    for callback in (Reporter(events, stage), Guard(events, stage), samples, best, cadence):
         trainer.add_callback(callback)
     with interruption.deferred():
         kept = None
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Interrupted:
+            if trainer.state.global_step > (step_of(checkpoint) if checkpoint else 0):
+                trainer._save_checkpoint(model, None)
+                trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+            raise SystemExit(INTERRUPTED) from None
         except Diverged:
             kept, _ = newest_usable(folder, made_from)
             if stage.on_bad_steps == "fail" or not (kept or best.path):
@@ -164,6 +172,15 @@ def _train(
                 model.save_pretrained(saved, save_embedding_layers=False)
             for path in kept.glob("adapter_*") if kept else ():
                 shutil.copyfile(path, saved / path.name)
+
+
+def _evaluation_due(checkpoint: Path | None, stage: AnyStage, last: int, said: list[dict[str, Any]]) -> bool:
+    """Whether the state to begin with is to be evaluated, and has not been, because it was interrupted."""
+    if checkpoint is None:
+        return True
+    step = step_of(checkpoint)
+    evaluated = any(event["event"] == "eval" and event["step"] == step for event in said)
+    return is_evaluated(step, stage, last) and not evaluated
 
 
 def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> Any:
@@ -216,9 +233,10 @@ def _losses(events: EventLog, stage: AnyStage) -> dict[str, float]:
     """The last training loss, and the held-out loss before and of the kept adapter, from what the stage has said."""
     reported = [event for event in events.read() if event["stage"] == stage.name]
     steps = [event["loss"] for event in reported if event["event"] == "step"]
-    evals = [event["loss"] for event in reported if event["event"] == "eval"]
+    evals = {event["step"]: event["loss"] for event in reported if event["event"] == "eval"}
     losses = {"train_loss": steps[-1]}
     if evals:
-        kept = min(evals[1:], default=evals[0]) if stage.keep == "best" else evals[-1]
-        losses |= {"held_out_loss_before": evals[0], "held_out_loss": kept}
+        before, *later = evals.values()
+        kept = min(later, default=before) if stage.keep == "best" else evals[max(evals)]
+        losses |= {"held_out_loss_before": before, "held_out_loss": kept}
     return losses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,26 @@ from transformers import Trainer
 
 from appliance.data.dataset import Kind
 from appliance.train.checkpoints import saving
-from appliance.train.order import PART_TOKENS, LengthSampler, cut_by_tokens
+from appliance.train.interruption import Interrupted, Interruption
+from appliance.train.order import LengthSampler
+from appliance.train.room import Room
 from appliance.train.rows import Example
 
 Batch = dict[str, torch.Tensor]
 """What TRL's collators make of rows: a value a row; a sequence a row; or all rows' first, then all rows' second."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every trainer is made of, whatever its method."""
+
+    model: Any
+    """The base with its adapter."""
+    tokenizer: Any
+    train: list[Example]
+    held_out: list[Example]
+    room: Room
+    interruption: Interruption
 
 
 @dataclass(frozen=True)
@@ -30,8 +44,8 @@ class Method:
     """(tokenizer, canonical row) -> example. Raises InvalidInput for a row that cannot be trained on."""
     length: Callable[[Example], int]
     """Tokens of the longest sequence in an example."""
-    trainer: Callable[[Any, Any, Any, dict[str, Any], list[Example], list[Example]], Any]
-    """(adapted model, tokenizer, stage, arguments, train, held out) -> Transformers trainer."""
+    trainer: Callable[[Any, dict[str, Any], Given], Any]
+    """(stage, Transformers' training arguments, what is trained) -> Transformers trainer."""
 
 
 class PartwiseTrainer(Trainer):
@@ -44,45 +58,66 @@ class PartwiseTrainer(Trainer):
 
     row_lengths: list[int]
     sequences_per_row = 1
-    part_rows = sys.maxsize
-    """Most rows in a forward pass."""
-    part_tokens = PART_TOKENS
-    """Most tokens in a forward pass."""
     origin: dict[str, str]
     """What the weights follow from, as checkpoints say it."""
     _saving_to = ""
 
+    def __init__(self, *, room: Room, interruption: Interruption, **named: Any) -> None:
+        # Before TRL's own, which runs the reference.
+        self.room = room
+        self.interruption = interruption
+        super().__init__(**named)
+
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        losses = []
-        for part, share in self.parts(inputs):
-            # What Transformers divides a mean over rows by; one over tokens it leaves alone.
-            self.current_gradient_accumulation_steps = 1 / share
-            losses.append(super().training_step(model, part, num_items_in_batch))
-        return torch.stack(losses).sum()
+        step = super().training_step
+
+        def attempt() -> torch.Tensor:
+            model.zero_grad()
+            # So that dropout follows from the recipe's seed and the step alone, whatever came before.
+            torch.manual_seed(self.args.seed + self.state.global_step)
+            losses: list[torch.Tensor] = []
+            for part, share in self.parts(inputs):
+                if losses:
+                    self._obey()
+                # What Transformers divides a mean over rows by; one over tokens it leaves alone.
+                self.current_gradient_accumulation_steps = 1 / share
+                losses.append(step(model, part, num_items_in_batch))
+            return torch.stack(losses).sum()
+
+        return self.room.fit(attempt)
 
     def prediction_step(
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         (inputs,), items = self.get_batch_samples(iter([inputs]), 1, self.args.device)
-        losses = []
-        with torch.no_grad():
+
+        def attempt() -> torch.Tensor:
+            losses = []
             for part, share in self.parts(inputs):
+                self._obey()
                 loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=items)
                 losses.append(loss * share if items is None else loss)
-        return torch.stack(losses).sum(), None, None
+            return torch.stack(losses).sum()
+
+        with torch.no_grad():
+            return self.room.fit(attempt), None, None
 
     def compute_ref_log_probs(self, model: Any, inputs: Batch) -> tuple[torch.Tensor, ...]:
         """TRL's log-probabilities of the reference, for the methods that have one."""
         score = super().compute_ref_log_probs
-        parts = [score(model, part) for part, _ in self.parts(inputs)]
+        parts = self.room.fit(lambda: [score(model, part) for part, _ in self.parts(inputs)])
         return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
     def parts(self, inputs: Batch) -> list[tuple[Batch, float]]:
         """`inputs` as forward passes take it, without needless padding, and the share of rows in each part."""
         count = len(inputs["attention_mask"]) // self.sequences_per_row
         lengths = inputs["attention_mask"].sum(1).view(-1, count).amax(0).tolist()
-        cuts = cut_by_tokens(lengths, self.part_tokens // self.sequences_per_row, self.part_rows)
+        cuts = self.room.divide(lengths, self.sequences_per_row)
         return [(_part(inputs, count, cut), (cut.stop - cut.start) / count) for cut in cuts]
+
+    def _obey(self) -> None:
+        if self.interruption.requested:
+            raise Interrupted
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         return LengthSampler(self.row_lengths, self.args.train_batch_size, self.args.seed)
@@ -113,24 +148,24 @@ class PartwiseTrainer(Trainer):
 def build_trainer(
     kind: type[PartwiseTrainer],
     config: Any,
-    model: Any,
-    tokenizer: Any,
-    train: list[Example],
-    held_out: list[Example],
+    given: Given,
     length: Callable[[Example], int],
 ) -> Any:
     """The trainer of class `kind` over tokenised examples, with the adapter as it was before.
 
     TRL rounds a QLoRA adapter to bf16, which loses small updates.
     """
-    train, held_out = sorted(train, key=length), sorted(held_out, key=length)
+    model = given.model
+    train, held_out = sorted(given.train, key=length), sorted(given.held_out, key=length)
     before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = kind(
         model=model,
         args=config,
         train_dataset=_table(train),
         eval_dataset=_table(held_out),
-        processing_class=tokenizer,
+        processing_class=given.tokenizer,
+        room=given.room,
+        interruption=given.interruption,
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -11,10 +11,12 @@ from tiny import FACTS, JUDGEMENTS, PREFERENCES
 
 from appliance.errors import InvalidInput
 from appliance.train.dpo import DPO
+from appliance.train.interruption import Interruption
 from appliance.train.kto import KTO, mismatched
 from appliance.train.model import load_tokenizer
+from appliance.train.room import Room
 from appliance.train.sft import IGNORED, SFT
-from appliance.train.trainer import build_trainer
+from appliance.train.trainer import Given, build_trainer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TWO_TURNS = [SYSTEM, *FACTS[0]["messages"], *FACTS[1]["messages"]]
@@ -87,6 +89,7 @@ def test_building_a_trainer_does_not_round_the_adapter() -> None:
             self.rows = len(train_dataset)
 
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]
-    trainer = build_trainer(Rounding, None, model, None, rows, [], SFT.length)
+    given = Given(model, None, rows, [], Room(), Interruption())
+    trainer = build_trainer(Rounding, None, given, SFT.length)
     assert torch.equal(model.weight, before)
     assert (trainer.rows, trainer.row_lengths) == (2, [1, 3]), "by length"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from tiny import add_run, events, losses, stage, work
 
 from appliance.home import Home
 from appliance.train.interruption import INTERRUPTED, Interruption
+from appliance.train.sft import _Trainer as SftTrainer
 
 STAGE = stage("sft", "FACTS", epochs=20, checkpoint_every=5, evaluate_every=1000)
 PREFERENCE_STAGE = stage("dpo", "PREFERENCES", epochs=10, checkpoint_every=5, learning_rate=0.002)
@@ -106,6 +108,39 @@ def test_in_the_middle_of_an_epoch_too(home: Home, monkeypatch: pytest.MonkeyPat
     work(stopped, method)
     assert losses(stopped, method) == pytest.approx(losses(whole, method), abs=1e-4)
     assert same_adapter(whole, stopped, method)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_asked_to_stop_within_a_step_or_an_evaluation_it_does_not_wait_for_the_end(
+    home: Home, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    settings = stage("sft", "FACTS", batch_size=4, micro_batch_size=1, evaluate_every=4)
+    whole, stopped = (add_run(home, id, DROPOUT + settings) for id in ("whole", "stopped"))
+    work(whole, "sft")
+    compute, passes = SftTrainer.compute_loss, 0
+
+    def stopping(trainer: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal passes
+        if trainer.state.global_step == 4 and trainer.model.training == training:
+            passes += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(trainer, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SftTrainer, "compute_loss", stopping)
+        with pytest.raises(SystemExit) as ended:
+            work(stopped, "sft")
+    assert ended.value.code == INTERRUPTED
+    assert passes == 1, "of the several that the step or the evaluation has"
+    assert max(losses(stopped, "sft")) == 4
+    assert events(stopped, "checkpoint")[-1]["step"] == 4
+    assert work(stopped, "sft") == 0
+    for kind in ("step", "eval"):
+        one, other = ([(event["step"], event["loss"]) for event in events(run, kind)] for run in (whole, stopped))
+        assert [step for step, _ in one] == [step for step, _ in other]
+        assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], abs=1e-5)
+    assert events(stopped, "step")[-1]["tokens"] == events(whole, "step")[-1]["tokens"]
+    assert same_adapter(whole, stopped, "sft")
 
 
 def test_a_half_written_checkpoint_is_passed_over(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

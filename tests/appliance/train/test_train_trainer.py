@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,9 +10,11 @@ from peft import PeftModel
 from tiny import FACTS, JUDGEMENTS, PREFERENCES, add_run, read_recipe, stage
 
 from appliance.home import Home
+from appliance.train.interruption import Interruption
 from appliance.train.model import add_adapter, load_model, load_tokenizer
+from appliance.train.room import Room
 from appliance.train.stage import METHODS, _arguments
-from appliance.train.trainer import Batch, PartwiseTrainer
+from appliance.train.trainer import Batch, Given, PartwiseTrainer
 
 ROWS = {"sft": FACTS, "dpo": PREFERENCES, "kto": JUDGEMENTS}
 
@@ -27,7 +28,8 @@ def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Partw
     model: PeftModel = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
     examples = [method.example(tokenizer, row) for row in ROWS[request.param]]
     arguments = _arguments(tmp_path, recipe, recipe.stages[0], len(examples))
-    built: PartwiseTrainer = method.trainer(model, tokenizer, recipe.stages[0], arguments, examples, examples)
+    given = Given(model, tokenizer, examples, examples, Room(), Interruption())
+    built: PartwiseTrainer = method.trainer(recipe.stages[0], arguments, given)
     torch.manual_seed(4)
     with torch.no_grad():
         for weight in built.model.parameters():
@@ -50,11 +52,11 @@ def batch_of(trainer: PartwiseTrainer) -> Batch:
     return batch
 
 
-@pytest.mark.parametrize("limit", [{"part_tokens": 40}, {"part_rows": 1}, {"part_rows": 4}])
-def test_loss_and_gradient_are_those_of_the_whole_batch(trainer: PartwiseTrainer, limit: dict[str, Any]) -> None:
+@pytest.mark.parametrize("limit", [{"tokens": 40}, {"rows": 1}, {"rows": 4}])
+def test_loss_and_gradient_are_those_of_the_whole_batch(trainer: PartwiseTrainer, limit: dict[str, int]) -> None:
     whole, gradients = step(trainer)
     for name, value in limit.items():
-        setattr(trainer, name, value)
+        setattr(trainer.room, name, value)
     assert len(trainer.parts(batch_of(trainer))) > 1
     loss, parted = step(trainer)
     assert loss == pytest.approx(float(whole), rel=1e-4)
@@ -65,12 +67,12 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(trainer: PartwiseTrainer
 
 def test_held_out_loss_is_the_same_however_it_is_divided(trainer: PartwiseTrainer) -> None:
     whole = trainer.evaluate()["eval_loss"]
-    trainer.part_rows = 1
+    trainer.room.rows = 1
     assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-4)
 
 
 def test_parts_hold_no_needless_padding(trainer: PartwiseTrainer) -> None:
-    trainer.part_rows = 1
+    trainer.room.rows = 1
     for part, share in trainer.parts(batch_of(trainer)):
         assert share == pytest.approx(1 / 6)
         assert bool(part["attention_mask"].any(0).all())

@@ -1,0 +1,63 @@
+"""How much goes through the model at once, and how that shrinks when the memory is not enough."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from appliance.errors import is_out_of_memory
+from appliance.train.model import release_memory
+from appliance.train.order import PART_TOKENS, cut_by_tokens
+
+T = TypeVar("T")
+
+
+@dataclass
+class Room:
+    """The most rows and tokens of a forward pass. A step is the same however it is divided."""
+
+    rows: int = sys.maxsize
+    tokens: int = PART_TOKENS
+    warn: Callable[..., Any] = lambda **_: None
+    """Told the code, the message and the new `part_tokens` whenever the room shrinks."""
+    _tried: int = 0
+    """Tokens of the largest part of several rows in the last division."""
+
+    @classmethod
+    def after(cls, events: Iterable[dict[str, Any]], rows: int, warn: Callable[..., Any]) -> Room:
+        """The room of a stage whose `events` say how often its memory was not enough, killed by the kernel or not."""
+        tokens = PART_TOKENS
+        for event in events:
+            if event.get("code") == "out_of_memory":
+                tokens = max(event.get("part_tokens", tokens // 2), 1)
+        return cls(rows, tokens, warn)
+
+    def divide(self, lengths: Sequence[int], sequences_per_row: int) -> list[slice]:
+        """Where to cut a batch whose rows have these lengths."""
+        cuts = cut_by_tokens(lengths, self.tokens // sequences_per_row, self.rows)
+        divisible = [cut for cut in cuts if cut.stop - cut.start > 1]
+        sizes = [(cut.stop - cut.start) * max(lengths[cut]) * sequences_per_row for cut in divisible]
+        self._tried = max(sizes, default=0)
+        return cuts
+
+    def fit(self, attempt: Callable[[], T]) -> T:
+        """The result of `attempt`, which divides its batch by this room and can be repeated.
+
+        Each time the memory runs out the room is halved. Raises what was raised once every part is a single row.
+        """
+        while True:
+            try:
+                return attempt()
+            except Exception as error:  # torch, its allocators and the drivers each raise their own
+                if not is_out_of_memory(error) or not self._tried:
+                    raise
+            release_memory()
+            self.tokens = self._tried // 2
+            self.warn(
+                code="out_of_memory",
+                message=f"out of memory: going on with at most {self.tokens} tokens in a forward pass instead of "
+                f"{self._tried}; the rows of a step stay the same",
+                part_tokens=self.tokens,
+            )
