@@ -254,9 +254,9 @@ def test_a_base_that_could_not_be_merged_is_refused_before_training(
         (
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
             "out_of_memory",
-            "micro_batch_size",
+            "max_length",
         ),
-        ("CUDA out of memory. Tried to allocate 2 GiB", "out_of_memory", "micro_batch_size"),
+        ("CUDA out of memory. Tried to allocate 2 GiB", "out_of_memory", "max_length"),
         ("I/O error: No space left on device (os error 28)", "no_space", "free some space"),
     ],
 )
