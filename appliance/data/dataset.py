@@ -8,10 +8,13 @@ import json
 import mmap
 import re
 import struct
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, overload
+
+import orjson
 
 from appliance.errors import NotFound
 from appliance.home import Home
@@ -20,19 +23,27 @@ Row = dict[str, Any]
 Kind = Literal["messages", "preference", "unpaired"]
 
 ROWS = "rows.jsonl"
-OFFSETS = "rows.offsets"
+INDEX = "rows.index"
 REPORT = "report.json"
 SOURCE = "source.json"
 
 _ID = re.compile(r"[0-9a-f]{16}")
+_UNSPOKEN = re.compile(r"[^\w\0]+|_+")
+_UNSPOKEN_ASCII = bytes(byte for byte in range(1, 128) if not chr(byte).isalnum())
+
+
+ENTRY = struct.Struct("<Q16sQ")
+"""An entry of rows.index: where the row's line ends, its digest, and its group."""
+ENTRY_FIELDS = [("end", "<u8"), ("digest", "V16"), ("group", "<u8")]
+"""The same for numpy. Rows of one group are never parted by a split."""
 
 
 class RowWriter:
-    """Writes rows.jsonl and rows.offsets, and knows the id that the rows give the dataset."""
+    """Writes rows.jsonl and rows.index, and knows the id that the rows give the dataset."""
 
-    def __init__(self, lines: BinaryIO, offsets: BinaryIO) -> None:
+    def __init__(self, lines: BinaryIO, index: BinaryIO) -> None:
         self._lines = lines
-        self._offsets = offsets
+        self._index = index
         self._end = 0
         self._hash = hashlib.sha256()
 
@@ -40,33 +51,30 @@ class RowWriter:
     @contextlib.contextmanager
     def into(cls, directory: Path) -> Iterator[RowWriter]:
         """A writer of the two files in `directory`, which are complete when the context ends."""
-        with open(directory / ROWS, "wb") as lines, open(directory / OFFSETS, "wb") as offsets:
-            yield cls(lines, offsets)
+        with open(directory / ROWS, "wb") as lines, open(directory / INDEX, "wb") as index:
+            yield cls(lines, index)
 
     @property
     def id(self) -> str:
         """Hash of the rows so far in their order, without where they came from."""
         return self._hash.hexdigest()[:16]
 
-    def add(self, row: Row, canonical: bytes, source: dict[str, Any]) -> None:
-        """Append `row`, whose `canonical_json` is `canonical`, with where it came from."""
+    def add(self, canonical: bytes, digest: bytes, group: int, source: dict[str, Any]) -> None:
+        """Append the row whose `canonical_json` is `canonical`, with where it came from."""
         self._hash.update(canonical + b"\n")
-        self._end += self._lines.write(json.dumps({**row, "source": source}, ensure_ascii=False).encode() + b"\n")
-        self._offsets.write(struct.pack("=Q", self._end))
+        self._end += self._lines.write(canonical[:-1] + b',"source":' + orjson.dumps(source) + b"}\n")
+        self._index.write(ENTRY.pack(self._end, digest, group))
 
 
 class Rows(Sequence[Row]):
-    """The rows of rows.jsonl, each read when it is asked for.
-
-    rows.offsets holds where each line ends, as 64-bit integers, so that any row is found in constant time.
-    """
+    """The rows of rows.jsonl, each read when it is asked for; rows.index finds any of them in constant time."""
 
     def __init__(self, directory: Path) -> None:
         self._lines = _map(directory / ROWS)
-        self._ends = memoryview(_map(directory / OFFSETS)).cast("Q")
+        self._index = _map(directory / INDEX)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._index) // ENTRY.size
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -78,9 +86,13 @@ class Rows(Sequence[Row]):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(index)
-        start = self._ends[position - 1] if position else 0
-        row: Row = json.loads(self._lines[start : self._ends[position]])
+        start = self._end(position - 1) if position else 0
+        row: Row = json.loads(self._lines[start : self._end(position)])
         return row
+
+    def _end(self, position: int) -> int:
+        end: int = ENTRY.unpack_from(self._index, position * ENTRY.size)[0]
+        return end
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class Dataset:
 
     id: str
     kind: Kind
+    directory: Path
     rows: Rows
     report: dict[str, Any]
 
@@ -103,20 +116,41 @@ class Dataset:
                 "see `appliance data list`",
             )
         report = json.loads((directory / REPORT).read_bytes())
-        return cls(id, report["kind"], Rows(directory), report)
+        return cls(id, report["kind"], directory, Rows(directory), report)
+
+    def index(self) -> Any:
+        """rows.index as a numpy array of ENTRY_FIELDS."""
+        import numpy
+
+        return numpy.fromfile(self.directory / INDEX, ENTRY_FIELDS)
 
     def split(self, eval_share: float) -> tuple[list[int], list[int]]:
-        """Indices of the rows to train on and of those held out, each in the rows' order.
+        """Indices of the rows to train on and of those held out, as `split` says."""
+        train, held_out = split(self.index()["group"], eval_share)
+        return train.tolist(), held_out.tolist()
 
-        Rows of one prompt fall on one side. Held out is the `eval_share` of the prompts whose hashes are
-        lowest: at least one and never all, unless `eval_share` is 0 or there is one prompt only.
-        """
-        prompts = [prompt_hash(row) for row in self.rows]
-        distinct = sorted(set(prompts))
-        count = min(max(round(eval_share * len(distinct)), 1), len(distinct) - 1) if eval_share > 0 else 0
-        held_out = set(distinct[:count])
-        train = [index for index, prompt in enumerate(prompts) if prompt not in held_out]
-        return train, [index for index, prompt in enumerate(prompts) if prompt in held_out]
+
+def split(groups: Any, eval_share: float) -> tuple[Any, Any]:
+    """Indices of the rows to train on and of those held out, each in the rows' order, of [n] u64 groups.
+
+    A group falls on one side. Held out are the groups of the lowest hashes, as many as together hold at most
+    `eval_share` of the rows, but at least one group; none where `eval_share` is 0 or there is one group only.
+    """
+    import numpy
+
+    distinct, sizes = numpy.unique(groups, return_counts=True)
+    chosen = []
+    if eval_share > 0 and len(distinct) > 1:
+        room = round(eval_share * len(groups))
+        for group, size in zip(distinct[:-1].tolist(), sizes[:-1].tolist(), strict=True):
+            if size <= room:
+                chosen.append(group)
+                room -= size
+            if not room:
+                break
+        chosen = chosen or [int(distinct[0])]
+    held_out = numpy.isin(groups, numpy.array(chosen, dtype="<u8"))
+    return numpy.flatnonzero(~held_out), numpy.flatnonzero(held_out)
 
 
 def prompt_messages(row: Row) -> list[dict[str, Any]]:
@@ -128,14 +162,30 @@ def prompt_messages(row: Row) -> list[dict[str, Any]]:
     return messages[:last]
 
 
-def prompt_hash(row: Row) -> bytes:
-    """The same 16 bytes for rows of the same prompt, on every machine."""
-    return hashlib.sha256(canonical_json(prompt_messages(row))).digest()[:16]
+def prompt_group(row: Row) -> int:
+    """The same 64 bits for rows whose prompts differ in nothing but case, spacing and punctuation."""
+    said = spoken(prompt_messages(row))
+    if said.isascii():
+        return text_hash(said.encode().lower().translate(None, _UNSPOKEN_ASCII))
+    return text_hash(_UNSPOKEN.sub("", unicodedata.normalize("NFKC", said).casefold()).encode())
+
+
+def spoken(messages: list[dict[str, Any]]) -> str:
+    """Who says what in `messages`, as one text."""
+    return "\0".join([f"{message['role']}\0{message['content']}" for message in messages])
+
+
+def text_hash(text: bytes) -> int:
+    """64 bits of a hash, never 0."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
 
 
 def canonical_json(value: Any) -> bytes:
     """The one form in which a value is hashed: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # integers beyond 64 bits; what is no text is then a UnicodeEncodeError
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.data.dataset import Row
+from appliance.data.dataset import Kind, Row
 
 Message = dict[str, Any]
 Parts = dict[str, list[Message]]
@@ -26,6 +26,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_SPEAKER = {"role", "from"}
 _MAY_FOLLOW = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 
 
@@ -40,7 +41,8 @@ class Dropped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Canonical:
-    """A record as a row: OpenAI-style `messages`, or `prompt`, `chosen` and `rejected` as lists of such messages.
+    """A record as a row: OpenAI-style `messages`; or `prompt`, `chosen` and `rejected` as lists of such messages; or
+    `prompt` and `completion` as such lists, with a `label` that says whether the completion is wanted.
 
     `trimmed` says that white space was taken off around an answer: a header that runs into it would be tokenised
     otherwise in training than in use.
@@ -64,6 +66,8 @@ def to_canonical(value: Any, format: str | None = None) -> Canonical:
     parts = _CONVERT[found](value)
     row: Row = {part: _trimmed(messages) for part, messages in parts.items()}
     trimmed = row != parts
+    if "completion" in row:
+        row["label"] = _verdict(value)
     if tools := _tools(value.get("tools")):
         row["tools"] = tools
     return Canonical(found, row, trimmed)
@@ -71,7 +75,9 @@ def to_canonical(value: Any, format: str | None = None) -> Canonical:
 
 def detect(value: Mapping[str, Any]) -> str | None:
     """The format whose keys `value` has; None: of no known format."""
-    return next((name for name, keys in _REQUIRED.items() if all(key in value for key in keys)), None)
+    found = next((name for name, keys in _REQUIRED.items() if all(key in value for key in keys)), None)
+    judged = found in ("openai", "completion") and _verdict(value) is not None
+    return "unpaired" if judged else found
 
 
 def _alpaca(value: Mapping[str, Any]) -> Parts:
@@ -107,7 +113,6 @@ def _turns(value: Mapping[str, Any]) -> Parts:
 
 
 def _openai(value: Mapping[str, Any]) -> Parts:
-    _check_unjudged(value)
     return _conversation(_messages(value["messages"], "messages"))
 
 
@@ -131,13 +136,14 @@ def _shared_prompt(one: list[Message], other: list[Message]) -> list[Message]:
 
 
 def _completion(value: Mapping[str, Any]) -> Parts:
-    _check_unjudged(value)
     prompt = _system(value) + _spoken("user", value["prompt"], "prompt")
     return _conversation(prompt + _after(prompt, _spoken("assistant", value["completion"], "completion")))
 
 
 def _conversation(messages: list[Message]) -> Parts:
     _check_order(messages)
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise Dropped("nothing_to_train", "every answer has the weight 0")
     return {"messages": messages}
 
 
@@ -156,15 +162,31 @@ def _preference_row(prompt: list[Message], value: Mapping[str, Any]) -> Parts:
     return {"prompt": prompt, **answers}
 
 
-def _check_unjudged(value: Mapping[str, Any]) -> None:
-    """Raise Dropped for a row of KTO: an answer with a verdict, which trained on as it is would teach the bad ones."""
-    if str(value.get("label")).lower() in ("true", "false", "1", "0"):
-        raise Dropped("unpaired_preference", "`label` judges the answer; only pairs of answers can be trained on")
+def _unpaired(value: Mapping[str, Any]) -> Parts:
+    if _verdict(value) is None:
+        raise Dropped("bad_label", f"`label` is {value['label']!r:.40}, neither true nor false")
+    if "messages" in value:
+        messages = _openai(value)["messages"]
+    elif "prompt" in value and "completion" in value:
+        messages = _completion(value)["messages"]
+    else:
+        raise Dropped("unknown_format", "beside `label` it has neither `messages` nor `prompt` and `completion`")
+    start = max(index for index, message in enumerate(messages) if message["role"] == "user") + 1
+    return {"prompt": messages[:start], "completion": messages[start:]}
+
+
+def _verdict(value: Mapping[str, Any]) -> bool | None:
+    """Whether `label` calls the answer wanted; None where it is no such judgement."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value.get("label")).lower())
 
 
 def _spoken(role: str, value: Any, key: str) -> list[Message]:
-    """Messages given as a text that `role` says, or as messages."""
-    return [_said(role, value, key)] if isinstance(value, str) else _messages(value, key)
+    """Messages given as a text that `role` says, or as messages, or as the JSON of messages."""
+    if isinstance(value, str):
+        held = _from_json(value) if value.lstrip().startswith("[{") else None
+        if not isinstance(held, list) or not all(isinstance(item, dict) and item.keys() & _SPEAKER for item in held):
+            return [_said(role, value, key)]
+    return _messages(value, key)
 
 
 def _after(prompt: list[Message], messages: list[Message]) -> list[Message]:
@@ -179,6 +201,7 @@ _CONVERT: dict[str, Callable[[Mapping[str, Any]], Parts]] = {
     "turns": _turns,
     "alpaca": _alpaca,
     "completion": _completion,
+    "unpaired": _unpaired,
 }
 _REQUIRED = {
     "sharegpt": ("conversations",),
@@ -187,6 +210,7 @@ _REQUIRED = {
     "turns": ("conversation",),
     "alpaca": ("instruction", "output"),
     "completion": ("prompt", "completion"),
+    "unpaired": ("label",),
 }
 FORMATS = tuple(_CONVERT)
 """Names of the formats, in the order in which they are tried."""
@@ -237,6 +261,11 @@ def _message(item: Any, key: str) -> Message:
     message = _said(role, content, key)
     if role == "assistant" and item.get("tool_calls"):
         message["tool_calls"] = _tool_calls(item["tool_calls"])
+    if role == "assistant" and item.get("weight") is not None:
+        if item["weight"] not in (0, 1):
+            raise Dropped("bad_weight", f"`weight` is {item['weight']!r:.40}, and can be 0 or 1")
+        if item["weight"] == 0:
+            message["weight"] = 0
     for field in ("name", "tool_call_id"):
         if isinstance(item.get(field), str):
             message[field] = item[field]
@@ -302,6 +331,11 @@ def _trimmed(messages: list[Message]) -> list[Message]:
         {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message
         for message in messages
     ]
+
+
+def kind_of(row: Row) -> Kind:
+    """What a canonical row can be trained by."""
+    return "messages" if "messages" in row else "preference" if "chosen" in row else "unpaired"
 
 
 def shown_keys(value: Mapping[str, Any]) -> str:

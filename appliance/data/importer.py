@@ -1,138 +1,201 @@
-"""Importing a file: every row kept, or dropped for a reason; a whole dataset on disk, or none.
+"""Importing files: every row kept, or dropped for a reason; a whole dataset on disk, or none.
 
-The daemon runs it as a process: `python -m appliance.data.importer SOURCE FILENAME NAME HOME_ROOT RESULT_JSON`.
+The daemon runs it as a process: `python -m appliance.data.importer HOME_ROOT REQUEST_JSON RESULT_JSON`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
+import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
+from pydantic import BaseModel
+
+from appliance.data.account import SHOWN, Account, findings, place_name, stream_report
 from appliance.data.columns import ColumnMap
-from appliance.data.dataset import OFFSETS, REPORT, ROWS, SOURCE, RowWriter, canonical_json
+from appliance.data.dataset import ENTRY_FIELDS, INDEX, REPORT, ROWS, SOURCE, Rows, RowWriter, canonical_json, prompt_group, split
 from appliance.data.formats import FORMATS, Canonical, Dropped, to_canonical
-from appliance.data.readers import Record, read_records
+from appliance.data.private import find_private, private_kinds, redact
+from appliance.data.readers import Damaged, IsRow, Record, read_records
+from appliance.data.repeats import Repeats, Repetition
+from appliance.data.tokens import TokenCount
 from appliance.errors import ApplianceError, InvalidInput
-from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_json
+from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_atomic, write_json
+
+DROPS_RETURNED = 1000
+"""Drops that a report carries when it is sent; report.json on disk has all."""
+_EVAL_SHARE = 0.1
+_SCRATCH_SHARE = 3
+"""Space for the rows, what is noted of each while they are read, and the report, in sizes of the files."""
 
 
-def import_file(
-    source: Path, filename: str, name: str, home: Home, format: str | None = None, columns: str | None = None
-) -> dict[str, Any]:
-    """Import the file at `source`, which its owner calls `filename`, and return the report.
+class Source(BaseModel):
+    """A file to import: where it lies, and what its owner calls it."""
 
-    `columns` renames the rows' keys, as ColumnMap says. Where a dataset of the same rows exists, it stays as it is.
+    path: Path
+    filename: str
+
+
+class Request(BaseModel):
+    """What to import, and how."""
+
+    files: list[Source]
+    name: str
+    format: str | None = None
+    columns: str | None = None
+    """Renames the rows' keys, as ColumnMap says."""
+    base: Path | None = None
+    """Directory of the base model by whose tokenizer tokens are counted."""
+    max_length: int | None = None
+    """Tokens a row may have in the recipe that the dataset is meant for."""
+    salvage: bool = False
+    """Keep the whole records of a damaged file."""
+    redact: bool = False
+    """Put placeholders in the place of secrets and e-mail addresses."""
+
+
+def import_files(request: Request, home: Home) -> dict[str, Any]:
+    """Import and return the report. Where a dataset of the same rows exists, only its report changes.
+
     Raises InvalidInput for a file, a name, a format or a column map that cannot be used, and NoSpace.
     """
-    if not re.match(NAME_PATTERN, name):
+    if not re.match(NAME_PATTERN, request.name):
         raise InvalidInput(
-            "bad_name", f"a dataset cannot be called {name!r}", "name it with letters, digits, dots and dashes (--name)"
+            "bad_name",
+            f"a dataset cannot be called {request.name!r}",
+            "name it with letters, digits, dots and dashes (--name)",
         )
-    if format is not None and format not in FORMATS:
-        raise InvalidInput("bad_format", f"there is no format {format!r}", f"choose one of {', '.join(FORMATS)}")
-    column_map = ColumnMap(columns) if columns is not None else None
-    filename = filename.encode(errors="replace").decode()
-    if not source.is_file():
-        raise InvalidInput("unreadable_file", f"{filename} is not a file", "name a file")
-    require_space(home.datasets, 2 * source.stat().st_size, "the import")
+    if request.format is not None and request.format not in FORMATS:
+        raise InvalidInput(
+            "bad_format", f"there is no format {request.format!r}", f"choose one of {', '.join(FORMATS)}"
+        )
+    for file in request.files:
+        if not file.path.is_file():
+            raise InvalidInput("unreadable_file", f"{file.filename} is not a file", "name a file")
+    size = sum(file.path.stat().st_size for file in request.files)
+    require_space(home.datasets, _SCRATCH_SHARE * size, "the import")
     try:
-        with tempfile.TemporaryDirectory(dir=home.incoming) as scratch:
-            with RowWriter.into(Path(scratch)) as writer:
-                records = read_records(source, filename)
-                account = _import_rows(records, filename, format, column_map, writer)
-            if column_map and account.rows_in:
-                column_map.check(filename)
-            account.check(filename)
-            report = {"id": writer.id, "name": name, **account.report()}
-            _keep(Path(scratch), home.datasets / writer.id, report, _provenance(source, filename))
+        with tempfile.TemporaryDirectory(dir=home.incoming) as scratch, contextlib.ExitStack() as stack:
+            return _Import(request, Path(scratch), stack).run(home)
     except OSError as error:
         raise disk_error(error, home.root) from error
-    return report
 
 
-@dataclass
-class _Account:
-    """What became of the rows so far."""
+class _Import:
+    """One import, its files half-made in `scratch`."""
 
-    rows_in: int = 0
-    kept: int = 0
-    duplicates: int = 0
-    trimmed: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    kinds: dict[str, str] = field(default_factory=dict)
-    """Kinds of rows seen, each with the place of its first."""
-    drops: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, request: Request, scratch: Path, stack: contextlib.ExitStack) -> None:
+        self.request = request
+        self.scratch = scratch
+        self.columns = ColumnMap(request.columns) if request.columns is not None else None
+        self.account = Account(stack.enter_context(open(scratch / "drops", "wb")))
+        self.repetition = Repetition(scratch, stack)
+        self.tokens = TokenCount(request.base) if request.base else None
+        if self.tokens:
+            stack.callback(self.tokens.close)
 
-    def check(self, filename: str) -> None:
-        """Raise InvalidInput where the rows make no dataset."""
-        if not self.rows_in:
-            raise InvalidInput("no_rows", f"{filename} holds no rows", "choose a file with rows in it")
-        if not self.kept:
-            first = self.drops[0]
-            raise InvalidInput(
-                "no_rows_kept",
-                f"none of the {self.rows_in} rows of {filename} can be used; the first, {_place(first)}: "
-                f"{first['reason']}",
-                f"mend the rows, name their format (--format {'|'.join(FORMATS)}) or their columns (--map)",
-            )
-        if len(self.kinds) > 1:
-            places = " and ".join(f"{kind} rows (first at {place})" for kind, place in self.kinds.items())
-            raise InvalidInput("mixed_kinds", f"{filename} holds {places}", "put each kind into a file of its own")
+    def run(self, home: Home) -> dict[str, Any]:
+        names = ", ".join(_shown(file.filename) for file in self.request.files[:3])
+        names += f" and {len(self.request.files) - 3} more" if len(self.request.files) > 3 else ""
+        with RowWriter.into(self.scratch) as writer:
+            for file in self.request.files:
+                self._read(file, writer)
+        if self.columns and self.account.rows_in:
+            self.columns.check(names)
+        self.account.check(names)
+        report = {"id": writer.id, "name": self.request.name, **self.account.figures()}
+        index = numpy.fromfile(self.scratch / INDEX, ENTRY_FIELDS)
+        repeats = self.repetition.finish(index["group"])
+        index["group"] = repeats.groups
+        index.tofile(self.scratch / INDEX)
+        report |= self._repeats(repeats, index)
+        if self.tokens:
+            report["tokens"] = self.tokens.figures(self.request.max_length)
+        report["findings"] = findings(report, self.account, self.request.redact)
+        self.account.drops.flush()
+        stream_report(report, self.scratch / "drops", self.scratch / REPORT)
+        provenance = {"files": [_provenance(file) for file in self.request.files]}
+        _keep(self.scratch, home.datasets / writer.id, provenance)
+        with open(self.scratch / "drops", "rb") as drops:
+            shown = [json.loads(line) for line, _ in zip(drops, range(DROPS_RETURNED), strict=False)]
+        return {**report, "drops": shown}
 
-    def report(self) -> dict[str, Any]:
-        """The report of an account that passed `check`: rows_in == kept + dropped + duplicates."""
-        findings = []
-        if self.trimmed:
-            message = f"{self.trimmed} rows had white space around an answer; it was taken off"
-            findings.append({"level": "note", "code": "trimmed_answers", "message": message})
-        return {
-            "format": dict(self.formats),
-            "kind": next(iter(self.kinds)),
-            "rows_in": self.rows_in,
-            "kept": self.kept,
-            "dropped": len(self.drops),
-            "duplicates": self.duplicates,
-            "drops": self.drops,
-            "findings": findings,
-        }
+    def _read(self, file: Source, writer: RowWriter) -> None:
+        """Write the rows of a file, each once."""
+        filename = _shown(file.filename)
+        among = {"file": filename} if len(self.request.files) > 1 else {}
+        for record in read_records(file.path, filename, self._is_row if self.request.salvage else None):
+            self.account.rows_in += 1
+            place = {**record.place, **among}
+            if isinstance(record, Damaged):
+                lost = f"{record.bytes} bytes were lost" if record.bytes is not None else "all after it was lost"
+                self.account.drop(place, Dropped("damaged", f"{record.error.message}; {lost}"))
+                continue
+            try:
+                self._take(record, place, filename, writer)
+            except Dropped as drop:
+                self.account.drop(place, drop)
 
-
-def _import_rows(
-    records: Iterator[Record], filename: str, format: str | None, column_map: ColumnMap | None, writer: RowWriter
-) -> _Account:
-    """Write the rows that `records` are, each once."""
-    account = _Account()
-    seen: set[bytes] = set()
-    for record in records:
-        account.rows_in += 1
+    def _is_row(self, value: Any) -> bool:
         try:
-            value = column_map.rename(record.value) if column_map else record.value
-            found = to_canonical(value, format)
-            canonical = _canonical_bytes(found)
-        except Dropped as drop:
-            account.drops.append({**record.place, "code": drop.code, "reason": drop.reason})
-            continue
-        account.formats[found.format] += 1
-        account.kinds.setdefault("preference" if "prompt" in found.row else "messages", _place(record.place))
-        account.trimmed += found.trimmed
+            to_canonical(self._renamed(value), self.request.format)
+        except Dropped:
+            return False
+        return True
+
+    def _renamed(self, value: Any) -> Any:
+        return self.columns.rename(value) if self.columns else value
+
+    def _take(self, record: Record, place: dict[str, Any], filename: str, writer: RowWriter) -> None:
+        value = self._renamed(record.value)
+        found = to_canonical(value, self.request.format)
+        row, canonical = found.row, _canonical_bytes(found)
+        if kinds := private_kinds(canonical):
+            private = find_private(row, kinds)
+            if private:
+                self.account.private += private
+                if len(self.account.private_rows) < SHOWN:
+                    self.account.private_rows.append(place_name(place))
+                if self.request.redact:
+                    row = redact(row, kinds)
+                    canonical = canonical_json(row)
+        self.account.recognise(place, value, found)
         digest = hashlib.sha256(canonical).digest()[:16]
-        if digest in seen:
-            account.duplicates += 1
-            continue
-        seen.add(digest)
-        writer.add(found.row, canonical, {"file": filename, **record.place})
-        account.kept += 1
-    return account
+        if not self.repetition.is_new(digest):
+            self.account.duplicates += 1
+            return
+        writer.add(canonical, digest, prompt_group(row), {"file": filename, **record.place})
+        self.repetition.add(row)
+        if self.tokens:
+            self.tokens.add(row, canonical)
+        self.account.kept += 1
+
+    def _repeats(self, repeats: Repeats, index: Any) -> dict[str, Any]:
+        """The figures of repeated rows, with examples by their places in the files."""
+        rows = Rows(self.scratch)
+        train, held_out = split(index["group"], _EVAL_SHARE)
+        both = numpy.isin(repeats.questions[held_out], repeats.questions[train])
+
+        def place(row: int) -> str:
+            where = rows[row]["source"]
+            return place_name(where if len(self.request.files) > 1 else {**where, "file": ""})
+
+        return {
+            "near_duplicates": repeats.near,
+            "near": [[place(one), place(other), round(share, 2)] for one, other, share in repeats.pairs],
+            "conflicts": repeats.conflicts,
+            "conflicting": [place(row) for row in repeats.conflicting],
+            "questions_on_both_sides": int(both.sum()),
+        }
 
 
 def _canonical_bytes(found: Canonical) -> bytes:
@@ -144,15 +207,16 @@ def _canonical_bytes(found: Canonical) -> bytes:
         raise Dropped("too_deep", "it is nested too deeply") from None
 
 
-def _keep(scratch: Path, final: Path, report: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Make the directory of a dataset from the rows in `scratch`, unless there is one."""
+def _keep(scratch: Path, final: Path, provenance: dict[str, Any]) -> None:
+    """Make the directory of a dataset from the files in `scratch`; one that is there gets the newer report."""
     with _one_at_a_time(final.parent):
         if final.exists():
+            write_atomic(final / REPORT, (scratch / REPORT).read_bytes())
+            write_json(final / SOURCE, provenance)
             return
         with building(final) as directory:
-            for file in (ROWS, OFFSETS):
+            for file in (ROWS, INDEX, REPORT):
                 os.rename(scratch / file, directory / file)
-            write_json(directory / REPORT, report)
             write_json(directory / SOURCE, provenance)
 
 
@@ -167,36 +231,26 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _provenance(source: Path, filename: str) -> dict[str, Any]:
-    with open(source, "rb") as file:
+def _provenance(source: Source) -> dict[str, Any]:
+    with open(source.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": filename, "bytes": source.stat().st_size, "sha256": digest}
+    return {"path": _shown(source.filename), "bytes": source.path.stat().st_size, "sha256": digest}
 
 
-def _place(where: dict[str, Any]) -> str:
-    return f"line {where['line']}" if "line" in where else f"index {where['index']}"
+def _shown(filename: str) -> str:
+    return filename.encode(errors="replace").decode()
 
 
-def main() -> None:
-    """Import as the arguments say; what came of it is in RESULT_JSON as {"report"} or {"problem"}."""
-    parser = argparse.ArgumentParser(prog="python -m appliance.data.importer")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("filename")
-    parser.add_argument("name")
-    parser.add_argument("home_root", type=Path)
-    parser.add_argument("result_json", type=Path)
-    parser.add_argument("--format")
-    parser.add_argument("--map", dest="columns")
-    given = parser.parse_args()
+def main(home_root: Path, request: Path, result: Path) -> None:
+    """Import as the file `request` says; what came of it is in `result` as {"report"} or {"problem"}."""
     try:
-        home = Home(given.home_root)
-        report = import_file(given.source, given.filename, given.name, home, given.format, given.columns)
+        report = import_files(Request.model_validate_json(request.read_bytes()), Home(home_root))
         outcome: dict[str, Any] = {"report": report}
     except ApplianceError as error:
         problem = {"code": error.code, "message": error.message, "next": error.next, "status": error.status}
         outcome = {"problem": problem}
-    write_json(given.result_json, outcome)
+    write_json(result, outcome)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from appliance.data.text import SourceText
@@ -17,21 +18,23 @@ _LONGEST_TOKEN = 16
 """No token but a string or a number is longer: a fault this near to the end of a piece may be a token cut in two."""
 
 
-def parse_line(source: SourceText, text: str, line: int, byte: int) -> Any:
+def parse_line(source: SourceText, line: bytes, number: int, byte: int) -> Any:
     """The value of one line, which begins at that byte. Raises InvalidInput."""
+    text = source.decoded(byte, line).rstrip("\r\n")
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        place = (line, error.pos + 1, byte + source.width(text[: error.pos]))
+        place = (number, error.pos + 1, byte + source.width(text[: error.pos]))
         raise _malformed(source, place, error.msg, "mend it there") from None
     except (RecursionError, ValueError) as error:
-        raise _unholdable(source, (line, 1, byte), error) from None
+        raise _unholdable(source, (number, 1, byte), error) from None
 
 
-def read_rows(source: SourceText) -> Iterator[Any]:
+def read_rows(source: SourceText, is_row: Callable[[Any], bool] | None = None) -> Iterator[Any]:
     """The items of the array that the file is, or of the one array in the object that it is; none of an empty file.
 
-    At any time one item is held, with what of the file has been read beside it. Raises InvalidInput.
+    At any time one item is held, with what of the file has been read beside it. Raises InvalidInput; with `is_row`,
+    which knows a row when it sees one, a Gap is yielded for a damaged stretch, and reading goes on at the next row.
     """
     scanner = _Scanner(source)
     arrays: list[str] = []
@@ -40,14 +43,14 @@ def read_rows(source: SourceText) -> Iterator[Any]:
             return
         case "[":
             arrays.append("")
-            yield from _items(scanner)
+            yield from _items(scanner, is_row)
         case "{":
             for key in _keys(scanner):
                 if scanner.peek() != "[":
                     scanner.value()
                     continue
                 arrays.append(key)
-                for item in _items(scanner):
+                for item in _items(scanner, is_row):
                     if len(arrays) == 1:
                         yield item
         case _:
@@ -63,16 +66,32 @@ def read_rows(source: SourceText) -> Iterator[Any]:
         )
 
 
-def _items(scanner: _Scanner) -> Iterator[Any]:
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A damaged stretch of an array, between two whole rows."""
+
+    error: InvalidInput
+    byte: int
+    bytes: int
+
+
+def _items(scanner: _Scanner, is_row: Callable[[Any], bool] | None) -> Iterator[Any]:
     scanner.skip()
     if scanner.peek() == "]":
         scanner.skip()
         return
-    while True:
-        yield scanner.value()
-        if scanner.goes_on("]"):
-            continue
-        return
+    goes_on = True
+    while goes_on:
+        try:
+            yield scanner.value()
+            goes_on = scanner.goes_on("]")
+        except InvalidInput as error:
+            if is_row is None:
+                raise
+            begin = scanner.byte()
+            if not scanner.seek(is_row):
+                raise
+            yield Gap(error, begin, scanner.byte() - begin)
 
 
 def _keys(scanner: _Scanner) -> Iterator[str]:
@@ -101,8 +120,12 @@ class _Scanner:
         self._pieces = source.pieces()
         self._text = ""
         self._at = 0
+        self._began = 0
+        """Where the last value began."""
         self._start = (1, 1, source.start)
         """Line, column and byte at which the held text begins."""
+        self._fault: InvalidInput | None = None
+        """Why the file cannot be read to its end."""
 
     def peek(self) -> str:
         """The next character that is not blank; empty at the end."""
@@ -113,6 +136,32 @@ class _Scanner:
                 return self._text[self._at]
             if not self._read_more():
                 return ""
+
+    def byte(self) -> int:
+        """Where in the file the scanner is."""
+        return self._place(self._at)[2]
+
+    def seek(self, is_row: Callable[[Any], bool]) -> bool:
+        """Go to the next object that is a row. False where there is none; raises InvalidInput where the file breaks."""
+        while True:
+            begin = self._text.find("{", self._at + 1)
+            if begin < 0:
+                self._at = len(self._text)
+                if not self._read_more():
+                    return False
+                self._at = -1
+                continue
+            self._at = begin
+            try:
+                row = self.value()
+            except InvalidInput as error:
+                if error is self._fault:
+                    raise
+                continue
+            if is_row(row):
+                self._at = self._began
+                return True
+            self._at = self._began
 
     def skip(self) -> None:
         """Go past one character."""
@@ -141,7 +190,7 @@ class _Scanner:
                 raise _unholdable(self._source, self._place(self._at), error) from None
             if isinstance(value, int | float) and self._near_the_end(end) and self._read_more():
                 continue
-            self._at = end
+            self._began, self._at = self._at, end
             return value
 
     def malformed(self, fault: str, next: str = "mend it there", at: int | None = None) -> InvalidInput:
@@ -152,18 +201,26 @@ class _Scanner:
         return position > len(self._text) - _LONGEST_TOKEN
 
     def _read_more(self) -> bool:
-        """Read at least as much again as is held, so that a long value is not parsed over and over."""
+        """Read at least as much again as is held, so that a long value is not parsed over and over.
+
+        Raises InvalidInput where the file cannot be read further, once all that came before has been handed out.
+        """
         held = len(self._text) - self._at
         pieces, size = [], 0
-        for piece in self._pieces:
-            pieces.append(piece)
-            size += len(piece)
-            if size > held:
-                break
+        try:
+            for piece in self._pieces:
+                pieces.append(piece)
+                size += len(piece)
+                if size > held:
+                    break
+        except InvalidInput as fault:
+            self._fault = fault
         if size:
             self._start = self._place(self._at)
             self._text = "".join([self._text[self._at :], *pieces])
             self._at = 0
+        elif self._fault:
+            raise self._fault
         return size > 0
 
     def _place(self, position: int) -> tuple[int, int, int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.data.json_text import parse_line, read_rows
+from appliance.data.json_text import Gap, parse_line, read_rows
 from appliance.data.parquet import read_parquet
 from appliance.data.text import COMPRESSED, SourceText
 from appliance.errors import InvalidInput
@@ -18,7 +18,7 @@ _LONGEST_CELL = 1 << 26
 """Characters; a quote that nothing closes takes the rest of the file into one cell."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """One value of a source. `place` is {"line": from 1} in JSON Lines and tables, {"index": from 0} elsewhere."""
 
@@ -26,66 +26,129 @@ class Record:
     value: Any
 
 
-def read_records(path: Path, filename: str) -> Iterator[Record]:
+@dataclass(slots=True)
+class Damaged:
+    """A stretch of a source that holds no whole record; `bytes` None: all that is left of it."""
+
+    place: dict[str, int]
+    error: InvalidInput
+    bytes: int | None
+
+
+IsRow = Callable[[Any], bool]
+
+
+def read_records(path: Path, filename: str, is_row: IsRow | None = None) -> Iterator[Record | Damaged]:
     """The records of the file at `path`, read as the extensions of `filename` say, in their order.
 
     Raises InvalidInput for an unknown extension, a file that cannot be read, damaged or truncated compression, bytes
-    that are no text, and what is malformed, with its place. Blank lines are no records.
+    that are no text, and what is malformed, with its place. With `is_row`, which knows a row when it sees one, damage
+    is yielded instead, and what is whole after it is read. Blank lines are no records.
     """
-    *_, inner, outer = ["", "", *(suffix.lower() for suffix in Path(filename).suffixes)]
     try:
-        match inner if outer in COMPRESSED else outer:
-            case ".jsonl" | ".ndjson":
-                yield from _json_lines(SourceText(path, filename))
-            case ".json":
-                rows = read_rows(SourceText(path, filename))
-                yield from (Record({"index": index}, value) for index, value in enumerate(rows))
-            case ".csv" | ".tsv" as kind:
-                yield from _table(SourceText(path, filename), _DELIMITERS[kind])
-            case ".parquet" if outer == ".parquet":
-                rows = read_parquet(path, filename)
-                yield from (Record({"index": index}, value) for index, value in enumerate(rows))
-            case _:
-                raise InvalidInput(
-                    "unknown_file_type",
-                    f"{filename} is not of a kind that can be read, by its name",
-                    "use .jsonl, .json, .csv or .tsv (each also as .gz or .zst) or .parquet",
-                )
+        for record in _records(path, filename, is_row):
+            if isinstance(record, Damaged) and is_row is None:
+                raise record.error
+            yield record
     except OSError as error:
         raise InvalidInput("unreadable_file", f"cannot read {filename}: {error.strerror}", "check the path") from None
 
 
-def _json_lines(source: SourceText) -> Iterator[Record]:
-    for number, (byte, line) in enumerate(source.lines(), 1):
-        if line.strip():
-            yield Record({"line": number}, parse_line(source, line.rstrip("\r\n"), number, byte))
+def _records(path: Path, filename: str, is_row: IsRow | None) -> Iterator[Record | Damaged]:
+    *_, inner, outer = ["", "", *(suffix.lower() for suffix in Path(filename).suffixes)]
+    match inner if outer in COMPRESSED else outer:
+        case ".jsonl" | ".ndjson":
+            return _json_lines(SourceText(path, filename))
+        case ".json":
+            return _indexed(read_rows(SourceText(path, filename), is_row))
+        case ".csv" | ".tsv" as kind:
+            return _table(SourceText(path, filename), _DELIMITERS[kind])
+        case ".parquet" if outer == ".parquet":
+            return _indexed(read_parquet(path, filename))
+    raise InvalidInput(
+        "unknown_file_type",
+        f"{filename} is not of a kind that can be read, by its name",
+        "use .jsonl, .json, .csv or .tsv (each also as .gz or .zst) or .parquet",
+    )
 
 
-def _table(source: SourceText, delimiter: str) -> Iterator[Record]:
+def _json_lines(source: SourceText) -> Iterator[Record | Damaged]:
+    number = 0
+    try:
+        for number, (byte, line) in enumerate(source.lines(), 1):
+            if line.isspace():
+                continue
+            try:
+                yield Record({"line": number}, parse_line(source, line, number, byte))
+            except InvalidInput as error:
+                yield Damaged({"line": number, "byte": byte}, error, len(line))
+    except InvalidInput as error:
+        yield Damaged({"line": number + 1}, error, None)
+
+
+def _indexed(values: Iterator[Any]) -> Iterator[Record | Damaged]:
+    """Values with their indices; a gap between them has one too."""
+    index = -1
+    try:
+        for index, value in enumerate(values):
+            if isinstance(value, Gap):
+                yield Damaged({"index": index, "byte": value.byte}, value.error, value.bytes)
+            else:
+                yield Record({"index": index}, value)
+    except InvalidInput as error:
+        yield Damaged({"index": index + 1}, error, None)
+
+
+def _table(source: SourceText, delimiter: str) -> Iterator[Record | Damaged]:
     """Each row after the header as an object of texts, at the line on which it begins."""
     csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader((line for _, line in source.lines()), delimiter=delimiter, strict=True)
+    lines = _Lines(source)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
-        line = reader.line_num + 1
+        line = lines.count + 1
         try:
             cells = next(reader, None)
-        except csv.Error as error:
-            raise _malformed(source, line, str(error), "quote cells that hold quotes or line breaks") from None
-        if cells is None:
-            return
-        if not cells:
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if header and len(cells) != len(header):
+                fault = f"{len(cells)} cells under a header of {len(header)}"
+                raise _malformed(source, line, fault, "mend the row, or quote cells that hold the delimiter")
+        except (csv.Error, InvalidInput) as error:
+            if isinstance(error, csv.Error):
+                error = _malformed(source, line, str(error), "quote cells that hold quotes or line breaks")
+            if not header:
+                raise error from None
+            yield Damaged({"line": line}, error, lines.bytes)
+            lines.bytes = 0
             continue
-        if not header:
-            header = cells
-            if repeated := sorted({name for name in header if header.count(name) > 1}):
-                fault = f"its header has the column {repeated[0]!r} more than once"
-                raise _malformed(source, line, fault, "rename the columns")
-        elif len(cells) != len(header):
-            fault = f"{len(cells)} cells under a header of {len(header)}"
-            raise _malformed(source, line, fault, "mend the row, or quote cells that hold the delimiter")
-        else:
+        if header:
             yield Record({"line": line}, dict(zip(header, cells, strict=True)))
+            lines.bytes = 0
+            continue
+        header = cells
+        if repeated := sorted({name for name in header if header.count(name) > 1}):
+            fault = f"its header has the column {repeated[0]!r} more than once"
+            raise _malformed(source, line, fault, "rename the columns")
+
+
+class _Lines(Iterator[str]):
+    """The lines of a source as text. One that is none is an error, after which the next can be read."""
+
+    def __init__(self, source: SourceText) -> None:
+        self._source = source
+        self._lines = source.lines()
+        self.count = 0
+        self.bytes = 0
+        """Bytes of the lines since the reader of rows has set it to 0."""
+
+    def __next__(self) -> str:
+        byte, line = next(self._lines)
+        self.count += 1
+        self.bytes += len(line)
+        return self._source.decoded(byte, line)
 
 
 def _malformed(source: SourceText, line: int, fault: str, next: str) -> InvalidInput:

@@ -30,17 +30,18 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Tools = No
 
 
 def render_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> Rendered:
-    """Token ids of `messages`; trained are each assistant turn's text and its end-of-turn token.
+    """Token ids of `messages`; trained are each assistant turn's text and its end-of-turn token,
+    but of turns whose weight is 0.
 
     A turn begins where the prompt of the messages before it ends: exactly what the model is given when it has
     to answer. Raises InvalidInput where the template refuses the messages, where that prompt is not a prefix
     of the whole, or where the turn does not decode to its text followed by an end-of-turn token.
     """
     ids = _encode(tokenizer, messages, tools, add_generation_prompt=False)
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     trained = [False] * len(ids)
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == 0:
             continue
         prompt = render_prompt(tokenizer, messages[:index], tools)
         start = len(prompt)
@@ -119,7 +120,8 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return text
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokens that are no text: those of the template, and others of the kind."""
     added = tokenizer.added_tokens_decoder
     return frozenset(tokenizer.all_special_ids) | {token for token, about in added.items() if about.special}
 

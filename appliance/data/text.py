@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from appliance.errors import InvalidInput
 
 COMPRESSED = (".gz", ".zst")
 
 _CHUNK = 1 << 20
+_PACKED_CHUNK = 1 << 16
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -67,20 +68,35 @@ class SourceText:
                 raise self._not_text(byte + self.width(before), 0)
             yield text
 
-    def lines(self) -> Iterator[tuple[int, str]]:
-        """Each line with its newline, and the byte at which it begins. Only a line feed ends a line."""
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Each line as UTF-8 with its newline, and the byte at which it begins. Only a line feed ends a line.
+
+        Those of a file in UTF-8 are as they are in it; `decoded` says whether one is text.
+        """
+        raw = self._encoding == "utf-8"
+        chunks = chain([self._head], self._chunks) if raw else (piece.encode() for piece in self.pieces())
         byte = self.start
-        held: list[str] = []
-        for piece in self.pieces():
-            first, *following = piece.split("\n")
+        held: list[bytes] = []
+        for chunk in chunks:
+            first, *following = chunk.split(b"\n")
             held.append(first)
             for beginning in following:
-                line = "".join([*held, "\n"])
+                line = b"".join([*held, b"\n"])
                 yield byte, line
-                byte += self.width(line)
+                byte += len(line) if raw else self.width(line.decode())
                 held = [beginning]
-        if rest := "".join(held):
+        if rest := b"".join(held):
             yield byte, rest
+
+    def decoded(self, byte: int, line: bytes) -> str:
+        """The text of a line that begins at that byte. Raises InvalidInput where it is none."""
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise self._not_text(byte + error.start, line[error.start]) from None
+        if "\0" in text:
+            raise self._not_text(byte + self.width(text.partition("\0")[0]), 0)
+        return text
 
     def _not_text(self, byte: int, value: int) -> InvalidInput:
         return InvalidInput(
@@ -104,12 +120,36 @@ def _plain(path: Path, filename: str) -> Iterator[bytes]:
 
 
 def _gzip(path: Path, filename: str) -> Iterator[bytes]:
-    with gzip.open(path, "rb") as file:
+    """As gzip.open, but what comes before a fault is handed out before it is raised."""
+    with open(path, "rb") as file:
+        member, packed = None, b""
+        while packed := packed or file.read(_PACKED_CHUNK):
+            if member is None:
+                packed = packed.lstrip(b"\0")
+                member = zlib.decompressobj(wbits=31) if packed else None
+                continue
+            before = member.copy()
+            try:
+                content = member.decompress(packed, _CHUNK)
+            except zlib.error as error:
+                yield from _before_the_fault(before, packed)
+                raise _damaged(filename, error) from None
+            packed = member.unused_data if member.eof else member.unconsumed_tail
+            if member.eof:
+                member = None
+            if content:
+                yield content
+        if member is not None:
+            raise _damaged(filename, "it ends before its end-of-stream marker")
+
+
+def _before_the_fault(member: Any, packed: bytes) -> Iterator[bytes]:
+    for position in range(len(packed)):
         try:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise _damaged(filename, error) from None
+            if content := member.decompress(packed[position : position + 1]):
+                yield content
+        except zlib.error:
+            return
 
 
 def _zstd(path: Path, filename: str) -> Iterator[bytes]:
@@ -117,7 +157,7 @@ def _zstd(path: Path, filename: str) -> Iterator[bytes]:
 
     with open(path, "rb") as packed, arrow.CompressedInputStream(packed, "zstd") as file:
         try:
-            while chunk := file.read(_CHUNK):
+            while chunk := file.read(_PACKED_CHUNK):
                 yield chunk
         except OSError as error:
             if error.errno is not None:
@@ -125,7 +165,7 @@ def _zstd(path: Path, filename: str) -> Iterator[bytes]:
             raise _damaged(filename, error) from None
 
 
-def _damaged(filename: str, error: Exception) -> InvalidInput:
+def _damaged(filename: str, error: Exception | str) -> InvalidInput:
     return InvalidInput(
         "damaged_file", f"the compressed data of {filename} is damaged or cut off: {error}", "copy the file again"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from appliance.data.dataset import Dataset, Row, prompt_hash, prompt_messages
+from appliance.data.dataset import Dataset, Row, prompt_group, prompt_messages
 from appliance.data.render import render_conversation, render_prompt
 from appliance.errors import NotFound
 from appliance.home import Home, write_json
@@ -125,7 +125,7 @@ def make_probes(home: Home, recipe: Recipe, tokenizer: Any) -> list[Probe]:
         dataset = Dataset.open(home, judged_stage(recipe).dataset)
         train, _ = dataset.split(recipe.eval_share)
         rows = ((index, dataset.rows[index]) for index in train)
-        plain = list({prompt_hash(row): index for index, row in rows if not row.get("tools")}.values())
+        plain = list({prompt_group(row): index for index, row in rows if not row.get("tools")}.values())
         step = max(1, len(plain) // PROBES_FROM_DATA)
         probes = [_probe(tokenizer, dataset.rows[index]) for index in plain[::step][:PROBES_FROM_DATA]]
     for prompt in GENERIC_PROMPTS:

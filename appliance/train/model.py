@@ -11,7 +11,7 @@ import bitsandbytes.functional as nf4
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from appliance.data.render import render_conversation
 from appliance.errors import InvalidInput
@@ -20,16 +20,6 @@ from appliance.train.recipe import Adapter
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 """bf16 is far slower than fp32 on most CPUs."""
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer published with a model. Raises InvalidInput where it cannot be used."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InvalidInput(
-            "no_tokenizer", f"{folder} holds no usable tokenizer: {_first_line(error)}", "pull the base model again"
-        ) from error
 
 
 def load_model(folder: Path, *, quantised: bool = False) -> Any:

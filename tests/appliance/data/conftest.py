@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from importing import Import
 
-from appliance.data.importer import import_file
+from appliance.data.importer import Request, Source, import_files
 from appliance.home import Home
 
 
@@ -24,9 +24,7 @@ def home(tmp_path: Path) -> Home:
 def imported(home: Home, tmp_path: Path) -> Import:
     """Import rows (as JSON Lines, or as an array into a .json name), text or bytes; returns the report."""
 
-    def run(
-        content: Any, filename: str = "rows.jsonl", format: str | None = None, columns: str | None = None
-    ) -> dict[str, Any]:
+    def run(content: Any, filename: str = "rows.jsonl", **how: Any) -> dict[str, Any]:
         if isinstance(content, list):
             if filename.endswith(".json"):
                 content = json.dumps(content)
@@ -34,6 +32,7 @@ def imported(home: Home, tmp_path: Path) -> Import:
                 content = "".join(json.dumps(row) + "\n" for row in content)
         source = tmp_path / filename
         source.write_bytes(content.encode() if isinstance(content, str) else content)
-        return import_file(source, filename, "rows", home, format, columns)
+        file = Source(path=source, filename=filename)
+        return import_files(Request(files=[file], name="rows", **how), home)
 
     return run

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from importing import Import
 
-from appliance.data.dataset import Dataset, prompt_hash
+from appliance.data.dataset import Dataset, prompt_group
 from appliance.errors import NotFound
 from appliance.home import Home
 
@@ -72,8 +72,8 @@ def test_two_prompts_are_split_one_and_one(imported: Import, home: Home) -> None
 def test_the_prompt_is_what_comes_before_the_last_answer() -> None:
     asked = {"role": "user", "content": "q"}
     answered = {"role": "assistant", "content": "a"}
-    single = prompt_hash({"messages": [asked, answered], "source": {"line": 1}})
-    assert single == prompt_hash({"messages": [asked, {**answered, "content": "b"}]})
-    assert single == prompt_hash({"prompt": [asked], "chosen": [answered], "rejected": [answered]})
-    assert single == prompt_hash({"messages": [dict(reversed(asked.items())), answered]})
-    assert single != prompt_hash({"messages": [asked, answered, asked, answered]})
+    single = prompt_group({"messages": [asked, answered], "source": {"line": 1}})
+    assert single == prompt_group({"messages": [asked, {**answered, "content": "b"}]})
+    assert single == prompt_group({"prompt": [asked], "chosen": [answered], "rejected": [answered]})
+    assert single == prompt_group({"messages": [dict(reversed(asked.items())), answered]})
+    assert single != prompt_group({"messages": [asked, answered, asked, answered]})

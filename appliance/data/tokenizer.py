@@ -1,0 +1,37 @@
+"""Loading the tokenizer published with a model, the same in every process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from appliance.errors import InvalidInput
+
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of the model in `folder`. Raises InvalidInput where it cannot be used."""
+    try:
+        return _loader(folder).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise InvalidInput(
+            "no_tokenizer", f"{folder} holds no usable tokenizer: {first}", "pull the base model again"
+        ) from error
+
+
+def _loader(folder: Path) -> Any:
+    """AutoTokenizer, or what it would come to: importing it imports torch, which an import of data does not need."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_bytes()).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        named = None
+    if named in _GENERIC and (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

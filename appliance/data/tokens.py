@@ -1,0 +1,255 @@
+"""What a base model's tokenizer makes of a dataset: how many tokens, and how many of them are trained."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kitoken import Kitoken
+
+from appliance.data.dataset import Row
+from appliance.data.render import render_conversation, special_ids
+from appliance.data.tokenizer import load_tokenizer
+from appliance.errors import InvalidInput
+
+_BATCH_BYTES = 1 << 19
+_BATCHES_AHEAD = 2
+_PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+_TRIED = 64
+_TRIED_EVERY = 256
+"""So many conversations at first, and then one in so many, are counted both ways."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    row: int
+    messages: list[dict[str, Any]]
+    """Where an assistant's message has the weight 0, it is not trained."""
+    tools: Any
+
+
+@dataclass
+class _Counts:
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Rows by their tokens; of a row with two answers, those of the longer conversation."""
+    tokens: int = 0
+    trained: int = 0
+    starts: Counter[int] = field(default_factory=Counter)
+    """Conversations by how many beginning-of-sequence tokens they begin with."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Rows that cannot be rendered, by the code of the error."""
+    first_refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """The first of them: its number and what is wrong with it."""
+    spelled: int = 0
+    """Rows in which a text spells a special token."""
+    last_spelled: int = -1
+
+
+class TokenCount:
+    """Counts the tokens of rows as they come, in a thread of its own.
+
+    A conversation is rendered by its chat template and cut where an answer begins and after the token that ends it, and
+    the pieces are tokenised by a library that is several times as fast as Transformers'. Both may differ from what
+    training does, which is `render_conversation`: on some conversations that is tried, and from the first difference
+    on it counts by itself, as it does where answers are not found in the rendered text as they are.
+    """
+
+    def __init__(self, base: Path) -> None:
+        """`base` is the directory of a base model. Raises InvalidInput where its tokenizer cannot be used."""
+        self._base = base.name
+        self._tokenizer = load_tokenizer(base)
+        self._bos = self._tokenizer.bos_token
+        special = self._tokenizer.convert_ids_to_tokens(sorted(special_ids(self._tokenizer)))
+        forms = "|".join(re.escape(token) for token in special if token.strip()) or "(?!)"
+        self._special = re.compile(forms)
+        self._ending = re.compile(rf"\s*(?:{forms})")
+        self._fast = _fast_tokenizer(base)
+        self._conversations = 0
+        self._exact = True
+        self._counts = _Counts()
+        self._rows: list[Row] = []
+        self._bytes = 0
+        self._number = 0
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: deque[Future[None]] = deque()
+
+    def add(self, row: Row, canonical: bytes) -> None:
+        """Count `row`, whose canonical JSON is `canonical`."""
+        self._rows.append(row)
+        self._bytes += len(canonical)
+        if self._bytes > _BATCH_BYTES:
+            self._submit()
+
+    def close(self) -> None:
+        """Stop counting, whatever is left."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def figures(self, max_length: int | None) -> dict[str, Any]:
+        """The counts as the report's `tokens`, with what a limit of `max_length` tokens cuts off. Nothing can follow."""
+        self._submit()
+        while self._ahead:
+            self._ahead.popleft().result()
+        self.close()
+        counts, lengths = self._counts, sorted(self._counts.lengths.items())
+        figures: dict[str, Any] = {
+            "base": self._base,
+            "exact": self._exact,
+            "total": counts.tokens,
+            "trained": counts.trained,
+            "trained_share": round(counts.trained / counts.tokens, 4) if counts.tokens else 0.0,
+            "end_of_turn_trained": bool(counts.trained) and not counts.refused["no_end_of_turn"],
+            "bos": {str(number): count for number, count in sorted(counts.starts.items())},
+            "percentiles": _percentiles(lengths),
+            "lengths": lengths,
+            "refused": dict(counts.refused),
+            "first_refused": {code: list(first) for code, first in counts.first_refused.items()},
+            "spelled_special": counts.spelled,
+            "last_spelled": counts.last_spelled,
+        }
+        if max_length is not None:
+            over = [(length - max_length, count) for length, count in lengths if length > max_length]
+            figures["max_length"] = max_length
+            figures["truncated_rows"] = sum(count for _, count in over)
+            figures["truncated_tokens"] = sum(extra * count for extra, count in over)
+        return figures
+
+    def _submit(self) -> None:
+        if not self._rows:
+            return
+        while len(self._ahead) >= _BATCHES_AHEAD:
+            self._ahead.popleft().result()
+        batch = [
+            _Conversation(number, messages, row.get("tools"))
+            for number, row in enumerate(self._rows, self._number)
+            for messages in _conversations(row)
+        ]
+        self._number += len(self._rows)
+        self._rows, self._bytes = [], 0
+        cuts = [
+            None if text is None else self._cut(text, conversation)
+            for text, conversation in zip(self._render(batch), batch, strict=True)
+        ]
+        self._ahead.append(self._pool.submit(self._count, batch, cuts))
+
+    def _render(self, batch: list[_Conversation]) -> list[str | None]:
+        """Each conversation as its chat template renders it; None where that refuses it."""
+        try:
+            if not any(conversation.tools for conversation in batch):
+                messages = [conversation.messages for conversation in batch]
+                return list(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # a template raises what it likes: find out for which of them
+            pass
+        return [self._render_one(conversation) for conversation in batch]
+
+    def _render_one(self, conversation: _Conversation) -> str | None:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                conversation.messages, tools=conversation.tools or None, tokenize=False
+            )
+        except Exception:  # render_conversation will say why
+            return None
+        return text
+
+    def _cut(self, text: str, conversation: _Conversation) -> list[str] | None:
+        """The text in pieces, of which every second is trained; None where an answer is not found in it as it is."""
+        if self._bos:
+            self._counts.starts[_repeated(text, self._bos)] += 1
+        pieces, done, place = [], 0, 0
+        for message in conversation.messages:
+            if message.get("tool_calls"):
+                return None
+            content = message["content"].strip()
+            if self._special.search(content) and self._counts.last_spelled != conversation.row:
+                self._counts.spelled += 1
+                self._counts.last_spelled = conversation.row
+            if not content:
+                continue
+            trained = message["role"] == "assistant" and message.get("weight") != 0
+            begin = text.find(content, place)
+            ending = self._ending.match(text, begin + len(content)) if trained else None
+            while trained and not ending and begin >= 0:
+                begin = text.find(content, begin + 1)
+                ending = self._ending.match(text, begin + len(content))
+            if begin < 0:
+                return None
+            place = ending.end() if ending else begin + len(content)
+            if trained:
+                pieces += [text[done:begin], text[begin:place]]
+                done = place
+        return [*pieces, text[done:]]
+
+    def _count(self, batch: list[_Conversation], cuts: list[list[str] | None]) -> None:
+        pieces = [piece for cut in cuts if cut for piece in cut]
+        sizes = iter([len(ids) for ids in self._fast.encode_all(pieces, True)] if self._fast else [])
+        lengths: dict[int, int] = {}
+        for conversation, cut in zip(batch, cuts, strict=True):
+            found = [next(sizes, 0) for _ in cut or ()]
+            counted = sum(found), sum(found[1::2])
+            self._conversations += 1
+            tried = self._conversations <= _TRIED or self._conversations % _TRIED_EVERY == 0
+            if not cut or not self._fast or tried:
+                exact = self._render_exactly(conversation)
+                if exact is None:
+                    continue
+                if cut and self._fast and exact != counted:
+                    self._exact = self._conversations <= _TRIED
+                    self._fast = None
+                counted = exact
+            lengths[conversation.row] = max(counted[0], lengths.get(conversation.row, 0))
+            self._counts.tokens += counted[0]
+            self._counts.trained += counted[1]
+        self._counts.lengths.update(lengths.values())
+
+    def _render_exactly(self, conversation: _Conversation) -> tuple[int, int] | None:
+        """Tokens and trained tokens; None for a conversation that cannot be rendered, which is noted."""
+        try:
+            rendered = render_conversation(self._tokenizer, conversation.messages, conversation.tools)
+        except InvalidInput as error:
+            self._counts.refused[error.code] += 1
+            self._counts.first_refused.setdefault(error.code, (conversation.row, error.message))
+            return None
+        return len(rendered.input_ids), sum(rendered.trained)
+
+
+def _fast_tokenizer(base: Path) -> Any:
+    """A tokenizer for counting alone; None where it does not know the model's."""
+    try:
+        return Kitoken.from_file(str(base / "tokenizer.json"))
+    except Exception:  # it raises ValueError, and panics, for what it does not know
+        return None
+
+
+def _conversations(row: Row) -> Iterator[list[dict[str, Any]]]:
+    """The conversations that a row is trained as, in which all but the answers has the weight 0."""
+    if "messages" in row:
+        yield row["messages"]
+        return
+    prompt = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in row["prompt"]]
+    for part in ("chosen", "rejected", "completion"):
+        if part in row:
+            yield [*prompt, *row[part]]
+
+
+def _repeated(text: str, start: str) -> int:
+    """How many times `text` begins with `start`."""
+    count = 0
+    while text.startswith(start, count * len(start)):
+        count += 1
+    return count
+
+
+def _percentiles(lengths: list[tuple[int, int]]) -> dict[str, int]:
+    """Of sorted (length, rows): the least length that so many percent of the rows do not exceed."""
+    rows = sum(count for _, count in lengths)
+    found, passed = {}, 0
+    wanted = list(_PERCENTILES)
+    for length, count in lengths:
+        passed += count
+        while wanted and passed * 100 >= wanted[0] * rows:
+            found[str(wanted.pop(0))] = length
+    return found
