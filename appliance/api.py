@@ -34,6 +34,31 @@ class Dataset(Shape):
     created: float
 
 
+class Piece(Shape):
+    """Tokens in a row that are alike, as text."""
+
+    text: str
+    trained: bool
+    special: bool
+
+
+class Conversation(Shape):
+    """What a model is trained on, or why it cannot be (`problem`)."""
+
+    tokens: int = 0
+    trained: int = 0
+    pieces: tuple[Piece, ...] = ()
+    problem: str = ""
+
+
+class DatasetDiff(Shape):
+    """Rows that two datasets share, how many only one of them has, and some of those."""
+
+    shared: int
+    only: tuple[int, int]
+    examples: tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]
+
+
 class Run(Shape):
     """One execution of a recipe. Times are Unix seconds; `reason` and `next` say why it failed and what to do."""
 

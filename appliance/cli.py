@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from appliance import __version__
+from appliance.command import ask, each, json_option, recipe_text, settings
+from appliance.command import home as _home
+from appliance.data_verbs import data
 from appliance.errors import ApplianceError, Exit, InvalidInput
 
 T = TypeVar("T")
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 _EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong use, 3 no daemon, 4 not allowed, 5 not found or conflict."
 
@@ -68,7 +67,7 @@ def serve(host: str | None, port: int | None) -> None:
     from serve import daemon
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    daemon.run(_settings(host=host, port=port))
+    daemon.run(settings(host=host, port=port))
 
 
 @cli.command()
@@ -91,12 +90,12 @@ def pull(name: str, source: Path | None) -> None:
 
 
 @cli.command()
-@_json
+@json_option
 def models(as_json: bool) -> None:
     """List the base models on this box."""
     from appliance import console
 
-    found = _ask(lambda client: client.models())
+    found = ask(lambda client: client.models())
     if as_json:
         console.print_json(found)
     else:
@@ -104,83 +103,13 @@ def models(as_json: bool) -> None:
         console.print_table(("NAME", "SIZE", "CONTEXT", "SOURCE"), rows)
 
 
-@cli.group()
-def data() -> None:
-    """Import datasets and look at them."""
-
-
-@data.command("import")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--name", help="What the dataset is called; the file's name where not given.")
-@click.option("--format", "row_format", help="Take every row for this format instead of detecting it.")
-@click.option("--map", "columns", help="Rename the file's columns: instruction=question,output=answer.")
-@_json
-def data_import(path: Path, name: str | None, row_format: str | None, columns: str | None, as_json: bool) -> None:
-    """Import PATH and report every row kept and dropped."""
-    from appliance import console
-
-    report = _ask(lambda client: client.import_dataset(path, name or path.name.split(".")[0], row_format, columns))
-    if as_json:
-        console.print_json(report)
-        return
-    console.say(
-        f"{report['rows_in']} rows in: {report['kept']} kept, {report['dropped']} dropped, "
-        f"{report['duplicates']} duplicates"
-    )
-    for drop in report["drops"][:20]:
-        place = f"line {drop['line']}" if "line" in drop else f"row {drop['index']}"
-        console.say(f"  {place}: {drop['code']}: {drop['reason']}")
-    if len(report["drops"]) > 20:
-        console.say(f"  ... and {len(report['drops']) - 20} more: `appliance data show {report['name']} --json`")
-    for finding in report["findings"]:
-        console.say(f"  {finding['level']}: {finding['message']}")
-    print(report["id"])
-
-
-@data.command("list")
-@_json
-def data_list(as_json: bool) -> None:
-    """List the datasets."""
-    from appliance import console
-
-    found = _ask(lambda client: client.datasets())
-    if as_json:
-        console.print_json(found)
-    else:
-        rows = [(one.name, one.id, one.kind, str(one.rows), console.ago(one.created)) for one in found]
-        console.print_table(("NAME", "ID", "KIND", "ROWS", "IMPORTED"), rows)
-
-
-@data.command("show")
-@click.argument("dataset")
-@click.option("--row", "offset", type=click.IntRange(0), default=0, help="First row to show.")
-@click.option("--rows", "limit", type=click.IntRange(1, 1000), default=3, help="How many rows to show.")
-@_json
-def data_show(dataset: str, offset: int, limit: int, as_json: bool) -> None:
-    """Show the report of DATASET and some of its rows."""
-    from appliance import console
-
-    report = _ask(lambda client: client.dataset(dataset))
-    page = _ask(lambda client: client.rows(dataset, offset, limit))
-    if as_json:
-        console.print_json({"report": report, "rows": page})
-        return
-    for key in ("name", "id", "kind", "format", "rows_in", "kept", "dropped", "duplicates"):
-        print(f"{key:11}{report[key]}")
-    for number, row in enumerate(page.rows, start=offset):
-        print(f"\nrow {number}")
-        for part in ("messages", "prompt", "chosen", "rejected"):
-            for message in row.get(part, ()):
-                print(f"  {part + '  ' if part != 'messages' else ''}{message['role']}: {message.get('content')}")
-
-
 @cli.command()
 @click.argument("recipe")
 @click.option("-f", "--follow", is_flag=True, help="Print its events until it ends.")
 def train(recipe: str, follow: bool) -> None:
     """Queue a run of RECIPE, a TOML file or the name of a shipped recipe, and print its id."""
-    text = _recipe_text(recipe)
-    run = _ask(lambda client: client.train(text))
+    text = recipe_text(recipe)
+    run = ask(lambda client: client.train(text))
     print(run.id, flush=True)
     if follow:
         _follow(run.id)
@@ -188,12 +117,12 @@ def train(recipe: str, follow: bool) -> None:
 
 @cli.command()
 @click.argument("run", required=False)
-@_json
+@json_option
 def runs(run: str | None, as_json: bool) -> None:
     """List the runs, or show RUN."""
     from appliance import console
 
-    found = [_ask(lambda client: client.run(run))] if run else _ask(lambda client: client.runs())
+    found = [ask(lambda client: client.run(run))] if run else ask(lambda client: client.runs())
     if as_json:
         console.print_json(found[0] if run else found)
         return
@@ -209,7 +138,7 @@ def runs(run: str | None, as_json: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--events", is_flag=True, help="The run's events instead of its log.")
 @click.option("-n", "--lines", type=click.IntRange(1), default=200, help="Lines of the log to show.")
-@_json
+@json_option
 def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> None:
     """Print the log of RUN."""
     from appliance import console
@@ -219,12 +148,12 @@ def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> Non
     if events and follow:
         _follow(run, as_json)
     elif events:
-        for event in _ask(lambda client: client.events(run)):
+        for event in ask(lambda client: client.events(run)):
             console.print_json_line(event) if as_json else print(console.event_line(event))
     elif follow:
-        _each(lambda client: client.follow_log(run), lambda piece: print(piece, end="", flush=True))
+        each(lambda client: client.follow_log(run), lambda piece: print(piece, end="", flush=True))
     else:
-        print(_ask(lambda client: client.log(run, lines)))
+        print(ask(lambda client: client.log(run, lines)))
 
 
 @cli.command()
@@ -232,27 +161,27 @@ def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> Non
 @click.option("--discard", is_flag=True, help="Take away its checkpoints and adapters; a resume starts from nothing.")
 def stop(run: str, discard: bool) -> None:
     """Stop RUN and keep its work: `appliance resume` goes on from there."""
-    print(_ask(lambda client: client.stop(run, discard)).state)
+    print(ask(lambda client: client.stop(run, discard)).state)
 
 
 @cli.command()
 @click.argument("run")
 def resume(run: str) -> None:
     """Go on with a stopped or failed RUN from its last checkpoint."""
-    print(_ask(lambda client: client.resume(run)).state)
+    print(ask(lambda client: client.resume(run)).state)
 
 
 @cli.command()
 @click.argument("release", required=False)
-@_json
+@json_option
 def releases(release: str | None, as_json: bool) -> None:
     """List the releases, or show the manifest of RELEASE."""
     from appliance import console
 
     if release:
-        console.print_json(_ask(lambda client: client.manifest(release)))
+        console.print_json(ask(lambda client: client.manifest(release)))
         return
-    found = _ask(lambda client: client.releases())
+    found = ask(lambda client: client.releases())
     if as_json:
         console.print_json(found)
         return
@@ -273,13 +202,13 @@ def releases(release: str | None, as_json: bool) -> None:
 @click.argument("release")
 def promote(release: str) -> None:
     """Make RELEASE live."""
-    print(_ask(lambda client: client.promote(release)).id)
+    print(ask(lambda client: client.promote(release)).id)
 
 
 @cli.command()
 def rollback() -> None:
     """Make the release that was live before live again."""
-    print(_ask(lambda client: client.rollback()).id)
+    print(ask(lambda client: client.rollback()).id)
 
 
 @cli.command()
@@ -307,12 +236,12 @@ def keys() -> None:
 
 @keys.command("create")
 @click.argument("name")
-@_json
+@json_option
 def keys_create(name: str, as_json: bool) -> None:
     """Make a key for NAME. It is shown once."""
     from appliance import console
 
-    key = _ask(lambda client: client.create_key(name))
+    key = ask(lambda client: client.create_key(name))
     if as_json:
         console.print_json(key)
     else:
@@ -321,12 +250,12 @@ def keys_create(name: str, as_json: bool) -> None:
 
 
 @keys.command("list")
-@_json
+@json_option
 def keys_list(as_json: bool) -> None:
     """List the keys."""
     from appliance import console
 
-    found = _ask(lambda client: client.keys())
+    found = ask(lambda client: client.keys())
     if as_json:
         console.print_json(found)
     else:
@@ -347,16 +276,16 @@ def keys_list(as_json: bool) -> None:
 @click.argument("key")
 def keys_revoke(key: str) -> None:
     """Refuse KEY from now on."""
-    print(_ask(lambda client: client.revoke_key(key)).id)
+    print(ask(lambda client: client.revoke_key(key)).id)
 
 
 @cli.command()
-@_json
+@json_option
 def status(as_json: bool) -> None:
     """Show the box at a glance."""
     from appliance import console
 
-    now = _ask(lambda client: client.status())
+    now = ask(lambda client: client.status())
     if as_json:
         console.print_json(now)
         return
@@ -368,13 +297,13 @@ def status(as_json: bool) -> None:
 
 
 @cli.command()
-@_json
+@json_option
 def doctor(as_json: bool) -> None:
     """Check what the appliance needs on this box, and say how to mend it."""
     from appliance import console
     from appliance.doctor import examine
 
-    findings = examine(_settings())
+    findings = examine(settings())
     if as_json:
         console.print_json([finding.__dict__ for finding in findings])
     else:
@@ -384,69 +313,14 @@ def doctor(as_json: bool) -> None:
         sys.exit(Exit.FAILED)
 
 
-def _settings(**overrides: Any) -> Any:
-    from appliance.settings import load_settings
-
-    return load_settings(**overrides)
-
-
-def _home() -> Any:
-    from appliance.home import Home
-
-    settings = _settings()
-    return Home(settings.home, settings.socket)
-
-
-def _recipe_text(recipe: str) -> str:
-    from appliance.recipes import shipped_recipes
-
-    path = Path(recipe)
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        shipped = {one.name: one.text for one in shipped_recipes()}
-        if recipe in shipped:
-            return shipped[recipe]
-        raise InvalidInput(
-            "no_recipe", f"there is no recipe {recipe}", f"name a TOML file, or one of {', '.join(shipped)}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput("no_recipe", f"cannot read {recipe}: {error}", "name a TOML file") from None
-
-
-def _with_client(work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
-    from appliance.client import Client
-
-    async def session() -> T:
-        async with Client(_home().control_socket()) as client:
-            return await work(client)
-
-    return asyncio.run(session())
-
-
-def _ask(call: Callable[[Any], Awaitable[T]]) -> T:
-    async def work(client: Any) -> T:
-        return await call(client)
-
-    return _with_client(work)
-
-
-def _each(stream: Callable[[Any], Any], show: Callable[[Any], None]) -> None:
-    async def work(client: Any) -> None:
-        async for item in stream(client):
-            show(item)
-
-    _with_client(work)
-
-
 def _follow(run: str, as_json: bool = False) -> None:
     from appliance import console
 
     if as_json:
-        _each(lambda client: client.follow(run), console.print_json_line)
+        each(lambda client: client.follow(run), console.print_json_line)
         return
-    _each(lambda client: client.follow(run), lambda event: console.say(console.event_line(event)))
-    ended = _ask(lambda client: client.run(run))
+    each(lambda client: client.follow(run), lambda event: console.say(console.event_line(event)))
+    ended = ask(lambda client: client.run(run))
     if ended.state != "finished" or ended.reason:
         raise ApplianceError("run_ended", f"run {run} {ended.state}: {ended.reason or 'by request'}", ended.next or "-")
 
@@ -459,10 +333,12 @@ def _answer(messages: list[dict[str, Any]]) -> str:
         pieces.append(piece)
         print(piece, end="", flush=True)
 
-    _each(lambda client: client.chat(messages), show)
+    each(lambda client: client.chat(messages), show)
     print()
     return "".join(pieces)
 
+
+cli.add_command(data)
 
 if __name__ == "__main__":
     main()

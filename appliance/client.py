@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter
 
 from appliance import api
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed, NotFound, Unreachable
+from appliance.sources import SourceFile
 
 T = TypeVar("T")
 
@@ -57,36 +59,54 @@ class Client:
     async def datasets(self) -> list[api.Dataset]:
         return await self._call("GET", "/v1/datasets", list[api.Dataset])
 
-    async def import_dataset(
-        self, path: Path, name: str, format: str | None = None, columns: str | None = None
-    ) -> dict[str, Any]:
-        """Send the file to the daemon and return the import's report. Raises InvalidInput for an unreadable file.
+    async def import_dataset(self, files: Sequence[SourceFile], name: str, **how: Any) -> dict[str, Any]:
+        """Send files to the daemon and return the import's report. Raises InvalidInput for an unreadable file.
 
-        `columns` names the file's columns for the formats: "instruction=question,output=answer".
+        `how` are the import's options: format, columns, base, max_length, salvage, redact.
         """
-        if not path.is_file():
-            what = "is a directory" if path.is_dir() else "does not exist"
-            raise InvalidInput("unreadable_file", f"{path} {what}", "name a file")
-
-        async def chunks() -> AsyncIterator[bytes]:
-            with path.open("rb") as file:
-                while chunk := file.read(_UPLOAD_CHUNK):
-                    yield chunk
-
-        given = {"name": name, "filename": path.name, "format": format, "columns": columns}
-        params = {key: value for key, value in given.items() if value is not None}
         try:
+            sizes = [None if file.path is None else file.path.stat().st_size for file in files]
+            uploads = [{"filename": file.name, "bytes": size} for file, size in zip(files, sizes, strict=True)]
+            head = json.dumps(uploads).encode() + b"\n"
+            length = len(head) + sum(size or 0 for size in sizes)
             return await self._call(
                 "POST",
                 "/v1/datasets",
                 dict[str, Any],
-                params=params,
-                content=chunks(),
-                headers={"content-length": str(path.stat().st_size)},
+                params={key: value for key, value in {"name": name, **how}.items() if value is not None},
+                content=_upload(head, files),
+                headers={} if None in sizes else {"content-length": str(length)},
                 timeout=None,
             )
         except OSError as error:
-            raise InvalidInput("unreadable_file", f"cannot read {path}: {error.strerror}", "check it") from None
+            where = error.filename or "a file"
+            raise InvalidInput("unreadable_file", f"cannot read {where}: {error.strerror}", "check it") from None
+
+    async def remove_dataset(self, name: str) -> api.Dataset:
+        """Take the name away; with the last name of it, the dataset."""
+        return await self._call("DELETE", f"/v1/datasets/{name}", api.Dataset)
+
+    async def diff_datasets(self, name: str, other: str) -> api.DatasetDiff:
+        return await self._call("GET", f"/v1/datasets/{name}/diff/{other}", api.DatasetDiff)
+
+    async def export_dataset(self, name: str) -> AsyncIterator[bytes]:
+        """The rows as JSON Lines, piece by piece."""
+        try:
+            async with self._http.stream("GET", f"/v1/datasets/{name}/export", timeout=60) as response:
+                if response.is_error:
+                    raise _problem(response.status_code, await response.aread())
+                async for piece in response.aiter_bytes():
+                    yield piece
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from None
+
+    async def rendered(
+        self, name: str, base: str | None = None, offset: int = 0, limit: int = 1
+    ) -> list[list[api.Conversation]]:
+        """Rows as a base model is trained on them: the conversations of each."""
+        params = {"offset": offset, "limit": limit, **({"base": base} if base else {})}
+        shape = list[list[api.Conversation]]
+        return await self._call("GET", f"/v1/datasets/{name}/rendered", shape, params=params, timeout=120)
 
     async def dataset(self, name: str) -> dict[str, Any]:
         """The report of the dataset called (or identified by) `name`."""
@@ -204,6 +224,14 @@ class Client:
             f"no daemon answers on {self.socket}",
             "start it with `appliance serve`, or `systemctl start appliance`",
         )
+
+
+async def _upload(head: bytes, files: Sequence[SourceFile]) -> AsyncIterator[bytes]:
+    yield head
+    for source in files:
+        with sys.stdin.buffer if source.path is None else open(source.path, "rb") as file:
+            while chunk := file.read(_UPLOAD_CHUNK):
+                yield chunk
 
 
 async def _lines(pieces: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -10,6 +10,11 @@ from typing import Any
 
 from appliance.errors import ApplianceError
 
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    0x7F: 0x2421,
+    **{code: 0xFFFD for code in range(0x80, 0xA0)},
+}
+
 
 def say(text: str) -> None:
     """Narrate: a line on stderr."""
@@ -36,6 +41,11 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in (headers, *rows)) for column in range(len(headers))]
     for row in (headers, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def visible(text: str) -> str:
+    """A text from data as a terminal can safely show it: control characters as their pictures."""
+    return text.translate(_PICTURES)
 
 
 def ago(moment: float) -> str:

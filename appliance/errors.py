@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 
 class Exit(IntEnum):
@@ -34,6 +35,17 @@ class ApplianceError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} — {self.next}"
+
+    def problem(self) -> dict[str, str | int]:
+        """The error as a process leaves it for another."""
+        return {"code": self.code, "message": self.message, "next": self.next, "status": self.status}
+
+    @staticmethod
+    def from_problem(problem: dict[str, Any]) -> ApplianceError:
+        """The error that `problem` says."""
+        error = InvalidInput(problem["code"], problem["message"], problem["next"])
+        error.status = problem["status"]
+        return error
 
 
 class InvalidInput(ApplianceError):

@@ -96,7 +96,8 @@ def run_datasets(file: Path, base: Path) -> float:
 
 def run_import(file: Path, base: Path) -> float:
     """Seconds of the whole import process."""
-    from appliance.data.importer import Request, Source, import_files
+    from appliance.data.importer import import_files
+    from appliance.data.requests import ImportRequest, Source
     from appliance.home import Home
 
     begun = time.perf_counter()
@@ -104,7 +105,7 @@ def run_import(file: Path, base: Path) -> float:
         home = Home(Path(root))
         home.create()
         source = Source(path=file, filename=file.name)
-        report = import_files(Request(files=[source], name="bench", base=base, max_length=1024), home)
+        report = import_files(ImportRequest(files=[source], name="bench", base=base, max_length=1024), home)
         seconds = time.perf_counter() - begun
     print({key: report[key] for key in ("kept", "duplicates", "near_duplicates", "conflicts")}, file=sys.stderr)
     print({key: report["tokens"][key] for key in ("total", "trained_share", "percentiles")}, file=sys.stderr)

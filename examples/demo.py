@@ -27,6 +27,7 @@ from appliance.client import Client
 from appliance.console import event_line, say
 from appliance.errors import ApplianceError, Unreachable
 from appliance.home import Home
+from appliance.sources import find_sources
 
 EXAMPLES = Path(__file__).parent
 BASE = "smollm2-135m"
@@ -107,7 +108,7 @@ async def demo(daemon: Daemon, clock: Clock, keep: bool) -> int:
                 await asyncio.sleep(0.2)
         with clock.time("import"):
             for file, name in (("facts.json", "facts"), ("preferences.jsonl", "preferences")):
-                report = await client.import_dataset(EXAMPLES / file, name)
+                report = await client.import_dataset(find_sources([str(EXAMPLES / file)]), name)
                 say(f"{file}: {report['kept']} of {report['rows_in']} rows kept as {report['id']}")
         key = (await client.create_key("demo")).key
         with clock.time("base"):

@@ -6,16 +6,13 @@ import asyncio
 import codecs
 import json
 import os
-import shutil
 import sqlite3
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Query, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
@@ -33,6 +30,7 @@ from appliance.store.runs import ACTIVE
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.events import EventLog
 from appliance.train.recipe import dump_recipe, parse_recipe
+from serve.datasets import datasets_router
 
 _FOLLOW_SECONDS = 0.25
 _BEAT_SECONDS = 15.0
@@ -99,38 +97,6 @@ def control_app(
     def models() -> list[api.Model]:
         return list_models(home)
 
-    @app.get("/v1/datasets")
-    async def all_datasets() -> list[api.Dataset]:
-        return datasets.all()
-
-    @app.post("/v1/datasets")
-    async def import_dataset(
-        request: Request, name: str, filename: str, format: str | None = None, columns: str | None = None
-    ) -> dict[str, Any]:
-        folder = Path(tempfile.mkdtemp(dir=home.incoming))
-        try:
-            upload = folder / "upload"
-            await _receive(request, upload)
-            report = await _import_in_a_process(upload, filename, name, home, folder / "result.json", format, columns)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        datasets.record(report)
-        return report
-
-    @app.get("/v1/datasets/{name}")
-    async def dataset(name: str) -> dict[str, Any]:
-        found = datasets.find(name)
-        report: dict[str, Any] = Dataset.open(home, found.id).report
-        return {**report, "name": found.name}
-
-    @app.get("/v1/datasets/{name}/rows")
-    async def rows(
-        name: str, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 50
-    ) -> api.Page:
-        all_rows = Dataset.open(home, datasets.find(name).id).rows
-        chosen = range(offset, min(offset + limit, len(all_rows)))
-        return api.Page(total=len(all_rows), offset=offset, rows=tuple(all_rows[index] for index in chosen))
-
     @app.get("/v1/recipes")
     def recipes() -> list[api.ShippedRecipe]:
         return shipped_recipes()
@@ -143,6 +109,8 @@ def control_app(
         weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
         require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
+        for name, dataset in {dataset.id: dataset for dataset in found}.items():
+            _check_findings(dataset.name, Dataset.open(home, name).report, recipe.base)
         stages = tuple(
             stage.model_copy(update={"dataset": dataset.id})
             for stage, dataset in zip(recipe.stages, found, strict=True)
@@ -285,6 +253,7 @@ def control_app(
 
         return StreamingResponse(messages(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
+    app.include_router(datasets_router(home, datasets, runs, releases))
     app.mount("/", chat)
     return app
 
@@ -293,53 +262,12 @@ def _body(error: ApplianceError) -> dict[str, Any]:
     return api.Problem(code=error.code, message=error.message, next=error.next).model_dump()
 
 
-async def _receive(request: Request, path: Path) -> None:
-    """Write the request's body to `path`. Raises NoSpace before or while the disk runs full."""
-    require_space(path.parent, int(request.headers.get("content-length") or 0), "the upload")
-    try:
-        with open(path, "wb") as file:
-            async for chunk in request.stream():
-                await asyncio.to_thread(file.write, chunk)
-    except OSError as error:
-        raise disk_error(error, path.parent) from error
-
-
-async def _import_in_a_process(
-    upload: Path, filename: str, name: str, home: Home, result: Path, format: str | None, columns: str | None
-) -> dict[str, Any]:
-    """The report of the import. Raises the importer's own problem, or Conflict where it was killed."""
-    arguments = [
-        *([f"--format={format}"] if format is not None else []),
-        *([f"--map={columns}"] if columns is not None else []),
-        "--",
-        str(upload),
-        filename,
-        name,
-        str(home.root),
-        str(result),
-    ]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "appliance.data.importer",
-        *arguments,
-        env=dict(os.environ),
-        start_new_session=True,
-    )
-    try:
-        await process.wait()
-    except asyncio.CancelledError:
-        process.kill()
-        raise
-    if not result.exists():
-        raise Conflict("import_died", "the import was interrupted; nothing was kept", "import the file again")
-    outcome = json.loads(result.read_bytes())
-    if problem := outcome.get("problem"):
-        error = InvalidInput(problem["code"], problem["message"], problem["next"])
-        error.status = problem["status"]
-        raise error
-    report: dict[str, Any] = outcome["report"]
-    return report
+def _check_findings(name: str, report: dict[str, Any], base: str) -> None:
+    """Raise InvalidInput where the report of a dataset has errors that hold for this base model."""
+    for finding in report["findings"]:
+        if finding["level"] == "error" and finding.get("base", base) == base:
+            fault = f"dataset {name} cannot be trained on: {finding['message']}"
+            raise InvalidInput("dataset_errors", fault, "mend the rows and import them again")
 
 
 def _tail(path: Path, lines: int) -> str:

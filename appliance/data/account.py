@@ -120,7 +120,7 @@ def findings(report: dict[str, Any], account: Account, redacted: bool) -> list[d
             "special_token_in_text",
             spelled,
             f"{spelled} rows spell a special token of {base} in their text, which the tokenizer takes for the token "
-            f"itself; the last is row {tokens['last_spelled']}",
+            f"itself; the first is row {tokens['first_spelled']}",
         )
         long, lost = tokens.get("truncated_rows", 0), tokens.get("truncated_tokens", 0)
         longest = tokens["percentiles"].get("100", 0)
@@ -156,7 +156,12 @@ def findings(report: dict[str, Any], account: Account, redacted: bool) -> list[d
             say("warning", code, count, f"the rows hold {count} times {what}{named}{first}: --redact replaces them")
     damaged = account.dropped["damaged"]
     say("warning", "salvaged", damaged, f"{damaged} damaged stretches were left out; the drops say which")
-    say("note", "trimmed_answers", account.trimmed, f"{account.trimmed} rows had white space around an answer; it was taken off")
+    say(
+        "note",
+        "trimmed_answers",
+        account.trimmed,
+        f"{account.trimmed} rows had white space around an answer; it was taken off",
+    )
     return found
 
 

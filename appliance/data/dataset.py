@@ -32,9 +32,9 @@ _UNSPOKEN = re.compile(r"[^\w\0]+|_+")
 _UNSPOKEN_ASCII = bytes(byte for byte in range(1, 128) if not chr(byte).isalnum())
 
 
-ENTRY = struct.Struct("<Q16sQ")
-"""An entry of rows.index: where the row's line ends, its digest, and its group."""
-ENTRY_FIELDS = [("end", "<u8"), ("digest", "V16"), ("group", "<u8")]
+ENTRY = struct.Struct("<QQQ")
+"""An entry of rows.index: where the row's line ends, 64 bits of its hash, and its group."""
+ENTRY_FIELDS = [("end", "<u8"), ("digest", "<u8"), ("group", "<u8")]
 """The same for numpy. Rows of one group are never parted by a split."""
 
 
@@ -63,7 +63,7 @@ class RowWriter:
         """Append the row whose `canonical_json` is `canonical`, with where it came from."""
         self._hash.update(canonical + b"\n")
         self._end += self._lines.write(canonical[:-1] + b',"source":' + orjson.dumps(source) + b"}\n")
-        self._index.write(ENTRY.pack(self._end, digest, group))
+        self._index.write(ENTRY.pack(self._end, int.from_bytes(digest[:8], "little"), group))
 
 
 class Rows(Sequence[Row]):
@@ -151,6 +151,16 @@ def split(groups: Any, eval_share: float) -> tuple[Any, Any]:
         chosen = chosen or [int(distinct[0])]
     held_out = numpy.isin(groups, numpy.array(chosen, dtype="<u8"))
     return numpy.flatnonzero(~held_out), numpy.flatnonzero(held_out)
+
+
+def compare(one: Dataset, other: Dataset) -> tuple[list[int], list[int], int]:
+    """Indices of the rows that only `one` has, of those that only `other` has, and how many both have."""
+    import numpy
+
+    keys = [dataset.index()["digest"] for dataset in (one, other)]
+    shared = numpy.isin(keys[0], keys[1])
+    only_other = numpy.flatnonzero(~numpy.isin(keys[1], keys[0]))
+    return numpy.flatnonzero(~shared).tolist(), only_other.tolist(), int(shared.sum())
 
 
 def prompt_messages(row: Row) -> list[dict[str, Any]]:

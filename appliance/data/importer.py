@@ -15,57 +15,42 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
-from pydantic import BaseModel
 
 from appliance.data.account import SHOWN, Account, findings, place_name, stream_report
 from appliance.data.columns import ColumnMap
-from appliance.data.dataset import ENTRY_FIELDS, INDEX, REPORT, ROWS, SOURCE, Rows, RowWriter, canonical_json, prompt_group, split
+from appliance.data.dataset import (
+    ENTRY_FIELDS,
+    INDEX,
+    REPORT,
+    ROWS,
+    SOURCE,
+    Rows,
+    RowWriter,
+    canonical_json,
+    prompt_group,
+    split,
+)
 from appliance.data.formats import FORMATS, Canonical, Dropped, to_canonical
 from appliance.data.private import find_private, private_kinds, redact
-from appliance.data.readers import Damaged, IsRow, Record, read_records
+from appliance.data.readers import Damaged, Record, read_records
 from appliance.data.repeats import Repeats, Repetition
+from appliance.data.requests import DROPS_RETURNED, ImportRequest, Source
 from appliance.data.tokens import TokenCount
 from appliance.errors import ApplianceError, InvalidInput
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_atomic, write_json
 
-DROPS_RETURNED = 1000
-"""Drops that a report carries when it is sent; report.json on disk has all."""
 _EVAL_SHARE = 0.1
 _SCRATCH_SHARE = 3
 """Space for the rows, what is noted of each while they are read, and the report, in sizes of the files."""
 
 
-class Source(BaseModel):
-    """A file to import: where it lies, and what its owner calls it."""
+def import_files(request: ImportRequest, home: Home, scratch: Path | None = None) -> dict[str, Any]:
+    """Import, with what is half-made under `scratch`, and return the report.
 
-    path: Path
-    filename: str
-
-
-class Request(BaseModel):
-    """What to import, and how."""
-
-    files: list[Source]
-    name: str
-    format: str | None = None
-    columns: str | None = None
-    """Renames the rows' keys, as ColumnMap says."""
-    base: Path | None = None
-    """Directory of the base model by whose tokenizer tokens are counted."""
-    max_length: int | None = None
-    """Tokens a row may have in the recipe that the dataset is meant for."""
-    salvage: bool = False
-    """Keep the whole records of a damaged file."""
-    redact: bool = False
-    """Put placeholders in the place of secrets and e-mail addresses."""
-
-
-def import_files(request: Request, home: Home) -> dict[str, Any]:
-    """Import and return the report. Where a dataset of the same rows exists, only its report changes.
-
+    Where a dataset of the same rows exists, only its report changes.
     Raises InvalidInput for a file, a name, a format or a column map that cannot be used, and NoSpace.
     """
     if not re.match(NAME_PATTERN, request.name):
@@ -84,8 +69,12 @@ def import_files(request: Request, home: Home) -> dict[str, Any]:
     size = sum(file.path.stat().st_size for file in request.files)
     require_space(home.datasets, _SCRATCH_SHARE * size, "the import")
     try:
-        with tempfile.TemporaryDirectory(dir=home.incoming) as scratch, contextlib.ExitStack() as stack:
-            return _Import(request, Path(scratch), stack).run(home)
+        with (
+            tempfile.TemporaryDirectory(dir=scratch or home.incoming) as folder,
+            open(Path(folder) / "drops", "wb") as drops,
+            contextlib.ExitStack() as stack,
+        ):
+            return _Import(request, Path(folder), drops, stack).run(home)
     except OSError as error:
         raise disk_error(error, home.root) from error
 
@@ -93,11 +82,11 @@ def import_files(request: Request, home: Home) -> dict[str, Any]:
 class _Import:
     """One import, its files half-made in `scratch`."""
 
-    def __init__(self, request: Request, scratch: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, request: ImportRequest, scratch: Path, drops: BinaryIO, stack: contextlib.ExitStack) -> None:
         self.request = request
         self.scratch = scratch
         self.columns = ColumnMap(request.columns) if request.columns is not None else None
-        self.account = Account(stack.enter_context(open(scratch / "drops", "wb")))
+        self.account = Account(drops)
         self.repetition = Repetition(scratch, stack)
         self.tokens = TokenCount(request.base) if request.base else None
         if self.tokens:
@@ -244,11 +233,10 @@ def _shown(filename: str) -> str:
 def main(home_root: Path, request: Path, result: Path) -> None:
     """Import as the file `request` says; what came of it is in `result` as {"report"} or {"problem"}."""
     try:
-        report = import_files(Request.model_validate_json(request.read_bytes()), Home(home_root))
+        report = import_files(ImportRequest.model_validate_json(request.read_bytes()), Home(home_root), result.parent)
         outcome: dict[str, Any] = {"report": report}
     except ApplianceError as error:
-        problem = {"code": error.code, "message": error.message, "next": error.next, "status": error.status}
-        outcome = {"problem": problem}
+        outcome = {"problem": error.problem()}
     write_json(result, outcome)
 
 

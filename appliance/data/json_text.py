@@ -82,16 +82,20 @@ def _items(scanner: _Scanner, is_row: Callable[[Any], bool] | None) -> Iterator[
         return
     goes_on = True
     while goes_on:
+        whole = False
         try:
-            yield scanner.value()
+            value = scanner.value()
+            whole = True
+            yield value
             goes_on = scanner.goes_on("]")
         except InvalidInput as error:
             if is_row is None:
                 raise
             begin = scanner.byte()
-            if not scanner.seek(is_row):
+            if not scanner.seek(is_row, past=not whole):
                 raise
-            yield Gap(error, begin, scanner.byte() - begin)
+            if lost := scanner.byte() - begin:
+                yield Gap(error, begin, lost)
 
 
 def _keys(scanner: _Scanner) -> Iterator[str]:
@@ -141,15 +145,19 @@ class _Scanner:
         """Where in the file the scanner is."""
         return self._place(self._at)[2]
 
-    def seek(self, is_row: Callable[[Any], bool]) -> bool:
-        """Go to the next object that is a row. False where there is none; raises InvalidInput where the file breaks."""
+    def seek(self, is_row: Callable[[Any], bool], past: bool) -> bool:
+        """Go to the next object that is a row, `past` this place or at it.
+
+        False where there is none; raises InvalidInput where the file breaks.
+        """
         while True:
-            begin = self._text.find("{", self._at + 1)
+            begin = self._text.find("{", self._at + past)
+            past = True
             if begin < 0:
                 self._at = len(self._text)
                 if not self._read_more():
                     return False
-                self._at = -1
+                past = False
                 continue
             self._at = begin
             try:

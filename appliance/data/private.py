@@ -13,11 +13,17 @@ _KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     # What it is: marks without which it is not there, which are quick to look for, and its form.
     "e-mail address": (("@",), r"[0-9A-Za-z][\w.%+-]*@(?:[0-9A-Za-z-]+\.)+[A-Za-z]{2,}\b"),
     "AWS key": (("AKIA", "ASIA"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "GitHub token": (("ghp_", "gho_", "ghr_", "ghs_", "ghu_", "github_pat_"), r"\b(?:gh[oprsu]_[0-9A-Za-z]{36}|github_pat_\w{22,})"),
+    "GitHub token": (
+        ("ghp_", "gho_", "ghr_", "ghs_", "ghu_", "github_pat_"),
+        r"\b(?:gh[oprsu]_[0-9A-Za-z]{36}|github_pat_\w{22,})",
+    ),
     "GitLab token": (("glpat-",), rf"\bglpat-{_WORD}{{20,}}"),
     "Google key": (("AIza",), rf"\bAIza{_WORD}{{35}}"),
     "Hugging Face token": (("hf_",), r"\bhf_[0-9A-Za-z]{30,}"),
-    "private key": (("PRIVATE KEY",), r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----)?"),
+    "private key": (
+        ("PRIVATE KEY",),
+        r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----)?",
+    ),
     "secret key": (("sk-",), rf"\bsk-{_WORD}{{20,}}"),
     "Slack token": (("xox",), r"\bxox[abeoprs]-[0-9A-Za-z-]{10,}"),
     "Stripe key": (("k_live_", "k_test_"), r"\b[prs]k_(?:live|test)_[0-9A-Za-z]{16,}"),

@@ -13,6 +13,7 @@ from appliance.data.parquet import read_parquet
 from appliance.data.text import COMPRESSED, SourceText
 from appliance.errors import InvalidInput
 
+_EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_CELL = 1 << 26
 """Characters; a quote that nothing closes takes the rest of the file into one cell."""
@@ -48,28 +49,49 @@ def read_records(path: Path, filename: str, is_row: IsRow | None = None) -> Iter
     try:
         for record in _records(path, filename, is_row):
             if isinstance(record, Damaged) and is_row is None:
-                raise record.error
+                error = record.error
+                raise InvalidInput(error.code, error.message, f"{error.next}, or keep what is whole with --salvage")
             yield record
     except OSError as error:
         raise InvalidInput("unreadable_file", f"cannot read {filename}: {error.strerror}", "check the path") from None
 
 
 def _records(path: Path, filename: str, is_row: IsRow | None) -> Iterator[Record | Damaged]:
-    *_, inner, outer = ["", "", *(suffix.lower() for suffix in Path(filename).suffixes)]
-    match inner if outer in COMPRESSED else outer:
+    kind, unpack = _kind(path, filename)
+    match kind:
         case ".jsonl" | ".ndjson":
-            return _json_lines(SourceText(path, filename))
+            return _json_lines(SourceText(path, filename, unpack))
         case ".json":
-            return _indexed(read_rows(SourceText(path, filename), is_row))
-        case ".csv" | ".tsv" as kind:
-            return _table(SourceText(path, filename), _DELIMITERS[kind])
-        case ".parquet" if outer == ".parquet":
+            return _indexed(read_rows(SourceText(path, filename, unpack), is_row))
+        case ".csv" | ".tsv":
+            return _table(SourceText(path, filename, unpack), _DELIMITERS[kind])
+        case ".parquet" if not unpack:
             return _indexed(read_parquet(path, filename))
     raise InvalidInput(
         "unknown_file_type",
-        f"{filename} is not of a kind that can be read, by its name",
-        "use .jsonl, .json, .csv or .tsv (each also as .gz or .zst) or .parquet",
+        f"{filename} is not of a kind that can be read, by its name or its beginning",
+        "use .jsonl, .json, .csv or .tsv (each also as .gz or .zst) or .parquet, or say which it is (--type)",
     )
+
+
+def _kind(path: Path, filename: str) -> tuple[str, str]:
+    """Extension and compression of a file, by its name; what that does not tell, by its beginning."""
+    *_, inner, outer = ["", "", *(suffix.lower() for suffix in Path(filename).suffixes)]
+    unpack = outer if outer in COMPRESSED else ""
+    kind = inner if unpack else outer
+    if kind in _EXTENSIONS:
+        return kind, unpack
+    with open(path, "rb") as file:
+        head = file.read(4)
+    unpack = unpack or next((name for name, magic in COMPRESSED.items() if head.startswith(magic)), "")
+    if head == b"PAR1":
+        return ".parquet", ""
+    first = next((line for _, line in SourceText(path, filename, unpack).lines() if not line.isspace()), b"").strip()
+    if first.startswith(b"["):
+        return ".json", unpack
+    if first.startswith(b"{"):
+        return ".jsonl" if first.endswith(b"}") else ".json", unpack
+    return "", unpack
 
 
 def _json_lines(source: SourceText) -> Iterator[Record | Damaged]:

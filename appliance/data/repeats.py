@@ -7,7 +7,7 @@ import sqlite3
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import rensa
@@ -58,9 +58,9 @@ class Repetition:
             self._seen.execute(f"PRAGMA {pragma}")
         self._seen.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         self._seen.execute("BEGIN")
-        self._said = stack.enter_context(open(scratch / "said", "wb"))
-        self._sketches = stack.enter_context(open(scratch / "sketches", "wb"))
-        self._bands = [stack.enter_context(open(scratch / f"band-{number}", "wb")) for number in range(_BANDS)]
+        self._said = _new(stack, scratch / "said")
+        self._sketches = _new(stack, scratch / "sketches")
+        self._bands = [_new(stack, scratch / f"band-{number}") for number in range(_BANDS)]
         self._words: list[list[str]] = []
 
     def is_new(self, digest: bytes) -> bool:
@@ -154,6 +154,10 @@ class Repetition:
             chosen = slice(at, at + _PAIRS_AT_ONCE)
             shares.append((sketches[one[chosen]] == sketches[other[chosen]]).mean(axis=1))
         return numpy.concatenate(shares)
+
+
+def _new(stack: contextlib.ExitStack, path: Path) -> BinaryIO:
+    return stack.enter_context(open(path, "wb"))
 
 
 def _components(count: int, one: Any, other: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 
 from appliance.errors import InvalidInput
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+"""Extensions of compressed files, and the bytes with which these begin."""
 
 _CHUNK = 1 << 20
 _PACKED_CHUNK = 1 << 16
@@ -28,13 +29,13 @@ _MARKS = (
 class SourceText:
     """The text of the file at `path`, which its owner calls `filename`, read once and in pieces.
 
-    A name that ends in .gz or .zst is decompressed; bytes are then counted in what comes out. A byte order mark says
+    `unpack` (.gz or .zst) says how it is compressed; bytes are then counted in what comes out. A byte order mark says
     the encoding and is no text; without one it is UTF-8.
     """
 
-    def __init__(self, path: Path, filename: str) -> None:
+    def __init__(self, path: Path, filename: str, unpack: str = "") -> None:
         self.filename = filename
-        self._chunks = _unpacked(path, filename)
+        self._chunks = {".gz": _gzip, ".zst": _zstd}.get(unpack, _plain)(path, filename)
         head = b""
         for chunk in self._chunks:
             head += chunk
@@ -106,14 +107,11 @@ class SourceText:
         )
 
 
-def _unpacked(path: Path, filename: str) -> Iterator[bytes]:
-    """The bytes of the file, in chunks that are never empty. Raises InvalidInput for a damaged or truncated one."""
-    extension = Path(filename).suffix.lower()
-    unpack = {".gz": _gzip, ".zst": _zstd}.get(extension, _plain)
-    return unpack(path, filename)
-
-
 def _plain(path: Path, filename: str) -> Iterator[bytes]:
+    """The bytes of the file in chunks that are never empty, as the others of its kind give them.
+
+    They raise InvalidInput for a damaged or truncated file.
+    """
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk

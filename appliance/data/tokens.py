@@ -46,8 +46,8 @@ class _Counts:
     first_refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     """The first of them: its number and what is wrong with it."""
     spelled: int = 0
-    """Rows in which a text spells a special token."""
-    last_spelled: int = -1
+    """Conversations in which a text spells a special token."""
+    first_spelled: int | None = None
 
 
 class TokenCount:
@@ -90,7 +90,7 @@ class TokenCount:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def figures(self, max_length: int | None) -> dict[str, Any]:
-        """The counts as the report's `tokens`, with what a limit of `max_length` tokens cuts off. Nothing can follow."""
+        """The counts as the report's `tokens`, with what a limit of `max_length` tokens cuts off. Comes last."""
         self._submit()
         while self._ahead:
             self._ahead.popleft().result()
@@ -109,7 +109,7 @@ class TokenCount:
             "refused": dict(counts.refused),
             "first_refused": {code: list(first) for code, first in counts.first_refused.items()},
             "spelled_special": counts.spelled,
-            "last_spelled": counts.last_spelled,
+            "first_spelled": counts.first_spelled,
         }
         if max_length is not None:
             over = [(length - max_length, count) for length, count in lengths if length > max_length]
@@ -126,7 +126,7 @@ class TokenCount:
         batch = [
             _Conversation(number, messages, row.get("tools"))
             for number, row in enumerate(self._rows, self._number)
-            for messages in _conversations(row)
+            for messages in conversations(row)
         ]
         self._number += len(self._rows)
         self._rows, self._bytes = [], 0
@@ -159,14 +159,12 @@ class TokenCount:
         """The text in pieces, of which every second is trained; None where an answer is not found in it as it is."""
         if self._bos:
             self._counts.starts[_repeated(text, self._bos)] += 1
-        pieces, done, place = [], 0, 0
+        pieces, done, place, spelled = [], 0, 0, False
         for message in conversation.messages:
             if message.get("tool_calls"):
                 return None
             content = message["content"].strip()
-            if self._special.search(content) and self._counts.last_spelled != conversation.row:
-                self._counts.spelled += 1
-                self._counts.last_spelled = conversation.row
+            spelled = spelled or self._special.search(content) is not None
             if not content:
                 continue
             trained = message["role"] == "assistant" and message.get("weight") != 0
@@ -181,6 +179,10 @@ class TokenCount:
             if trained:
                 pieces += [text[done:begin], text[begin:place]]
                 done = place
+        if spelled:
+            self._counts.spelled += 1
+            if self._counts.first_spelled is None:
+                self._counts.first_spelled = conversation.row
         return [*pieces, text[done:]]
 
     def _count(self, batch: list[_Conversation], cuts: list[list[str] | None]) -> None:
@@ -224,7 +226,7 @@ def _fast_tokenizer(base: Path) -> Any:
         return None
 
 
-def _conversations(row: Row) -> Iterator[list[dict[str, Any]]]:
+def conversations(row: Row) -> Iterator[list[dict[str, Any]]]:
     """The conversations that a row is trained as, in which all but the answers has the weight 0."""
     if "messages" in row:
         yield row["messages"]

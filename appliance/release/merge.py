@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home, building, require_space
 from appliance.models import model_path
 from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.held_out import score, yardstick
 from appliance.release.weights import Change, shards, write_weights
-from appliance.train.model import load_adapter, load_model, load_tokenizer, release_memory, stop_token_ids
+from appliance.train.model import load_adapter, load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
 SIXTEEN_BIT = "16-bit"

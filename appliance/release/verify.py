@@ -11,6 +11,7 @@ import torch
 
 from appliance.data.dataset import Dataset, Row, prompt_group, prompt_messages
 from appliance.data.render import render_conversation, render_prompt
+from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import NotFound
 from appliance.home import Home, write_json
 from appliance.models import model_path
@@ -21,7 +22,7 @@ from appliance.release.merge import DEQUANTISED, last_adapter
 from appliance.release.weights import layout, pairs
 from appliance.supervisor.engines import Probe
 from appliance.train.events import EventLog
-from appliance.train.model import load_model, load_tokenizer, release_memory
+from appliance.train.model import load_model, release_memory
 from appliance.train.recipe import Recipe
 
 QUALITY_SLACK = 1e-3

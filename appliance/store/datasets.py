@@ -37,6 +37,14 @@ class Datasets:
             )
         return api.Dataset.model_validate(dict(row))
 
+    def names(self, id: str) -> list[str]:
+        """What a dataset is called."""
+        return [row["name"] for row in self._db.execute("SELECT name FROM datasets WHERE id = ?", (id,))]
+
+    def forget(self, name: str) -> None:
+        """Take a name away."""
+        self._db.execute("DELETE FROM datasets WHERE name = ?", (name,))
+
     def all(self) -> list[api.Dataset]:
         """Newest first."""
         rows = self._db.execute("SELECT * FROM datasets ORDER BY created DESC, rowid DESC")

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from appliance.data.dataset import Dataset
+from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import InvalidInput
 from appliance.home import Home, building, require_space
 from appliance.models import count_parameters, model_path
@@ -28,7 +29,6 @@ from appliance.train.model import (
     add_adapter,
     load_adapter,
     load_model,
-    load_tokenizer,
     quantised_modules,
     require_covered,
     stop_token_ids,

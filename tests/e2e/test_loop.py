@@ -7,6 +7,7 @@ from pathlib import Path
 import openai
 import pytest
 from box import EXAMPLES, Box, box
+from appliance.sources import find_sources
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -34,8 +35,8 @@ evaluate_every = 100
 
 
 async def prepare(running: Box) -> None:
-    await running.client.import_dataset(EXAMPLES / "facts.json", "facts")
-    await running.client.import_dataset(EXAMPLES / "preferences.jsonl", "preferences")
+    await running.client.import_dataset(find_sources([str(EXAMPLES / "facts.json")]), "facts")
+    await running.client.import_dataset(find_sources([str(EXAMPLES / "preferences.jsonl")]), "preferences")
 
 
 async def test_from_a_local_file_to_an_answer(smollm2: Path) -> None:

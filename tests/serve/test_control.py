@@ -14,6 +14,7 @@ from appliance.client import Client
 from appliance.errors import Conflict, InvalidInput, NotFound
 from appliance.home import Home
 from appliance.settings import Settings
+from appliance.sources import find_sources
 from appliance.store.database import open_database
 from appliance.store.keys import Keys
 from appliance.supervisor.supervisor import Supervisor
@@ -122,19 +123,19 @@ async def test_problems_have_a_code_a_message_and_what_to_do(control: Control) -
 
 async def test_an_import_takes_a_format_a_column_map_and_any_filename(control: Control, tmp_path: Path) -> None:
     (tmp_path / "--rows.csv").write_text("instruction,question,output\nx,q,a\n")
-    file = tmp_path / "--rows.csv"
-    await control.client.import_dataset(file, "mapped", "alpaca", "instruction=question")
+    sources = find_sources([str(tmp_path / "--rows.csv")])
+    await control.client.import_dataset(sources, "mapped", format="alpaca", columns="instruction=question")
     assert (await control.client.rows("mapped")).rows[0]["messages"][0]["content"] == "q"
     with pytest.raises(InvalidInput, match="no format has '-x'"):
-        await control.client.import_dataset(file, "mapped", columns="-x=y")
+        await control.client.import_dataset(sources, "mapped", columns="-x=y")
     with pytest.raises(InvalidInput, match="there is no format '--help'"):
-        await control.client.import_dataset(file, "mapped", "--help")
+        await control.client.import_dataset(sources, "mapped", format="--help")
 
 
 async def test_an_import_is_listed_under_its_name_and_paged(control: Control, tmp_path: Path) -> None:
     rows = [{"instruction": f"q{number}", "output": f"a{number}"} for number in range(12)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    report = await control.client.import_dataset(tmp_path / "rows.json", "mine")
+    report = await control.client.import_dataset(find_sources([str(tmp_path / "rows.json")]), "mine")
     assert (report["kept"], report["name"]) == (12, "mine")
     page = await control.client.rows("mine", offset=10, limit=5)
     assert (page.total, [row["messages"][0]["content"] for row in page.rows]) == (12, ["q10", "q11"])

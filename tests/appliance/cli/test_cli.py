@@ -84,7 +84,7 @@ def test_a_table_with_columns_of_its_own(shell: Shell, tmp_path: Path) -> None:
 
 def test_a_missing_file_and_a_directory(shell: Shell, tmp_path: Path) -> None:
     assert "does not exist" in shell.refuses(2, "data", "import", str(tmp_path / "nope.json"))
-    assert "is a directory" in shell.refuses(2, "data", "import", str(tmp_path))
+    assert "holds no data files" in shell.refuses(2, "data", "import", str(tmp_path))
 
 
 def test_names_that_nothing_goes_by(shell: Shell) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from importing import Import
 
-from appliance.data.importer import Request, Source, import_files
+from appliance.data.importer import import_files
+from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
 
 
@@ -33,6 +34,6 @@ def imported(home: Home, tmp_path: Path) -> Import:
         source = tmp_path / filename
         source.write_bytes(content.encode() if isinstance(content, str) else content)
         file = Source(path=source, filename=filename)
-        return import_files(Request(files=[file], name="rows", **how), home)
+        return import_files(ImportRequest(files=[file], name="rows", **how), home)
 
     return run

@@ -8,7 +8,8 @@ import pytest
 
 import appliance.recipes as recipes
 from appliance.data.dataset import Dataset, prompt_messages
-from appliance.data.importer import Request, Source, import_files
+from appliance.data.importer import import_files
+from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
 from appliance.recipes import examples_directory, shipped_recipes
 from appliance.train.recipe import parse_recipe
@@ -17,7 +18,7 @@ EXAMPLES = examples_directory()
 
 
 def dataset(home: Home, file: str) -> Dataset:
-    report = import_files(Request(files=[Source(path=EXAMPLES / file, filename=file)], name="example"), home)
+    report = import_files(ImportRequest(files=[Source(path=EXAMPLES / file, filename=file)], name="example"), home)
     assert report["kept"] == report["rows_in"]
     assert report["findings"] == []
     return Dataset.open(home, report["id"])

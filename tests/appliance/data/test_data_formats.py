@@ -13,6 +13,7 @@ SYSTEM = {"role": "system", "content": "s"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 DIALOGUE = {"messages": [ASKED, ANSWERED]}
 OTHER = {"role": "assistant", "content": "b"}
+JUDGED = {"prompt": [ASKED], "completion": [ANSWERED]}
 PAIR = {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [OTHER]}
 
 
@@ -138,6 +139,20 @@ def sharegpt(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
         ({"prompt": [SYSTEM, ASKED], "completion": [ANSWERED]}, "completion", {"messages": [SYSTEM, ASKED, ANSWERED]}),
         ({"prompt": [ASKED], "completion": [ASKED, ANSWERED]}, "completion", DIALOGUE),
         ({**DIALOGUE, "label": "greeting"}, "openai", DIALOGUE),
+        ({**DIALOGUE, "label": 1}, "unpaired", {**JUDGED, "label": True}),
+        ({"prompt": "q", "completion": "a", "label": "False"}, "unpaired", {**JUDGED, "label": False}),
+        (
+            {"messages": [SYSTEM, ASKED, OTHER, ASKED, ANSWERED], "label": 0},
+            "unpaired",
+            {"prompt": [SYSTEM, ASKED, OTHER, ASKED], "completion": [ANSWERED], "label": False},
+        ),
+        (
+            {"messages": [ASKED, {**OTHER, "weight": 0}, ASKED, {**ANSWERED, "weight": 1.0}]},
+            "openai",
+            {"messages": [ASKED, {**OTHER, "weight": 0}, ASKED, ANSWERED]},
+        ),
+        ({**PAIR, "prompt": json.dumps([ASKED])}, "preference", PAIR),
+        ({"prompt": "[{x", "completion": "a"}, "completion", {"messages": [{**ASKED, "content": "[{x"}, ANSWERED]}),
         ({"messages": json.dumps(DIALOGUE["messages"])}, "openai", DIALOGUE),
     ],
 )
@@ -194,9 +209,9 @@ def test_formats(value: dict[str, Any], format: str, row: dict[str, Any]) -> Non
         ({"prompt": "q", "completion": " "}, "empty_answer"),
         ({"prompt": "q", "completion": None}, "unknown_format"),
         ({"prompt": "q", "completion": []}, "roles_out_of_order"),
-        ({"prompt": "q", "completion": "a", "label": False}, "unpaired_preference"),
-        ({"prompt": "q", "completion": "a", "label": "True"}, "unpaired_preference"),
-        ({**DIALOGUE, "label": 1}, "unpaired_preference"),
+        ({**DIALOGUE, "messages": [*DIALOGUE["messages"][:-1], {**DIALOGUE["messages"][-1], "weight": 2}]}, "bad_weight"),
+        ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, "nothing_to_train"),
+        ({"prompt": "q", "chosen": "a", "label": True}, "unknown_format"),
         (sharegpt(("human", "q"), ("function_call", "f(1)"), ("gpt", "a")), "bad_tool_call"),
         ({**DIALOGUE, "tools": "f"}, "bad_tools"),
         ({**DIALOGUE, "tools": [1]}, "bad_tools"),

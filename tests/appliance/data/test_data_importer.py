@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from importing import Import
 import appliance.data.importer as importer
 from appliance.data.dataset import Dataset
 from appliance.data.formats import FORMATS
+from appliance.data.requests import ImportRequest, Source
 from appliance.errors import InvalidInput, NoSpace
 from appliance.home import Home
 
@@ -32,11 +34,22 @@ def test_the_report_accounts_for_every_row(imported: Import, home: Home) -> None
         "id": report["id"],
         "name": "rows",
         "format": {"alpaca": 3, "sharegpt": 1},
+        "evidence": {
+            "alpaca": "line 1 has the keys instruction, input, output",
+            "sharegpt": "line 4 has the keys conversations",
+        },
         "kind": "messages",
         "rows_in": 6,
         "kept": 3,
         "dropped": 2,
         "duplicates": 1,
+        "drop_codes": {"empty_answer": 1, "not_an_object": 1},
+        "private": {},
+        "near_duplicates": 0,
+        "near": [],
+        "conflicts": 0,
+        "conflicting": [],
+        "questions_on_both_sides": 0,
         "drops": [
             {"line": 3, "code": "empty_answer", "reason": "the assistant says nothing"},
             {"line": 5, "code": "not_an_object", "reason": "it is a number, not an object"},
@@ -45,6 +58,7 @@ def test_the_report_accounts_for_every_row(imported: Import, home: Home) -> None
             {
                 "level": "note",
                 "code": "trimmed_answers",
+                "count": 1,
                 "message": "1 rows had white space around an answer; it was taken off",
             }
         ],
@@ -65,18 +79,20 @@ def test_the_source_is_remembered(imported: Import, home: Home) -> None:
     directory = home.datasets / imported(ALPACA, "some.json")["id"]
     content = json.dumps(ALPACA).encode()
     source = json.loads((directory / "source.json").read_bytes())
-    assert source == {"path": "some.json", "bytes": len(content), "sha256": source["sha256"]}
-    assert len(source["sha256"]) == 64
+    digest = hashlib.sha256(content).hexdigest()
+    assert source == {"files": [{"path": "some.json", "bytes": len(content), "sha256": digest}]}
 
 
 def test_the_id_is_that_of_the_rows(imported: Import, home: Home) -> None:
     first = imported(ALPACA, "a.json")
     directory = home.datasets / first["id"]
-    before = {file.name: file.stat().st_mtime_ns for file in directory.iterdir()}
+    before = {name: (directory / name).read_bytes() for name in ("rows.jsonl", "rows.index")}
     assert imported(SHAREGPT, "b.jsonl")["id"] == first["id"]
-    assert imported([*ALPACA, ALPACA[0]], "c.jsonl")["id"] == first["id"]
     assert imported((directory / "rows.jsonl").read_bytes(), "exported.jsonl")["id"] == first["id"]
-    assert {file.name: file.stat().st_mtime_ns for file in directory.iterdir()} == before
+    assert imported([*ALPACA, ALPACA[0]], "c.jsonl")["id"] == first["id"]
+    assert {name: (directory / name).read_bytes() for name in before} == before
+    assert Dataset.open(home, first["id"]).report["duplicates"] == 1
+    assert json.loads((directory / "source.json").read_bytes())["files"][0]["path"] == "c.jsonl"
     assert imported(ALPACA[::-1], "d.json")["id"] != first["id"]
 
 
@@ -112,8 +128,8 @@ def test_files_that_make_no_dataset(
     assert list(home.datasets.iterdir()) == list(home.incoming.iterdir()) == []
 
 
-def request(path: Path, filename: str = "rows.jsonl", **how: Any) -> importer.Request:
-    return importer.Request(files=[importer.Source(path=path, filename=filename)], **{"name": "rows", **how})
+def request(path: Path, filename: str = "rows.jsonl", **how: Any) -> ImportRequest:
+    return ImportRequest(files=[Source(path=path, filename=filename)], **{"name": "rows", **how})
 
 
 def test_a_missing_file_a_bad_name_and_a_bad_format(home: Home, tmp_path: Path, imported: Import) -> None:
@@ -161,7 +177,8 @@ def test_a_killed_import_leaves_no_dataset_and_does_not_stop_the_next(
         "import os, signal, sys; from pathlib import Path; from appliance.home import Home\n"
         "import appliance.data.importer as importer\n"
         "importer.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"request = importer.Request.model_validate_json({request(source).model_dump_json()!r})\n"
+        "from appliance.data.requests import ImportRequest\n"
+        f"request = ImportRequest.model_validate_json({request(source).model_dump_json()!r})\n"
         f"importer.import_files(request, Home(Path({str(home.root)!r})))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
@@ -193,7 +210,7 @@ def test_as_a_process_it_leaves_the_report_or_the_problem(home: Home, tmp_path: 
             "code": "malformed_json",
             "message": "rows.jsonl is malformed at line 1, column 2 (byte 1): "
             "Expecting property name enclosed in double quotes",
-            "next": "mend it there",
+            "next": "mend it there, or keep what is whole with --salvage",
             "status": 400,
         }
     }

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny import FACTS, add_run, events, failure, result, stage, work
 
 from appliance.data.render import render_prompt
+from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import Exit
 from appliance.home import Home
 from appliance.release.adapter import LowRank, read_changes
 from appliance.release.gates import load_probes
-from appliance.train.model import load_tokenizer
 
 TARGET = "model.layers.0.self_attn.v_proj.weight"
 Tensors = dict[str, torch.Tensor]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import FACTS, JUDGEMENTS, PREFERENCES
 
+from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import InvalidInput
 from appliance.train.dpo import DPO
 from appliance.train.interruption import Interruption
 from appliance.train.kto import KTO, mismatched
-from appliance.train.model import load_tokenizer
 from appliance.train.room import Room
 from appliance.train.sft import IGNORED, SFT
 from appliance.train.trainer import Given, build_trainer

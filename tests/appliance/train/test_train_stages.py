@@ -29,9 +29,9 @@ from tiny import (
 
 from appliance.data.dataset import Dataset
 from appliance.data.render import render_conversation
+from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import Exit
 from appliance.home import Home
-from appliance.train.model import load_tokenizer
 
 SFT = stage("sft", "FACTS")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from appliance.data.importer import Request, Source, import_files
+from appliance.data.importer import import_files
+from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
 from appliance.train.events import EventLog
 from appliance.train.recipe import Recipe, dump_recipe, parse_recipe
@@ -87,7 +87,7 @@ def add_dataset(home: Home, name: str, rows: list[dict[str, Any]]) -> str:
     """Import `rows` and return the dataset's id."""
     path = home.root / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    id: str = import_files(Request(files=[Source(path=path, filename=path.name)], name=name), home)["id"]
+    id: str = import_files(ImportRequest(files=[Source(path=path, filename=path.name)], name=name), home)["id"]
     return id
 
 
