@@ -7,6 +7,7 @@ from pathlib import Path
 import openai
 import pytest
 from box import EXAMPLES, Box, box
+
 from appliance.sources import find_sources
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

@@ -48,7 +48,7 @@ def test_preferred_answers_are_the_facts_and_the_others_are_not(home: Home) -> N
 
 def test_every_shipped_recipe_says_what_it_is_for() -> None:
     found = {one.name: one for one in shipped_recipes()}
-    assert set(found) == {"base", "demo", "sft"}
+    assert set(found) == {"base", "demo", "kto", "sft"}
     for name, one in found.items():
         assert parse_recipe(one.text).name == name
         assert one.text.startswith(f"# {one.summary}\n")
@@ -60,4 +60,4 @@ def test_an_installed_package_has_its_own_examples(tmp_path: Path, monkeypatch: 
     (tmp_path / "examples" / "recipes").mkdir(parents=True)
     assert shipped_recipes() == []
     shutil.copytree(EXAMPLES, tmp_path / "appliance" / "examples")
-    assert [one.name for one in shipped_recipes()] == ["base", "demo", "sft"]
+    assert [one.name for one in shipped_recipes()] == ["base", "demo", "kto", "sft"]

@@ -209,7 +209,7 @@ def test_formats(value: dict[str, Any], format: str, row: dict[str, Any]) -> Non
         ({"prompt": "q", "completion": " "}, "empty_answer"),
         ({"prompt": "q", "completion": None}, "unknown_format"),
         ({"prompt": "q", "completion": []}, "roles_out_of_order"),
-        ({**DIALOGUE, "messages": [*DIALOGUE["messages"][:-1], {**DIALOGUE["messages"][-1], "weight": 2}]}, "bad_weight"),
+        ({"messages": [ASKED, {**ANSWERED, "weight": 2}]}, "bad_weight"),
         ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, "nothing_to_train"),
         ({"prompt": "q", "chosen": "a", "label": True}, "unknown_format"),
         (sharegpt(("human", "q"), ("function_call", "f(1)"), ("gpt", "a")), "bad_tool_call"),

@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel
 from tiny import FACTS, JUDGEMENTS, PREFERENCES, add_run, read_recipe, stage
 
+from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
 from appliance.train.interruption import Interruption
-from appliance.train.model import add_adapter, load_model, load_tokenizer
+from appliance.train.model import add_adapter, load_model
 from appliance.train.room import Room
 from appliance.train.stage import METHODS, _arguments
 from appliance.train.trainer import Batch, Given, PartwiseTrainer
