@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import psutil
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from appliance.train.events import EventLog
 from appliance.train.interruption import Interruption
+from appliance.train.memory import peak_memory
 from appliance.train.recipe import AnyStage
 
 
@@ -47,7 +46,7 @@ class Reporter(TrainerCallback):
             tokens=state.num_input_tokens_seen,
             tokens_per_second=round(per_second, 1),
             eta_seconds=round((state.max_steps - state.global_step) * self._busy_seconds / self._steps, 1),
-            memory=_memory(),
+            memory=peak_memory(),
         )
         print(
             f"{self.stage.name} step {state.global_step}/{state.max_steps}: "
@@ -90,10 +89,3 @@ class Cadence(TrainerCallback):
 def is_evaluated(step: int, stage: AnyStage, last: int) -> bool:
     """Whether the held-out loss is evaluated after `step` of `last` steps."""
     return step == last or step % stage.evaluate_every == 0
-
-
-def _memory() -> int:
-    """Peak of the GPU's memory, without one the resident memory of this process, in bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss

@@ -12,7 +12,7 @@ from typing import Any
 KINDS = frozenset(
     {
         "stage_started",  # stage
-        "step",  # stage, step, steps, loss, lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory (bytes)
+        "step",  # stage, step, steps, loss, lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory (peak, bytes)
         "eval",  # stage, step, loss
         "sample",  # stage, step, prompt, text
         "checkpoint",  # stage, step, path

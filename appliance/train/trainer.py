@@ -13,7 +13,9 @@ from transformers import Trainer
 
 from appliance.data.dataset import Kind
 from appliance.train.checkpoints import saving
+from appliance.train.head import NOT_COMPUTED, install
 from appliance.train.interruption import Interrupted, Interruption
+from appliance.train.model import ON_GPU
 from appliance.train.order import LengthSampler
 from appliance.train.room import Room
 from appliance.train.rows import Example
@@ -102,6 +104,12 @@ class PartwiseTrainer(Trainer):
         with torch.no_grad():
             return self.room.fit(attempt), None, None
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for figures in self._metrics.values():
+            for name in NOT_COMPUTED:
+                figures.pop(name, None)
+        super().log(logs, start_time)
+
     def compute_ref_log_probs(self, model: Any, inputs: Batch) -> tuple[torch.Tensor, ...]:
         """TRL's log-probabilities of the reference, for the methods that have one."""
         score = super().compute_ref_log_probs
@@ -156,6 +164,8 @@ def build_trainer(
     TRL rounds a QLoRA adapter to bf16, which loses small updates.
     """
     model = given.model
+    if not ON_GPU:
+        install()
     train, held_out = sorted(given.train, key=length), sorted(given.held_out, key=length)
     before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = kind(

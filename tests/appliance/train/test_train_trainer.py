@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from tiny import FACTS, JUDGEMENTS, PREFERENCES, add_run, read_recipe, stage
 
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
+from appliance.train.head import TrainedLogProbs
 from appliance.train.interruption import Interruption
 from appliance.train.model import add_adapter, load_model
 from appliance.train.room import Room
+from appliance.train.sft import IGNORED
 from appliance.train.stage import METHODS, _arguments
 from appliance.train.trainer import Batch, Given, PartwiseTrainer
 
@@ -78,3 +81,21 @@ def test_parts_hold_no_needless_padding(trainer: PartwiseTrainer) -> None:
         assert share == pytest.approx(1 / 6)
         assert bool(part["attention_mask"].any(0).all())
         assert part["input_ids"].shape == part["attention_mask"].shape
+
+
+def test_the_head_sees_the_trained_tokens_only(trainer: PartwiseTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And logs none of the figures that it does not compute."""
+    seen = []
+    forward = TrainedLogProbs.forward
+
+    def spy(ctx: Any, hidden: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(hidden))
+        return forward(ctx, hidden, *rest)
+
+    monkeypatch.setattr(TrainedLogProbs, "forward", staticmethod(spy))
+    batch = batch_of(trainer)
+    step(trainer)
+    trained = batch["labels"] != IGNORED if "labels" in batch else batch["completion_mask"] == 1
+    assert seen[-1] == int(trained[:, 1:].sum())
+    trainer.log({"loss": 1.0})
+    assert not {"entropy", "mean_token_accuracy", "logits/chosen"} & trainer.state.log_history[-1].keys()
