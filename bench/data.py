@@ -135,14 +135,15 @@ def measure(runner: str, file: Path, base: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--base", type=Path, required=True, help="directory of the base model")
+    parser.add_argument("--base", type=Path, help="directory of the base model; SmolLM2, pulled, where not given")
     parser.add_argument("--size", type=int, default=256, help="MB of each file")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--runner", choices=RUNNERS)
     parser.add_argument("--file", type=Path)
     given = parser.parse_args()
+    base = given.base or pulled()
     if given.runner:
-        print(RUNNERS[given.runner](given.file, given.base))
+        print(RUNNERS[given.runner](given.file, base))
         return
     seconds: dict[str, dict[str, list[float]]] = {}
     peaks: dict[str, float] = {}
@@ -160,7 +161,7 @@ def main() -> None:
             taken = seconds[kind] = {runner: [] for runner in RUNNERS}
             for turn in range(given.rounds):
                 for runner in list(RUNNERS) if turn % 2 else reversed(list(RUNNERS)):
-                    time_taken, peak = measure(runner, file, given.base)
+                    time_taken, peak = measure(runner, file, base)
                     taken[runner].append(time_taken)
                     peaks[f"{runner} {kind}"] = max(peak, peaks.get(f"{runner} {kind}", 0))
                     print(f"{kind:6} {runner:11} {time_taken:7.1f} s  {peak:6.0f} MB", flush=True)
@@ -184,6 +185,15 @@ def main() -> None:
             }
         )
     )
+
+
+def pulled() -> Path:
+    """Directory of SmolLM2, which is pulled once."""
+    home = ROOT / ".cache" / "home"
+    environment = {**os.environ, "APPLIANCE_HOME": str(home)}
+    command = [sys.executable, "-m", "appliance.cli", "pull", "smollm2-135m"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return home / "models" / "smollm2-135m"
 
 
 def machine() -> str:

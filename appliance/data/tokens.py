@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class TokenCount:
         forms = "|".join(re.escape(token) for token in special if token.strip()) or "(?!)"
         self._special = re.compile(forms)
         self._ending = re.compile(rf"\s*(?:{forms})")
+        self._header = self._answer_header()
         self._fast = _fast_tokenizer(base)
         self._conversations = 0
         self._exact = True
@@ -136,6 +138,19 @@ class TokenCount:
         ]
         self._ahead.append(self._pool.submit(self._count, batch, cuts))
 
+    def _answer_header(self) -> str:
+        """The end of what the chat template begins an answer with; empty: nothing."""
+        asked = [{"role": "user", "content": "?"}]
+        try:
+            before, after = (
+                self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=header)
+                for header in (False, True)
+            )
+        except Exception:  # a template raises what it likes; the rows will say
+            return ""
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
+        return str(after[sum(1 for _ in alike) :])
+
     def _render(self, batch: list[_Conversation]) -> list[str | None]:
         """Each conversation as its chat template renders it; None where that refuses it."""
         try:
@@ -168,14 +183,15 @@ class TokenCount:
             if not content:
                 continue
             trained = message["role"] == "assistant" and message.get("weight") != 0
-            begin = text.find(content, place)
-            ending = self._ending.match(text, begin + len(content)) if trained else None
-            while trained and not ending and begin >= 0:
-                begin = text.find(content, begin + 1)
-                ending = self._ending.match(text, begin + len(content))
-            if begin < 0:
+            begin = text.find(self._header, place) + len(self._header) if trained else place
+            found = text.find(content, begin)
+            ending = self._ending.match(text, found + len(content)) if trained else None
+            while trained and not ending and found >= 0:
+                found = text.find(content, found + 1)
+                ending = self._ending.match(text, found + len(content))
+            if found < 0 or begin < place or (trained and not self._header):
                 return None
-            place = ending.end() if ending else begin + len(content)
+            place = ending.end() if ending else found + len(content)
             if trained:
                 pieces += [text[done:begin], text[begin:place]]
                 done = place

@@ -3,62 +3,14 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
 import pytest
+from controlling import Control
 
-from appliance.client import Client
 from appliance.errors import Conflict, InvalidInput, NotFound
-from appliance.home import Home
-from appliance.settings import Settings
 from appliance.sources import find_sources
-from appliance.store.database import open_database
-from appliance.store.keys import Keys
-from appliance.supervisor.supervisor import Supervisor
 from appliance.train.events import EventLog
-from appliance.train.recipe import Recipe
-from serve.control import control_app
-from serve.engines.transformers import TransformersEngine
-from serve.gateway.app import Gateway
-
-
-class Nobody:
-    """A frontage that lets nobody answer."""
-
-    def route(self, release: str | None, address: str) -> None: ...
-
-    async def drained(self, address: str, timeout: float) -> None: ...
-
-
-class Control:
-    def __init__(self, root: Path) -> None:
-        self.home = Home(root)
-        self.home.create()
-        self.db: sqlite3.Connection = open_database(self.home.database)
-        keys = Keys(self.db)
-        self.supervisor = Supervisor(self.home, self.db, TransformersEngine(Settings()), Nobody(), exclusive=False)
-        app = control_app(
-            self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", Gateway(keys.authenticate).operator
-        )
-        self.client = Client(root / "none", httpx.ASGITransport(app))
-
-    def run(self, state: str) -> str:
-        id = self.supervisor.runs.new_id(Recipe(name="r", base="tiny"))
-        self.supervisor.runs.add(id, Recipe(name="r", base="tiny"))
-        (self.home.runs / id).mkdir()
-        if state != "queued":
-            self.supervisor.runs.finish(id, state)  # type: ignore[arg-type]
-        return id
-
-
-@pytest.fixture
-async def control(tmp_path: Path) -> AsyncIterator[Control]:
-    control = Control(tmp_path)
-    yield control
-    await control.client.close()
 
 
 async def test_events_are_replayed_from_the_last_seen(control: Control) -> None:

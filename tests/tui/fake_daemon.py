@@ -252,6 +252,16 @@ class FakeDaemon:
             chosen = range(offset, min(offset + limit, total))
             return {"total": total, "offset": offset, "rows": [row(index) for index in chosen]}
 
+        @app.get("/v1/datasets/{id}/rendered")
+        async def rendered(id: str, offset: int) -> Any:
+            pieces = [
+                {"text": "<|im_start|>user\n", "trained": False, "special": True},
+                {"text": f"Question {offset} [/foo] \x1b[31mred<|im_end|>", "trained": False, "special": False},
+                {"text": f"Answer {offset}<|im_end|>", "trained": True, "special": False},
+            ]
+            broken = {"problem": "it has no end of turn [/x]"}
+            return [[{"tokens": 41, "trained": 4, "pieces": pieces}, *([broken] if offset else [])]]
+
         self._run_routes(app)
         self._release_routes(app)
         return app

@@ -51,7 +51,9 @@ class DataPage(RecordPage):
     @work(exclusive=True, group="report", exit_on_error=False)
     async def _read_report(self, id: str) -> None:
         try:
-            self._reports[id] = await self.appliance.client.dataset(id)
+            report = await self.appliance.client.dataset(id)
+            report.get("tokens", {}).pop("lengths", None)
+            self._reports[id] = report
         except PROBLEMS as error:
             if id == self.chosen:
                 self.query_one(TextPane).show(Content(explain(error)))
@@ -76,4 +78,5 @@ class DataPage(RecordPage):
 
     @on(RowList.RowOpened)
     def _row_opened(self, message: RowList.RowOpened) -> None:
-        self.app.push_screen(RowScreen(message.index, message.row))
+        if self.chosen is not None:
+            self.app.push_screen(RowScreen(self.appliance.client, self.chosen, message.index, message.row))

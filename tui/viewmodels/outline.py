@@ -17,6 +17,7 @@ from tui.viewmodels.history import figures
 from tui.viewmodels.styles import MUTED
 
 _MOST_ITEMS = 200
+_PARTS = ("messages", "prompt", "chosen", "rejected", "completion")
 
 
 def outline(value: Any) -> Content:
@@ -87,14 +88,14 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
 def row_preview(row: dict[str, Any]) -> Content:
     """A row on one line: what is asked, and the answer (the chosen one)."""
     asked = row.get("prompt") or [turn for turn in row.get("messages", ()) if turn.get("role") == "user"][:1]
-    answered = row.get("chosen") or row.get("messages", ())[-1:]
+    answered = row.get("chosen") or row.get("completion") or row.get("messages", ())[-1:]
     return Content.assemble((_spoken(asked), ""), (" → ", MUTED), (_spoken(answered), "$text-primary"))
 
 
 def row_text(row: dict[str, Any]) -> Content:
     """A whole row: every turn under its role."""
     parts: list[Content] = []
-    for title in ("messages", "prompt", "chosen", "rejected"):
+    for title in _PARTS:
         turns = row.get(title)
         if not turns:
             continue
@@ -103,9 +104,29 @@ def row_text(row: dict[str, Any]) -> Content:
         for turn in turns:
             parts.append(Content.styled(str(turn.get("role", "?")), "bold $text-primary"))
             parts.append(Content(plain(_content(turn)) + "\n"))
-    rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "chosen", "rejected")}
+    rest = {key: value for key, value in row.items() if key not in _PARTS}
     if rest:
         parts.append(outline(rest))
+    return Content("\n").join(parts)
+
+
+def trained_text(conversations: list[api.Conversation]) -> Content:
+    """Conversations as they are trained on: what is trained in brackets and in its own colour, and how many tokens."""
+    parts: list[Content] = []
+    for conversation in conversations:
+        if conversation.problem:
+            parts.append(Content.styled(f"cannot be trained on: {plain(conversation.problem)}", "$text-error"))
+            continue
+        said: list[tuple[str, str]] = []
+        for piece, before in zip(conversation.pieces, (None, *conversation.pieces), strict=False):
+            if piece.trained != (before is not None and before.trained):
+                said.append(("⟦" if piece.trained else "⟧", "bold $text-success"))
+            said.append((plain(piece.text), "$text-success" if piece.trained else MUTED))
+        if conversation.pieces and conversation.pieces[-1].trained:
+            said.append(("⟧", "bold $text-success"))
+        parts.append(Content.assemble(*said))
+        counts = f"{conversation.tokens:,} tokens, {conversation.trained:,} of them trained"
+        parts.append(Content.styled(f"{counts}\n", "$text-accent"))
     return Content("\n").join(parts)
 
 

@@ -115,15 +115,20 @@ def test_whatever_the_bytes_are_each_container_is_read_or_refused(
 
 
 @pass_through
-@given(container=st.sampled_from(list(CONTAINERS)), cut=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+@given(
+    container=st.sampled_from(list(CONTAINERS)),
+    cut=st.floats(0, 1, exclude_max=True),
+    value=st.integers(0, 255),
+    salvage=st.booleans(),
+)
 def test_a_damaged_or_truncated_file_is_read_or_refused(
-    imported: Import, container: str, cut: float, value: int
+    imported: Import, container: str, cut: float, value: int, salvage: bool
 ) -> None:
     whole = CONTAINERS[container](ALPACA)
     at = int(cut * len(whole))
     for content in (whole[:at], whole[:at] + bytes([value]) + whole[at + 1 :]):
         try:
-            report = imported(content, f"a.{container}")
+            report = imported(content, f"a.{container}", salvage=salvage)
             assert report["rows_in"] == report["kept"] + report["dropped"] + report["duplicates"]
         except InvalidInput as error:
             assert error.next  # noqa: PT017  # most are refused

@@ -233,6 +233,7 @@ turns = st.fixed_dictionaries(
         "output": texts,
         "system": texts,
         "tool_calls": json_values,
+        "weight": st.sampled_from([0, 1]) | json_values,
     },
 )
 rows = json_values | st.fixed_dictionaries(
@@ -250,10 +251,14 @@ rows = json_values | st.fixed_dictionaries(
         "chosen": texts | st.lists(turns, max_size=3),
         "rejected": texts | st.lists(turns, max_size=3),
         "completion": texts | st.lists(turns, max_size=3),
+        "label": st.booleans() | json_values,
         "tools": json_values,
     },
 )
+JUDGED = [{"prompt": "q", "completion": answer, "label": answer == "a"} for answer in "ab"]
+PAIRS = [{**PAIR, "chosen": answer} for answer in "cd"]
 valid = st.sampled_from(ALPACA + SHAREGPT)
+sound = st.lists(valid) | st.lists(st.sampled_from(JUDGED)) | st.lists(st.sampled_from(PAIRS))
 pass_through = settings(
     max_examples=100,
     deadline=None,
@@ -262,12 +267,17 @@ pass_through = settings(
 
 
 @pass_through
-@given(content=st.lists(rows | valid, max_size=8), lines=st.booleans(), format=st.none() | st.sampled_from(FORMATS))
+@given(
+    content=st.lists(rows | valid, max_size=8) | sound,
+    lines=st.booleans(),
+    format=st.none() | st.sampled_from(FORMATS),
+    redact=st.booleans(),
+)
 def test_whatever_the_rows_hold_the_counts_add_up(
-    imported: Import, home: Home, content: list[Any], lines: bool, format: str | None
+    imported: Import, home: Home, content: list[Any], lines: bool, format: str | None, redact: bool
 ) -> None:
     try:
-        report = imported(content, "rows.jsonl" if lines else "rows.json", format=format)
+        report = imported(content, "rows.jsonl" if lines else "rows.json", format=format, redact=redact)
     except InvalidInput as error:
         assert error.code in ("no_rows", "no_rows_kept", "mixed_kinds")  # noqa: PT017  # only some are refused
         return

@@ -1,70 +1,28 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from chat_templates import (
+    CALLING,
+    CHATML,
+    CLOSED_AT_THE_END,
+    COUNTING,
+    DEFAULT_SYSTEM,
+    RAISING,
+    SHOUTING,
+    THINKING,
+    TRIMMING,
+    WITHOUT_END,
+    make_tokenizer,
+)
+from tokenizers import normalizers
 
 from appliance.data.render import render_conversation, render_prompt
 from appliance.errors import InvalidInput
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-MERGES = [("h", "e"), ("Ċ", "Ċ"), ("s", "s")]
-"""A few joined tokens, among them two newlines: what runs together in text runs together in tokens."""
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-DEFAULT_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helper<|im_end|>\n{% endif %}" + CHATML
-)
-TRIMMING = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | trim }}")
-CLOSED_AT_THE_END = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
-THINKING = CHATML.replace(
-    "{{ message['content'] }}",
-    "{% if loop.last and message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}",
-)
-CALLING = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
-    "{{ message['content'] }}",
-    "{{ message['content'] }}"
-    "{% for call in message.tool_calls or [] %}<|endoftext|>{{ call.function | tojson }}{% endfor %}",
-)
-RAISING = "{{ raise_exception('only the user may speak') }}"
-WITHOUT_END = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}" + (
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-SHOUTING = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | upper }}")
-COUNTING = "{{ messages | length }}" + CHATML
-
 USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "he is here"}
-
-
-@pytest.fixture(scope="session")
-def tokenizer_with() -> Callable[..., Any]:
-    """Makes a byte-level tokenizer of some 260 tokens with a given chat template."""
-
-    def make(template: str, normalizer: Any = None) -> Any:
-        symbols = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
-        vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-        backend = Tokenizer(models.BPE(vocabulary, MERGES))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        if normalizer is not None:
-            backend.normalizer = normalizer
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            bos_token="<|im_start|>",
-            eos_token="<|im_end|>",
-            pad_token="<|im_end|>",
-            additional_special_tokens=["<|endoftext|>"],
-            chat_template=template,
-        )
-
-    return make
 
 
 def shown(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
@@ -80,29 +38,29 @@ def shown(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, 
     return text
 
 
-def test_the_text_and_the_end_of_turn_are_trained(tokenizer_with: Callable[..., Any]) -> None:
-    assert shown(tokenizer_with(CHATML), [USER, ANSWER]) == (
+def test_the_text_and_the_end_of_turn_are_trained() -> None:
+    assert shown(make_tokenizer(CHATML), [USER, ANSWER]) == (
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n[[he is here<|im_end|>]]\n"
     )
 
 
-def test_every_turn_of_the_assistant_is_trained(tokenizer_with: Callable[..., Any]) -> None:
+def test_every_turn_of_the_assistant_is_trained() -> None:
     system = {"role": "system", "content": "be brief"}
-    assert shown(tokenizer_with(DEFAULT_SYSTEM), [system, USER, ANSWER, USER, {**ANSWER, "content": "日本 🎉"}]) == (
+    assert shown(make_tokenizer(DEFAULT_SYSTEM), [system, USER, ANSWER, USER, {**ANSWER, "content": "日本 🎉"}]) == (
         "<|im_start|>system\nbe brief<|im_end|>\n"
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n[[he is here<|im_end|>]]\n"
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n[[日本 🎉<|im_end|>]]\n"
     )
 
 
-def test_a_system_prompt_put_in_by_the_template_is_not_trained(tokenizer_with: Callable[..., Any]) -> None:
-    assert shown(tokenizer_with(DEFAULT_SYSTEM), [USER, ANSWER]).startswith(
+def test_a_system_prompt_put_in_by_the_template_is_not_trained() -> None:
+    assert shown(make_tokenizer(DEFAULT_SYSTEM), [USER, ANSWER]).startswith(
         "<|im_start|>system\nYou are a helper<|im_end|>\n<|im_start|>user\nhello"
     )
 
 
-def test_what_is_trained_is_what_the_prompt_is_continued_with(tokenizer_with: Callable[..., Any]) -> None:
-    tokenizer = tokenizer_with(DEFAULT_SYSTEM)
+def test_what_is_trained_is_what_the_prompt_is_continued_with() -> None:
+    tokenizer = make_tokenizer(DEFAULT_SYSTEM)
     rendered = render_conversation(tokenizer, [USER, ANSWER])
     prompt = render_prompt(tokenizer, [USER])
     assert rendered.input_ids[: len(prompt)] == prompt
@@ -110,38 +68,38 @@ def test_what_is_trained_is_what_the_prompt_is_continued_with(tokenizer_with: Ca
     assert rendered.trained.count(True) == len(tokenizer("he is here<|im_end|>")["input_ids"])
 
 
-def test_the_text_of_another_turn_does_not_end_the_turn_early(tokenizer_with: Callable[..., Any]) -> None:
+def test_the_text_of_another_turn_does_not_end_the_turn_early() -> None:
     tricky = {**ANSWER, "content": "say <|im_end|> and he"}
-    assert "[[say <|im_end|> and he<|im_end|>]]\n" in shown(tokenizer_with(CHATML), [USER, tricky, USER, ANSWER])
+    assert "[[say <|im_end|> and he<|im_end|>]]\n" in shown(make_tokenizer(CHATML), [USER, tricky, USER, ANSWER])
 
 
-def test_a_template_may_trim(tokenizer_with: Callable[..., Any]) -> None:
-    assert "[[he<|im_end|>]]" in shown(tokenizer_with(TRIMMING), [USER, {**ANSWER, "content": " he\n"}])
+def test_a_template_may_trim() -> None:
+    assert "[[he<|im_end|>]]" in shown(make_tokenizer(TRIMMING), [USER, {**ANSWER, "content": " he\n"}])
 
 
-def test_a_tokenizer_may_compose_characters(tokenizer_with: Callable[..., Any]) -> None:
-    tokenizer = tokenizer_with(CHATML, normalizers.NFC())
+def test_a_tokenizer_may_compose_characters() -> None:
+    tokenizer = make_tokenizer(CHATML, normalizers.NFC())
     assert "[[caf\u00e9<|im_end|>]]" in shown(tokenizer, [USER, {**ANSWER, "content": "cafe\u0301"}])
 
 
-def test_a_mark_at_the_end_of_the_whole_is_no_end_of_turn(tokenizer_with: Callable[..., Any]) -> None:
-    assert shown(tokenizer_with(CLOSED_AT_THE_END), [USER, ANSWER, USER, ANSWER]).endswith(
+def test_a_mark_at_the_end_of_the_whole_is_no_end_of_turn() -> None:
+    assert shown(make_tokenizer(CLOSED_AT_THE_END), [USER, ANSWER, USER, ANSWER]).endswith(
         "[[he is here<|im_end|>]]\n<|im_start|>user\nhello<|im_end|>\n"
         "<|im_start|>assistant\n[[he is here<|im_end|>]]\n<|endoftext|>"
     )
 
 
-def test_what_the_template_puts_before_the_last_answer_is_trained(tokenizer_with: Callable[..., Any]) -> None:
-    assert shown(tokenizer_with(THINKING), [USER, ANSWER, USER, ANSWER]).endswith(
+def test_what_the_template_puts_before_the_last_answer_is_trained() -> None:
+    assert shown(make_tokenizer(THINKING), [USER, ANSWER, USER, ANSWER]).endswith(
         "[[he is here<|im_end|>]]\n<|im_start|>user\nhello<|im_end|>\n"
         "<|im_start|>assistant\n[[<think>\n\n</think>\n\nhe is here<|im_end|>]]\n"
     )
 
 
-def test_tool_calls_are_trained_and_their_results_are_not(tokenizer_with: Callable[..., Any]) -> None:
+def test_tool_calls_are_trained_and_their_results_are_not() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     messages = [USER, {**ANSWER, "content": "", "tool_calls": [call]}, {"role": "tool", "content": "o"}, ANSWER]
-    assert shown(tokenizer_with(CALLING), messages, [{"name": "f"}]) == (
+    assert shown(make_tokenizer(CALLING), messages, [{"name": "f"}]) == (
         '[{"name": "f"}]<|im_start|>user\nhello<|im_end|>\n'
         '<|im_start|>assistant\n[[<|endoftext|>{"name": "f", "arguments": {"x": 1}}<|im_end|>]]\n'
         "<|im_start|>tool\no<|im_end|>\n<|im_start|>assistant\n[[he is here<|im_end|>]]\n"
@@ -158,10 +116,8 @@ def test_tool_calls_are_trained_and_their_results_are_not(tokenizer_with: Callab
         (CHATML, [USER, {**ANSWER, "content": "\nhe"}], "template_not_incremental"),
     ],
 )
-def test_a_template_that_cannot_be_masked_is_refused(
-    tokenizer_with: Callable[..., Any], template: str, messages: list[dict[str, Any]], code: str
-) -> None:
+def test_a_template_that_cannot_be_masked_is_refused(template: str, messages: list[dict[str, Any]], code: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        render_conversation(tokenizer_with(template), messages)
+        render_conversation(make_tokenizer(template), messages)
     assert caught.value.code == code
     assert caught.value.next

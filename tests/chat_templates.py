@@ -1,0 +1,56 @@
+"""Chat templates of every kind that matters, and a tokenizer small enough to build on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+MERGES = [("h", "e"), ("Ċ", "Ċ"), ("s", "s")]
+"""A few joined tokens, among them two newlines: what runs together in text runs together in tokens."""
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helper<|im_end|>\n{% endif %}" + CHATML
+)
+TRIMMING = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | trim }}")
+CLOSED_AT_THE_END = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
+THINKING = CHATML.replace(
+    "{{ message['content'] }}",
+    "{% if loop.last and message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}",
+)
+CALLING = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
+    "{{ message['content'] }}",
+    "{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}<|endoftext|>{{ call.function | tojson }}{% endfor %}",
+)
+RAISING = "{{ raise_exception('only the user may speak') }}"
+WITHOUT_END = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}" + (
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SHOUTING = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | upper }}")
+COUNTING = "{{ messages | length }}" + CHATML
+
+
+def make_tokenizer(template: str, normalizer: Any = None) -> Any:
+    """A byte-level tokenizer of some 260 tokens with the chat template."""
+    symbols = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    backend = Tokenizer(models.BPE(vocabulary, MERGES))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|endoftext|>"],
+        chat_template=template,
+    )
