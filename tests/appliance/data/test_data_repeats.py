@@ -33,7 +33,7 @@ def test_near_duplicates_are_found_and_no_others(imported: Import, home: Home) -
     chance = random.Random(3)
     texts = [said(chance, 60) for _ in range(200)]
     near = [[*text[:30], "changed", *text[31:]] for text in texts[:20]]
-    far = [[*text[:30], *said(chance, 30)] for text in texts[20:40]]
+    far = [[*text[:48], *said(chance, 12)] for text in texts[20:40]]
     rows = [asked(f"q{number}", " ".join(text)) for number, text in enumerate(texts + near + far)]
     report = imported(rows)
     assert report["near_duplicates"] == 20
@@ -101,6 +101,7 @@ CONFLICTS: list[tuple[list[dict[str, Any]], int]] = [
     ([asked("q", "a"), asked("q", "b"), asked("q", "c"), asked("r", "a")], 1),
     ([asked("2+2?", "4"), asked("2-2?", "0"), asked("r", "a")], 0),
     ([asked("q", "a"), asked("q", "b", system="be brief")], 0),
+    ([{**asked("q", "a"), "tools": [{"name": name}]} for name in "xy"], 0),
     ([{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "b", "rejected": "a"}], 2),
     ([{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "c"}], 0),
     ([{"prompt": "q", "completion": "a", "label": good} for good in (True, False)], 1),
