@@ -130,7 +130,20 @@ def test_where_the_fast_count_differs_training_s_own_is_used(tmp_path: Path, mon
     assert (figures["exact"], found(figures)) == (True, expected(folder, ROWS))
     monkeypatch.setattr(tokens_module, "_TRIED", 0)
     monkeypatch.setattr(tokens_module, "_TRIED_EVERY", 3)
-    assert not count(folder, ROWS)["exact"]
+    figures = count(folder, ROWS)
+    assert not figures["exact"]
+    # Two conversations of three pieces were counted before the difference showed.
+    assert figures["total"] == 2 * 9 + expected(folder, ROWS[2:])[1]
+
+
+def test_of_a_judged_row_only_the_answers_are_trained() -> None:
+    pair, judged = ROWS[5:]
+    unsaid = {**ANSWERED, "weight": 0}
+    assert list(conversations(pair)) == [
+        [ASKED, unsaid, ASKED, ANSWERED],
+        [ASKED, unsaid, ASKED, {**ANSWERED, "content": "no"}],
+    ]
+    assert list(conversations(judged)) == [[ASKED, ANSWERED]]
 
 
 def test_what_a_limit_cuts_off(tmp_path: Path) -> None:
