@@ -95,3 +95,8 @@ def test_any_fault_in_an_array_loses_no_row_before_it(imported: Import, at: int,
     else:
         assert report["kept"] >= before
         kept(report)
+
+
+def test_a_missing_comma_loses_nothing(imported: Import) -> None:
+    report = imported(ARRAY.replace(b"},", b"}", 1), "a.json", salvage=True)
+    assert (report["rows_in"], report["kept"], report["findings"]) == (3, 3, [])
