@@ -1,0 +1,58 @@
+"""Killed with -9 at random steps, and during a save: in the end the same losses as a run that never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import add_run, events, losses, stage, work
+
+from appliance.home import Home
+
+SCRIPT = Path(__file__).parent / "killed_worker.py"
+STAGES = {
+    "sft": ("lora", "dropout = 0.2\n" + stage("sft", "FACTS", epochs=6, checkpoint_every=3, evaluate_every=4)),
+    "dpo": ("qlora", stage("dpo", "PREFERENCES", epochs=9, checkpoint_every=3, learning_rate=0.002)),
+    "kto": ("dora", stage("kto", "JUDGEMENTS", epochs=6, checkpoint_every=3, learning_rate=0.002)),
+}
+CALLS_OF_A_SAVE = 16
+"""About so many calls change the disk while a checkpoint is saved."""
+
+
+def killed_worker(run: Path, method: str, step: int, call: int) -> None:
+    """Work on `run` until the process kills itself."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, str(SCRIPT), str(run), method, str(step), str(call)]
+    with open(run / "log.txt", "ab") as log:
+        status = subprocess.run(argv, stdout=log, stderr=log, env=environment, check=False).returncode
+    assert status == -signal.SIGKILL, (run / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", STAGES)
+def test_killed_at_random_steps_and_saves_it_trains_as_if_it_had_not_been(home: Home, method: str) -> None:
+    kind, text = STAGES[method]
+    whole, killed = (add_run(home, id, text, kind) for id in ("whole", "killed"))
+    work(whole, method)
+    seed = random.randrange(1000)
+    dice = random.Random(seed)
+    last_save = max(event["step"] for event in events(whole, "checkpoint"))
+    first, second, third = sorted(dice.sample(range(2, last_save), 3))
+    plan = [(first, -1), (second, dice.randrange(CALLS_OF_A_SAVE)), (third, -1)]
+    for step, call in plan:
+        killed_worker(killed, method, step, call)
+    assert work(killed, method) == 0, f"{seed=} {plan=}"
+
+    assert losses(killed, method) == pytest.approx(losses(whole, method), abs=1e-4), f"{seed=} {plan=}"
+    for one, other in ((events(run, "eval")[-1] for run in (whole, killed)),):
+        assert one["step"] == other["step"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    adapters = [load_file(run / method / "adapter" / "adapter_model.safetensors") for run in (whole, killed)]
+    for name, weight in adapters[0].items():
+        assert float((weight - adapters[1][name]).abs().max()) < 1e-4, f"{seed=} {plan=} {name}"
