@@ -254,7 +254,8 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     message = first["msg"].removeprefix("Value error, ")
     if not where:
         return f"the recipe is not valid: {message}", "mend it, then try again"
-    return f"the recipe's `{where}` is not valid: {message}", f"it is {first['input']!r} now"
+    message = message.replace("Input should", "it should", 1)
+    return f"the recipe's `{where}` is not valid: {message}, and is {first['input']!r}", "see docs/RECIPES.md"
 
 
 def _known_keys() -> list[str]:

@@ -13,10 +13,11 @@ from tiny import FACTS, add_run, events, losses, read_recipe, stage, work
 from torch.nn import functional
 
 from appliance.data.dataset import Dataset
+from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
 from appliance.train.interruption import Interruption
 from appliance.train.kto import mismatched
-from appliance.train.model import add_adapter, load_adapter, load_model, load_tokenizer
+from appliance.train.model import add_adapter, load_adapter, load_model
 from appliance.train.order import epoch_order
 from appliance.train.room import Room
 from appliance.train.sft import IGNORED
