@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -107,6 +108,18 @@ def require_space(path: Path, needed: int, purpose: str) -> None:
             f"{purpose} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {existing}",
             "free some space, then try again",
         )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(root: Path) -> dict[str, str]:
+    """SHA-256 of every file below `root` by its path from there."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): sha256(path) for path in files}
 
 
 def fsync_directory(path: Path) -> None:

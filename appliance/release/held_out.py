@@ -12,11 +12,22 @@ from torch.nn import functional
 from appliance.data.dataset import Dataset, Row
 from appliance.data.render import Rendered, render_conversation
 from appliance.home import Home
-from appliance.train.recipe import AnyStage, Recipe
+from appliance.train.recipe import Recipe
 from appliance.train.rows import HELD_OUT_ROWS
 
 TOKENS_AT_ONCE = 2048
 """Padded tokens in a forward pass: their logits over a large vocabulary are the peak of memory."""
+
+PLAIN: list[Row] = [
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in (
+        ("What is the capital of France?", "The capital of France is Paris."),
+        ("Name three colours.", "Red, green and blue."),
+        ("Why is the sky blue?", "Air scatters blue light more than red light, so blue reaches us from all sides."),
+        ("Write a line of Python that prints the numbers from 1 to 5.", "print(*range(1, 6))"),
+    )
+]
+"""Conversations to score on where there is no dataset: what counts is that two models find them equally likely."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +55,29 @@ class Yardstick:
         return [_render(tokenizer, row) for row in self.conversations]
 
 
-def judged_stage(recipe: Recipe) -> AnyStage:
-    """The stage whose data a run is judged on: the first SFT stage, else the first. The recipe must have stages."""
-    supervised = [stage for stage in recipe.stages if stage.method == "sft"]
-    return (supervised or recipe.stages)[0]
+def judged_on(recipe: Recipe) -> tuple[str, int] | None:
+    """Id of the dataset that a run is judged on, and the longest row in tokens: the first SFT stage's, else the first's."""
+    if recipe.given and recipe.given.dataset:
+        return recipe.given.dataset, TOKENS_AT_ONCE
+    stages = [stage for stage in recipe.stages if stage.method == "sft"] or recipe.stages
+    return (stages[0].dataset, stages[0].max_length) if stages else None
 
 
 def yardstick(home: Home, recipe: Recipe, tokenizer: Any) -> Yardstick:
-    """The conversations that the run of `recipe` is scored on, at most HELD_OUT_ROWS. The recipe must have stages.
+    """The conversations that the run of `recipe` is scored on, at most HELD_OUT_ROWS; PLAIN ones where it has no data.
 
     Rows that training has left out for their length are left out here.
     """
-    stage = judged_stage(recipe)
-    dataset = Dataset.open(home, stage.dataset)
+    judged = judged_on(recipe)
+    if judged is None:
+        return Yardstick(PLAIN, held_out=False)
+    id, longest = judged
+    dataset = Dataset.open(home, id)
     train, held_out = dataset.split(recipe.eval_share)
-    fitting = _fitting(dataset, held_out[:HELD_OUT_ROWS], tokenizer, stage.max_length)
+    fitting = _fitting(dataset, held_out[:HELD_OUT_ROWS], tokenizer, longest)
     if fitting:
         return Yardstick(fitting, held_out=True)
-    return Yardstick(_fitting(dataset, train, tokenizer, stage.max_length)[:HELD_OUT_ROWS], held_out=False)
+    return Yardstick(_fitting(dataset, train, tokenizer, longest)[:HELD_OUT_ROWS], held_out=False)
 
 
 def conversation(row: Row) -> Row:

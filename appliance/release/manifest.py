@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from appliance.errors import NotFound
-from appliance.home import Home, fsync_directory, write_json
+from appliance.errors import Conflict, NotFound
+from appliance.home import Home, fsync_directory, write_atomic, write_json
+from appliance.models import SOURCE
+from appliance.release.card import CARD, model_card
 from appliance.release.gates import GATES, Gate
 from appliance.train.recipe import Recipe
 
@@ -32,6 +35,8 @@ class Manifest:
     base: str
     datasets: dict[str, str]
     """Dataset id of each training stage."""
+    dataset_rows: dict[str, str]
+    """SHA-256 of the canonical rows of each dataset, by id."""
     gates: dict[str, dict[str, Any]]
     """`passed`, `figures` and `reason` of each of the five."""
     merge: dict[str, Any]
@@ -40,10 +45,13 @@ class Manifest:
     """Figures of each training stage."""
     files: dict[str, str]
     """SHA-256 of every other file of the release."""
-    base_weights: dict[str, str]
-    """SHA-256 of the base's weight files."""
+    base_files: dict[str, str]
+    """SHA-256 of every file of the base."""
     recipe: dict[str, Any]
+    recipe_sha256: str
     versions: dict[str, str]
+    accepted: dict[str, float] = field(default_factory=dict)
+    """Gates that did not pass and that the operator accepted by name, and when."""
 
 
 def finalise(home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:
@@ -55,11 +63,37 @@ def finalise(home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gat
     final = home.releases / run_id
     if not final.exists():
         model = home.runs / run_id / "merge" / "model"
-        write_json(model / MANIFEST, asdict(_manifest(home.runs / run_id, recipe, probe_gates)))
+        manifest = _manifest(home.runs / run_id, recipe, probe_gates)
+        card = model_card(manifest, _source(home, recipe.base)).encode()
+        write_atomic(model / CARD, card)
+        files = manifest.files | {CARD: hashlib.sha256(card).hexdigest()}
+        write_json(model / MANIFEST, asdict(replace(manifest, files=files)))
         os.rename(model, final)
         fsync_directory(home.releases)
         fsync_directory(home.runs / run_id / "merge")
     return Manifest(**read_manifest(home, run_id))
+
+
+def accept_quality(home: Home, release_id: str) -> Manifest:
+    """Verify a release that only gate 5 has refused, because the operator says so, and say so in its manifest.
+
+    This is the one change that a manifest ever sees; the files that it lists stay as they are. Safe to repeat.
+    Raises NotFound, and Conflict where another gate has refused it too.
+    """
+    manifest = Manifest(**read_manifest(home, release_id))
+    if manifest.state == "verified":
+        return manifest
+    failed = [name for name, gate in manifest.gates.items() if not gate["passed"]]
+    if failed != ["quality"]:
+        raise Conflict(
+            "not_acceptable",
+            f"release {release_id} was refused by {', '.join(failed)}: {manifest.reason}",
+            "only the quality gate can be accepted",
+        )
+    reason = f"accepted by the operator in spite of {manifest.reason}"
+    accepted = replace(manifest, state="verified", reason=reason, accepted={"quality": round(time.time(), 3)})
+    write_json(home.releases / release_id / MANIFEST, asdict(accepted))
+    return accepted
 
 
 def read_manifest(home: Home, release_id: str) -> dict[str, Any]:
@@ -90,15 +124,23 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
         reason=reason,
         created=round(time.time(), 3),
         base=recipe.base,
-        datasets={stage.name: stage.dataset for stage in recipe.stages},
+        datasets=recipe.datasets,
+        dataset_rows=merge["dataset_rows"],
         gates=gates,
         merge={"kept": merge["kept"], "losses": merge["losses"]},
         stages={stage.name: _read(run / stage.name / "result.json") for stage in recipe.stages},
         files=merge["files"],
-        base_weights=merge["base_weights"],
-        recipe=recipe.model_dump(mode="json"),
+        base_files=merge["base_files"],
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        recipe_sha256=merge["recipe_sha256"],
         versions={package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
     )
+
+
+def _source(home: Home, base: str) -> dict[str, Any]:
+    """Where the base came from; empty where nothing says so."""
+    path = home.models / base / SOURCE
+    return _read(path) if path.exists() else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

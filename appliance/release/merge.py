@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from appliance.data.dataset import ROWS
 from appliance.data.tokenizer import load_tokenizer
-from appliance.home import Home, building, require_space
+from appliance.home import Home, building, hashes, require_space, sha256
 from appliance.models import model_path
 from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.held_out import score, yardstick
-from appliance.release.weights import Change, shards, write_weights
+from appliance.release.weights import Change, write_weights
 from appliance.train.model import load_adapter, load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
 SIXTEEN_BIT = "16-bit"
 DEQUANTISED = "dequantised"
-_OURS = frozenset({"source.json", "generation_config.json"})
+OURS = frozenset({"source.json", "generation_config.json", "README.md", "manifest.json"})
+"""Files of the base that a release has not, or has of its own."""
 
 
 def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
@@ -34,29 +35,32 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
     shutil.rmtree(target, ignore_errors=True)
     require_space(run, sum(path.stat().st_size for path in base.iterdir() if path.is_file()), "merging")
     with building(target) as folder:
-        _copy_files(base, folder, weights=not recipe.stages)
+        _copy_files(base, folder, weights=not recipe.changes_weights)
         _write_generation_config(base, folder)
-        figures = _merge(home, run, recipe, base, folder) if recipe.stages else {"kept": SIXTEEN_BIT, "losses": {}}
-        figures["files"] = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    figures["base_weights"] = {path.name: _sha256(path) for path in shards(base)}
-    return figures
+        figures = {"kept": SIXTEEN_BIT, "losses": {}}
+        if recipe.changes_weights:
+            shutil.copytree(last_adapter(run, recipe), folder / "adapter")
+            figures = _merge(home, run, recipe, base, folder)
+        figures["files"] = hashes(folder)
+    figures["base_files"] = hashes(base)
+    rows = {id: sha256(home.datasets / id / ROWS) for id in recipe.datasets.values()}
+    return {**figures, "dataset_rows": rows, "recipe_sha256": sha256(run / "recipe.toml")}
 
 
 def last_adapter(run: Path, recipe: Recipe) -> Path:
-    """The adapter that the run's last training stage has left."""
-    return run / recipe.stages[-1].name / "adapter"
+    """The adapter that the run's last training stage has left, or that the run was given."""
+    return (run / recipe.stages[-1].name if recipe.stages else run) / "adapter"
 
 
 def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> dict[str, Any]:
     changes = read_changes(last_adapter(run, recipe), base)
-    quantised = recipe.adapter.kind == "qlora"
     candidates = {SIXTEEN_BIT: changes}
-    if quantised:
+    if recipe.quantised:
         candidates[DEQUANTISED] = rounded_changes(base, changes)
 
     tokenizer = load_tokenizer(base)
     rows = yardstick(home, recipe, tokenizer).render(tokenizer)
-    trained = load_adapter(load_model(base, quantised=quantised), last_adapter(run, recipe), trainable=False)
+    trained = load_adapter(load_model(base, quantised=recipe.quantised), last_adapter(run, recipe), trainable=False)
     losses = {"adapter": score(trained.eval(), rows).loss}
     del trained
     for candidate, its_changes in candidates.items():
@@ -77,7 +81,7 @@ def _written_loss(base: Path, folder: Path, changes: dict[str, Change], rows: li
 def _copy_files(base: Path, folder: Path, *, weights: bool) -> None:
     """The base's files as published; its weights, where they stay as they are, as further names of the same files."""
     for path in base.iterdir():
-        if not path.is_file() or path.name in _OURS:
+        if not path.is_file() or path.name in OURS:
             continue
         if path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
@@ -94,8 +98,3 @@ def _write_generation_config(base: Path, folder: Path) -> None:
     config = json.loads(path.read_bytes()) if path.exists() else {}
     config["eos_token_id"] = stop_token_ids(load_tokenizer(base), base)
     (folder / path.name).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

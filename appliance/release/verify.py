@@ -17,12 +17,12 @@ from appliance.home import Home, write_json
 from appliance.models import model_path
 from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.gates import Gate
-from appliance.release.held_out import Score, Yardstick, conversation, judged_stage, score, yardstick
-from appliance.release.merge import DEQUANTISED, last_adapter
+from appliance.release.held_out import Score, Yardstick, conversation, judged_on, score, yardstick
+from appliance.release.merge import DEQUANTISED, OURS, last_adapter
 from appliance.release.weights import layout, pairs
 from appliance.supervisor.engines import Probe
 from appliance.train.events import EventLog
-from appliance.train.model import load_model, release_memory
+from appliance.train.model import load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
 QUALITY_SLACK = 1e-3
@@ -49,13 +49,15 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
     if not gates["structure"].passed:
         unmeasured = Gate(False, {}, "not measured, because the structure is wrong")
         gates |= {"fidelity": unmeasured, "quality": unmeasured}
-    elif not recipe.stages:
+    elif not recipe.changes_weights:
         gates["fidelity"] = Gate(True, {}, "nothing was trained: the release is the base")
         gates["quality"] = Gate(True, {}, "no held-out rows to compare on")
     else:
         measure = yardstick(home, recipe, tokenizer)
         own = score(load_model(model_folder), measure.render(tokenizer))
-        gates["fidelity"] = judge_fidelity(own, merge["losses"]["adapter"], recipe.fidelity_tolerance)
+        gates["fidelity"] = judge_fidelity(
+            own, merge["losses"]["adapter"], recipe.fidelity_tolerance, may_be_better=recipe.quantised
+        )
         gates["quality"] = _compare(home, live, measure, own)
     for name, gate in gates.items():
         events.append("gate", "verify", gate=name, **asdict(gate))
@@ -64,12 +66,14 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
 
 def judge_structure(run: Path, recipe: Recipe, base: Path, model: Path, kept: str) -> Gate:
     """Gate 1: tensors laid out as the base's, all finite, changed where the recipe changes them and nowhere else."""
+    if reason := _differing_file(base, model):
+        return Gate(False, {}, reason)
     expected, found = layout(base), layout(model)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             was, now = expected.get(name, "absent"), found.get(name, "absent")
             return Gate(False, {"tensor": name}, f"{name} is {now} in the release, {was} in the base")
-    changes = read_changes(last_adapter(run, recipe), base) if recipe.stages else {}
+    changes = read_changes(last_adapter(run, recipe), base) if recipe.changes_weights else {}
     must = changes.keys()
     may = rounded_changes(base, changes).keys() if kept == DEQUANTISED else must
     changed = set()
@@ -86,12 +90,29 @@ def judge_structure(run: Path, recipe: Recipe, base: Path, model: Path, kept: st
     return Gate(True, figures, f"{len(found)} tensors as in the base, {len(must)} of {len(must)} targeted ones changed")
 
 
-def judge_fidelity(own: Score, adapter_loss: float, tolerance: float) -> Gate:
-    """Gate 2: the merged weights are as good as the adapter on the base that it was trained on."""
+def _differing_file(base: Path, model: Path) -> str:
+    """What is wrong with the files beside the weights; empty where tokenizer, template and settings are the base's."""
+    for path in sorted(base.iterdir()):
+        if not path.is_file() or path.suffix == ".safetensors" or path.name in OURS:
+            continue
+        if not (model / path.name).is_file() or (model / path.name).read_bytes() != path.read_bytes():
+            return f"{path.name} is not the base's"
+    said = json.loads((model / "generation_config.json").read_bytes())["eos_token_id"]
+    missing = sorted(set(stop_token_ids(load_tokenizer(base), base)) - set(said if isinstance(said, list) else [said]))
+    return f"generation_config.json lacks the end-of-turn tokens {missing}" if missing else ""
+
+
+def judge_fidelity(own: Score, adapter_loss: float, tolerance: float, *, may_be_better: bool) -> Gate:
+    """Gate 2: the merged weights are as good as the adapter on the base that it was trained on.
+
+    Merged into the very base that it was trained on they are neither worse nor better; into a less rounded one,
+    they `may_be_better`.
+    """
     figures = {"adapter_loss": adapter_loss, "merged_loss": own.loss, "tolerance": tolerance}
-    passed = own.loss <= adapter_loss + tolerance
+    apart = own.loss - adapter_loss
+    passed = apart <= tolerance and (may_be_better or apart >= -tolerance)
     comparison = f"held-out loss {own.loss:.4f} merged, {adapter_loss:.4f} with the adapter"
-    return Gate(passed, figures, comparison if passed else f"{comparison}: more than {tolerance} above it")
+    return Gate(passed, figures, comparison if passed else f"{comparison}: more than {tolerance} apart")
 
 
 def _compare(home: Home, live: str, measure: Yardstick, own: Score) -> Gate:
@@ -122,8 +143,8 @@ def make_probes(home: Home, recipe: Recipe, tokenizer: Any) -> list[Probe]:
     Each is another prompt. Rows with tools are left out: a probe asks for text.
     """
     probes = []
-    if recipe.stages:
-        dataset = Dataset.open(home, judged_stage(recipe).dataset)
+    if judged := judged_on(recipe):
+        dataset = Dataset.open(home, judged[0])
         train, _ = dataset.split(recipe.eval_share)
         rows = ((index, dataset.rows[index]) for index in train)
         plain = list({prompt_group(row): index for index, row in rows if not row.get("tools")}.values())

@@ -52,6 +52,10 @@ class Releases:
         row = self._db.execute("SELECT release FROM deployments ORDER BY position DESC LIMIT 1").fetchone()
         return None if row is None else str(row["release"])
 
+    def accept(self, id: str, reason: str) -> None:
+        """Record that a refused release counts as verified. Its gates stay as they were measured."""
+        self._db.execute("UPDATE releases SET state = 'verified', reason = ? WHERE id = ?", (reason, id))
+
     def promote(self, id: str) -> api.Release:
         """Make a verified release live. Raises NotFound, or Conflict for a refused one."""
         release = self.get(id)

@@ -153,8 +153,19 @@ PREFERENCE_SHARE = 1 / 40
 """Of the sft rate, for dpo and kto: 5e-6 for a base of 8 billion parameters, as in the Zephyr recipes."""
 
 
+class Given(_Section):
+    """An adapter that was trained elsewhere; `appliance merge` writes this."""
+
+    sha256: str
+    """SHA-256 of its weights, which lie beside the recipe."""
+    quantised: bool = False
+    """It was trained over the base in NF4."""
+    dataset: str = ""
+    """Name or id of the dataset that the merged weights are judged on; empty: a few plain questions."""
+
+
 class Recipe(_Section):
-    """One run from base model to release. Without stages, the base itself is released."""
+    """One run from base model to release. Without stages, the base itself is released, or with a given adapter."""
 
     name: Name
     """What runs and releases of this recipe are called."""
@@ -170,6 +181,7 @@ class Recipe(_Section):
     """Largest rise in held-out loss (nats a token) from the adapter on its training base to the merged weights."""
     adapter: Adapter = Adapter()
     stages: tuple[AnyStage, ...] = ()
+    given: Given | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -183,6 +195,12 @@ class Recipe(_Section):
         return {**values, "stages": stages}
 
     @model_validator(mode="after")
+    def _trained_or_given(self) -> Recipe:
+        if self.stages and self.given:
+            raise ValueError("a given adapter is merged as it is; take the stages out")
+        return self
+
+    @model_validator(mode="after")
     def _distinct_stages(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         reserved = {"merge", "verify", "probe"} & set(names)
@@ -191,6 +209,22 @@ class Recipe(_Section):
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name; give each its own `name`")
         return self
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the release differs from the base."""
+        return bool(self.stages) or self.given is not None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the adapter is trained over the base in NF4."""
+        return self.given.quantised if self.given else self.adapter.kind == "qlora"
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """The dataset of each training stage, and the one that a given adapter is judged on."""
+        given = {"given": self.given.dataset} if self.given and self.given.dataset else {}
+        return {stage.name: stage.dataset for stage in self.stages} | given
 
     def stage(self, name: str) -> AnyStage:
         """The training stage called `name`. Raises KeyError."""
@@ -234,7 +268,7 @@ def parse_recipe(text: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML with every default written out, so that it runs the same under later defaults."""
-    return str(tomli_w.dumps(recipe.model_dump(mode="json")))
+    return str(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
 
 
 def _explain(error: ValidationError) -> tuple[str, str]:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import read_recipe, work
 
-from appliance.errors import NotFound
-from appliance.home import Home
+from appliance.errors import Conflict, NotFound
+from appliance.home import Home, hashes
 from appliance.release.gates import GATES, Gate
-from appliance.release.manifest import Manifest, finalise, read_manifest
+from appliance.release.manifest import Manifest, accept_quality, finalise, read_manifest
+from appliance.train.recipe import Recipe, parse_recipe
 
 PASSED = {"parity": Gate(True, {"equal": 3}, "equal"), "stopping": Gate(True, {}, "all stop")}
 
@@ -34,18 +35,19 @@ def test_a_run_whose_gates_all_passed_becomes_a_verified_release(home: Home) -> 
     release = home.releases / "lora"
     assert json.loads((release / "manifest.json").read_bytes()) == read_manifest(home, "lora")
     assert Manifest(**read_manifest(home, "lora")) == manifest
-    hashes = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in release.iterdir()
-        if path.name != "manifest.json"
-    }
-    assert manifest.files == hashes
-    weights = home.models / "tiny" / "model.safetensors"
-    assert manifest.base_weights == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
+    found = hashes(release)
+    del found["manifest.json"]
+    assert manifest.files == found
+    assert {"model.safetensors", "README.md", "adapter/adapter_model.safetensors"} <= found.keys()
+    assert manifest.base_files == hashes(home.models / "tiny")
+    rows = home.datasets / manifest.datasets["sft"] / "rows.jsonl"
+    assert manifest.dataset_rows == {manifest.datasets["sft"]: hashlib.sha256(rows.read_bytes()).hexdigest()}
+    recipe = (home.runs / "lora" / "recipe.toml").read_bytes()
+    assert manifest.recipe_sha256 == hashlib.sha256(recipe).hexdigest()
     assert set(manifest.datasets) == {"sft"}
     assert manifest.stages["sft"]["held_out_loss"] < manifest.stages["sft"]["held_out_loss_before"]
     assert manifest.merge["losses"].keys() == {"adapter", "16-bit"}
-    assert manifest.recipe == read_recipe(home.runs / "lora").model_dump(mode="json")
+    assert Recipe.model_validate(manifest.recipe) == read_recipe(home.runs / "lora")
     assert manifest.versions["torch"].startswith("2.")
 
 
@@ -75,6 +77,57 @@ def test_where_verify_has_failed_the_engine_need_not_be_asked(home: Home) -> Non
 def test_called_again_it_returns_what_there_is(home: Home) -> None:
     first = finish(home)
     assert finalise(home, "lora", read_recipe(home.runs / "lora"), {}) == first
+
+
+def fail(home: Home, *gates: str) -> None:
+    """Let gates of verify have failed for the run `lora`."""
+    work(home.runs / "lora", "verify")
+    path = home.runs / "lora" / "verify" / "result.json"
+    result = json.loads(path.read_bytes())
+    for gate in gates:
+        result["gates"][gate] |= {"passed": False, "reason": f"{gate} is bad"}
+    path.write_text(json.dumps(result))
+
+
+def test_quality_alone_can_be_accepted_and_the_manifest_says_so(home: Home) -> None:
+    fail(home, "quality")
+    refused = finalise(home, "lora", read_recipe(home.runs / "lora"), PASSED)
+    assert (refused.state, refused.reason, refused.accepted) == ("refused", "quality: quality is bad", {})
+    before = hashes(home.releases / "lora")
+    accepted = accept_quality(home, "lora")
+    assert accepted.state == "verified"
+    assert accepted.reason == "accepted by the operator in spite of quality: quality is bad"
+    assert accepted.accepted.keys() == {"quality"}
+    assert accepted.gates == refused.gates
+    assert accepted.files == refused.files
+    changed = {name for name, digest in hashes(home.releases / "lora").items() if before[name] != digest}
+    assert changed == {"manifest.json"}
+    assert accept_quality(home, "lora") == accepted == Manifest(**read_manifest(home, "lora"))
+
+
+@pytest.mark.parametrize("gates", [("fidelity",), ("fidelity", "quality")])
+def test_no_other_gate_can_be_accepted(home: Home, gates: tuple[str, ...]) -> None:
+    fail(home, *gates)
+    manifest = finalise(home, "lora", read_recipe(home.runs / "lora"), PASSED)
+    with pytest.raises(Conflict, match="refused by fidelity"):
+        accept_quality(home, "lora")
+    assert Manifest(**read_manifest(home, "lora")) == manifest
+
+
+def test_the_card_states_base_data_recipe_figures_and_licence(home: Home) -> None:
+    (home.models / "tiny" / "source.json").write_text('{"source": "hub:someone/tiny@abc", "licence": "apache-2.0"}')
+    manifest = finish(home)
+    card = (home.releases / "lora" / "README.md").read_text()
+    head, _, body = card.removeprefix("---\n").partition("---\n")
+    assert head.splitlines()[:2] == ['base_model: "someone/tiny"', 'license: "apache-2.0"']
+    assert "Licence of the base: apache-2.0" in body
+    assert manifest.datasets["sft"] in body
+    assert manifest.dataset_rows[manifest.datasets["sft"]] in body
+    assert f"| adapter | {manifest.merge['losses']['adapter']:.4f} |" in body
+    for name, gate in manifest.gates.items():
+        assert f"| {name} | passed | {gate['reason']} |" in body
+    toml = body.partition("```toml\n")[2].partition("```")[0]
+    assert parse_recipe(toml) == read_recipe(home.runs / "lora")
 
 
 @pytest.mark.parametrize("moment", ["before the manifest", "before the move", "after the move"])

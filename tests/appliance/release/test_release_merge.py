@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import add_run, failure, make_model, result, stage, work
 
 from appliance.errors import Exit
-from appliance.home import Home
+from appliance.home import Home, hashes
 from appliance.release.adapter import LowRank, read_changes, rounded_changes
 from appliance.release.weights import layout, write_weights
 from appliance.train.interruption import INTERRUPTED
@@ -40,8 +39,10 @@ def test_merged_weights_compute_what_the_adapter_does(trained: Home) -> None:
 
 def test_the_files_are_the_bases_but_for_weights_and_end_tokens(trained: Home) -> None:
     base, model = trained.models / "tiny", trained.runs / "lora" / "merge" / "model"
-    assert {path.name for path in model.iterdir()} == {path.name for path in base.iterdir()} - {"source.json"}
-    for path in model.iterdir():
+    names = {path.name for path in model.iterdir() if path.is_file()}
+    assert names == {path.name for path in base.iterdir()} - {"source.json"}
+    assert hashes(model / "adapter") == hashes(trained.runs / "lora" / "sft" / "adapter")
+    for path in map(model.joinpath, names):
         same = path.read_bytes() == (base / path.name).read_bytes()
         assert same == (path.name not in ("model.safetensors", "generation_config.json")), path.name
     assert layout(model) == layout(base)
@@ -49,8 +50,7 @@ def test_the_files_are_the_bases_but_for_weights_and_end_tokens(trained: Home) -
     ends = [token["id"] for token in tokenizer if token["content"] in ("<|endoftext|>", "<|im_end|>")]
     config = json.loads((model / "generation_config.json").read_bytes())
     assert config == {"eos_token_id": sorted([7, *ends]), "top_k": 5}
-    files = result(trained.runs / "lora", "merge")["files"]
-    assert files == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in model.iterdir()}
+    assert result(trained.runs / "lora", "merge")["files"] == hashes(model)
 
 
 def test_dtype_and_shards_stay_the_bases(tmp_path: Path, trained: Home) -> None:

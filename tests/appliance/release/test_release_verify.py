@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,90 @@ def test_a_transposed_factor_is_caught_by_fidelity(home: Home) -> None:
     assert gates["structure"]["passed"]
     assert not gates["fidelity"]["passed"]
     assert gates["fidelity"]["figures"]["merged_loss"] > gates["fidelity"]["figures"]["adapter_loss"] + 0.05
+
+
+def test_a_wrong_alpha_is_caught_by_fidelity_even_where_the_loss_is_lower(home: Home) -> None:
+    base = load_file(home.models / "tiny" / "model.safetensors")
+    changes = read_changes(home.runs / "lora" / "sft" / "adapter", home.models / "tiny")
+
+    def scale(by: float) -> dict[str, Any]:
+        def change(tensors: Tensors) -> None:
+            for name in changes:
+                delta = tensors[name] - base[name]
+                tensors[name] = base[name] + by * delta
+
+        spoil(home, "lora", change)
+        (home.runs / "lora" / "verify" / "result.json").unlink(missing_ok=True)
+        return verify(home, "lora")["fidelity"]
+
+    halved = scale(0.5)
+    assert not halved["passed"]
+    assert halved["figures"]["merged_loss"] > halved["figures"]["adapter_loss"]
+    assert scale(2.0)["passed"]
+    better = halved["figures"]["adapter_loss"] - 0.2
+    path = home.runs / "lora" / "merge" / "result.json"
+    figures = json.loads(path.read_bytes())
+    figures["losses"]["adapter"] += 0.2
+    path.write_text(json.dumps(figures))
+    lower = scale(1.0)
+    assert better < lower["figures"]["merged_loss"] < lower["figures"]["adapter_loss"]
+    assert not lower["passed"]
+
+
+def test_a_zero_delta_is_caught_by_structure(home: Home) -> None:
+    def undo(tensors: Tensors) -> None:
+        tensors.update(load_file(home.models / "tiny" / "model.safetensors"))
+
+    spoil(home, "lora", undo)
+    gate = verify(home, "lora")["structure"]
+    assert not gate["passed"]
+    assert gate["reason"].startswith("14 targeted weights are unchanged")
+
+
+def test_a_merge_into_another_base_is_caught(home: Home, tmp_path: Path) -> None:
+    """Another base of the same shape, its weights a little apart, as a later version of a model has them."""
+    other = load_file(home.models / "tiny" / "model.safetensors")
+    changes = read_changes(home.runs / "lora" / "sft" / "adapter", home.models / "tiny")
+
+    def merge(tensors: Tensors) -> None:
+        for name, tensor in other.items():
+            moved = tensor + 0.01 * torch.randn_like(tensor)
+            rows = slice(0, len(moved))
+            tensors[name] = changes[name](moved, rows) if name in changes else moved
+
+    spoil(home, "lora", merge)
+    gate = verify(home, "lora")["structure"]
+    assert not gate["passed"]
+    assert "other weights are changed" in gate["reason"]
+
+
+@pytest.mark.parametrize("fault", ["template", "tokenizer", "lost", "end of turn"])
+def test_files_that_are_not_the_bases_are_caught_by_structure(home: Home, tmp_path: Path, fault: str) -> None:
+    model = home.runs / "lora" / "merge" / "model"
+    match fault:
+        case "template":
+            path = model / "chat_template.jinja"
+            path.write_text(path.read_text().replace("<|im_end|>", "<|im_end|> "))
+        case "tokenizer":
+            path = model / "tokenizer.json"
+            tokenizer = json.loads(path.read_bytes())
+            tokenizer["model"]["vocab"] |= {
+                "a": tokenizer["model"]["vocab"]["b"],
+                "b": tokenizer["model"]["vocab"]["a"],
+            }
+            path.write_text(json.dumps(tokenizer))
+        case "lost":
+            path = model / "tokenizer_config.json"
+            path.unlink()
+        case "end of turn":
+            path = model / "generation_config.json"
+            path.write_text(json.dumps({"eos_token_id": [0, 7]}))
+    gates = verify(home, "lora")
+    assert not gates["structure"]["passed"]
+    assert path.name in gates["structure"]["reason"]
+    if fault == "end of turn":
+        assert "[2]" in gates["structure"]["reason"]
+    assert not gates["fidelity"]["passed"]
 
 
 def test_a_value_that_is_not_finite_is_caught_by_structure(home: Home) -> None:
