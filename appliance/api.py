@@ -165,6 +165,15 @@ class ShippedRecipe(Shape):
     text: str
 
 
+class Garbage(Shape):
+    """What nothing refers to: ids of releases and datasets, other paths from the home, and what they hold on disk."""
+
+    releases: tuple[str, ...]
+    datasets: tuple[str, ...]
+    leftovers: tuple[str, ...]
+    bytes: int
+
+
 class Page(Shape):
     """Rows `offset` to `offset + len(rows)` of `total`."""
 

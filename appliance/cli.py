@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import click
 
 from appliance import __version__
-from appliance.command import ask, each, json_option, recipe_text, settings
+from appliance.command import ask, each, follow_run, json_option, recipe_text, settings
 from appliance.command import home as _home
 from appliance.data_verbs import data
 from appliance.errors import ApplianceError, Exit, InvalidInput
+from appliance.release_verbs import RELEASE_VERBS
 
 T = TypeVar("T")
 
@@ -112,7 +113,7 @@ def train(recipe: str, follow: bool) -> None:
     run = ask(lambda client: client.train(text))
     print(run.id, flush=True)
     if follow:
-        _follow(run.id)
+        follow_run(run.id)
 
 
 @cli.command()
@@ -146,7 +147,7 @@ def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> Non
     if as_json and not events:
         raise InvalidInput("no_json", "the log is plain text", "use `--events --json`")
     if events and follow:
-        _follow(run, as_json)
+        follow_run(run, as_json)
     elif events:
         for event in ask(lambda client: client.events(run)):
             console.print_json_line(event) if as_json else print(console.event_line(event))
@@ -169,46 +170,6 @@ def stop(run: str, discard: bool) -> None:
 def resume(run: str) -> None:
     """Go on with a stopped or failed RUN from its last checkpoint."""
     print(ask(lambda client: client.resume(run)).state)
-
-
-@cli.command()
-@click.argument("release", required=False)
-@json_option
-def releases(release: str | None, as_json: bool) -> None:
-    """List the releases, or show the manifest of RELEASE."""
-    from appliance import console
-
-    if release:
-        console.print_json(ask(lambda client: client.manifest(release)))
-        return
-    found = ask(lambda client: client.releases())
-    if as_json:
-        console.print_json(found)
-        return
-    rows = [
-        (
-            one.id,
-            "live" if one.live else one.state,
-            " ".join(f"{gate}:{'ok' if passed else 'FAILED'}" for gate, passed in one.gates.items()),
-            console.ago(one.created),
-            one.reason,
-        )
-        for one in found
-    ]
-    console.print_table(("RELEASE", "STATE", "GATES", "MADE", "WHY"), rows)
-
-
-@cli.command()
-@click.argument("release")
-def promote(release: str) -> None:
-    """Make RELEASE live."""
-    print(ask(lambda client: client.promote(release)).id)
-
-
-@cli.command()
-def rollback() -> None:
-    """Make the release that was live before live again."""
-    print(ask(lambda client: client.rollback()).id)
 
 
 @cli.command()
@@ -313,18 +274,6 @@ def doctor(as_json: bool) -> None:
         sys.exit(Exit.FAILED)
 
 
-def _follow(run: str, as_json: bool = False) -> None:
-    from appliance import console
-
-    if as_json:
-        each(lambda client: client.follow(run), console.print_json_line)
-        return
-    each(lambda client: client.follow(run), lambda event: console.say(console.event_line(event)))
-    ended = ask(lambda client: client.run(run))
-    if ended.state != "finished" or ended.reason:
-        raise ApplianceError("run_ended", f"run {run} {ended.state}: {ended.reason or 'by request'}", ended.next or "-")
-
-
 def _answer(messages: list[dict[str, Any]]) -> str:
     """Print the live release's answer as it comes; the whole text."""
     pieces: list[str] = []
@@ -339,6 +288,8 @@ def _answer(messages: list[dict[str, Any]]) -> str:
 
 
 cli.add_command(data)
+for verb in RELEASE_VERBS:
+    cli.add_command(verb)
 
 if __name__ == "__main__":
     main()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import TypeAdapter
 
 from appliance import api
+from appliance.archive import MANIFEST, TAR_END, tar_header, tar_padding
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed, NotFound, Unreachable
+from appliance.home import building, disk_error, replacing
 from appliance.sources import SourceFile
 
 T = TypeVar("T")
@@ -165,12 +169,56 @@ class Client:
     async def manifest(self, release: str) -> dict[str, Any]:
         return await self._call("GET", f"/v1/releases/{release}", dict[str, Any])
 
-    async def promote(self, release: str) -> api.Release:
-        return await self._call("POST", f"/v1/releases/{release}/promote", api.Release)
+    async def promote(self, release: str, accept: str | None = None) -> api.Release:
+        """Make a release live. `accept` names a gate that may have failed: quality, or none."""
+        params = {"accept": accept} if accept else {}
+        return await self._call("POST", f"/v1/releases/{release}/promote", api.Release, params=params)
 
     async def rollback(self) -> api.Release:
         """Make the release that was live before the live one live again."""
         return await self._call("POST", "/v1/rollback", api.Release)
+
+    async def merge(self, adapter: Path, base: str, name: str, dataset: str = "", quantised: bool = False) -> api.Run:
+        """Queue a run that merges the adapter in directory `adapter` into `base`. Raises InvalidInput without one."""
+        try:
+            config = json.dumps(json.loads((adapter / "adapter_config.json").read_bytes())).encode() + b"\n"
+        except (OSError, ValueError) as error:
+            raise InvalidInput(
+                "bad_adapter", f"{adapter} holds no adapter: {error}", "name the directory that PEFT saved"
+            ) from None
+        given = {"name": name, "base": base, "dataset": dataset, "quantised": str(quantised).lower()}
+        return await self._send(adapter / "adapter_model.safetensors", "/v1/adapters", api.Run, given, config)
+
+    async def export(self, release: str, path: Path) -> None:
+        """Write a release to `path`, checking every hash: as a folder, or where the name ends in .tar, as an archive.
+
+        It is there whole in the end or not at all. Raises InvalidInput where it cannot be written.
+        """
+        manifest = await self.manifest(release)
+        hashes = {**manifest["files"], MANIFEST: None}
+        try:
+            if path.suffix == ".tar":
+                with replacing(path) as archive:
+                    for name, digest in hashes.items():
+                        await self._fetch(release, name, digest, archive, f"{release}/{name}")
+                    archive.write(TAR_END)
+                return
+            with building(path.absolute()) as folder:
+                for name, digest in hashes.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    with open(folder / name, "wb") as file:
+                        await self._fetch(release, name, digest, file)
+        except OSError as error:
+            raise disk_error(error, path.parent) from None
+
+    async def import_release(self, path: Path, name: str | None = None) -> api.Release:
+        """Send an archive that `export` has written. Raises InvalidInput for one that is damaged."""
+        return await self._send(path, "/v1/releases", api.Release, {"name": name} if name else {})
+
+    async def gc(self, keep: int, dry_run: bool = False) -> api.Garbage:
+        """Remove what nothing needs, or only say what that would be."""
+        params = {"keep": keep, "dry_run": str(dry_run).lower()}
+        return await self._call("POST", "/v1/gc", api.Garbage, params=params, timeout=None)
 
     async def keys(self) -> list[api.Key]:
         return await self._call("GET", "/v1/keys", list[api.Key])
@@ -193,6 +241,35 @@ class Client:
             for choice in chunk.get("choices", ()):
                 if piece := choice.get("delta", {}).get("content"):
                     yield piece
+
+    async def _fetch(self, release: str, name: str, digest: str | None, file: BinaryIO, member: str = "") -> None:
+        """Write a file of a release to `file`, with `member` as that member of a tar. Raises ApplianceError."""
+        found = hashlib.sha256()
+        try:
+            async with self._http.stream("GET", f"/v1/releases/{release}/files/{quote(name)}") as response:
+                if response.is_error:
+                    raise _problem(response.status_code, await response.aread())
+                size = int(response.headers["content-length"])
+                file.write(tar_header(member, size) if member else b"")
+                async for chunk in response.aiter_bytes():
+                    file.write(chunk)
+                    found.update(chunk)
+                file.write(tar_padding(size) if member else b"")
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from None
+        if digest is not None and found.hexdigest() != digest:
+            raise ApplianceError(
+                "changed_file", f"{name} of {release} is not what its manifest says", "promote another release"
+            )
+
+    async def _send(self, path: Path, url: str, shape: type[T], params: dict[str, str], head: bytes = b"") -> T:
+        """Send `head` and the content of the file `path`. Raises InvalidInput where it cannot be read."""
+        try:
+            length = {"content-length": str(len(head) + path.stat().st_size)}
+            content = _upload(head, [SourceFile(path, path.name)])
+            return await self._call("POST", url, shape, params=params, content=content, headers=length, timeout=None)
+        except OSError as error:
+            raise InvalidInput("unreadable_file", f"cannot read {path}: {error.strerror}", "check it") from None
 
     async def _call(self, method: str, path: str, shape: type[T], **options: Any) -> T:
         try:

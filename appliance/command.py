@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from appliance.errors import InvalidInput
+from appliance.errors import ApplianceError, InvalidInput
 
 T = TypeVar("T")
 
@@ -76,3 +76,16 @@ def each(stream: Callable[[Any], Any], show: Callable[[Any], object]) -> None:
             show(item)
 
     _with_client(work)
+
+
+def follow_run(run: str, as_json: bool = False) -> None:
+    """Print a run's events until it ends. Raises ApplianceError where it does not end in a verified release."""
+    from appliance import console
+
+    if as_json:
+        each(lambda client: client.follow(run), console.print_json_line)
+        return
+    each(lambda client: client.follow(run), lambda event: console.say(console.event_line(event)))
+    ended = ask(lambda client: client.run(run))
+    if ended.state != "finished" or ended.reason:
+        raise ApplianceError("run_ended", f"run {run} {ended.state}: {ended.reason or 'by request'}", ended.next or "-")

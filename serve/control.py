@@ -23,7 +23,6 @@ from appliance.errors import ApplianceError, Conflict, InvalidInput
 from appliance.home import Home, building, disk_error, require_space, write_atomic
 from appliance.models import count_parameters, list_models, model_path
 from appliance.recipes import shipped_recipes
-from appliance.release.manifest import read_manifest
 from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
 from appliance.store.runs import ACTIVE
@@ -31,6 +30,7 @@ from appliance.supervisor.supervisor import Supervisor
 from appliance.train.events import EventLog
 from appliance.train.recipe import dump_recipe, parse_recipe
 from serve.datasets import datasets_router
+from serve.releases import release_routes
 
 _FOLLOW_SECONDS = 0.25
 _BEAT_SECONDS = 15.0
@@ -104,6 +104,8 @@ def control_app(
     @app.post("/v1/runs")
     async def train(new: NewRun) -> api.Run:
         recipe = parse_recipe(new.recipe)
+        if recipe.given:
+            raise InvalidInput("given_adapter", "the recipe has a given adapter", "use `appliance merge --adapter DIR`")
         base = model_path(home, recipe.base)
         recipe = recipe.for_base(count_parameters(base))
         weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
@@ -198,26 +200,7 @@ def control_app(
 
         return _event_stream(id, fresh)
 
-    @app.get("/v1/releases")
-    async def all_releases() -> list[api.Release]:
-        return releases.all()
-
-    @app.get("/v1/releases/{id}")
-    async def manifest(id: str) -> dict[str, Any]:
-        releases.get(id)
-        return read_manifest(home, id)
-
-    @app.post("/v1/releases/{id}/promote")
-    async def promote(id: str) -> api.Release:
-        release = releases.promote(id)
-        supervisor.poke()
-        return release
-
-    @app.post("/v1/rollback")
-    async def rollback() -> api.Release:
-        release = releases.rollback()
-        supervisor.poke()
-        return release
+    app.include_router(release_routes(home, supervisor, datasets))
 
     @app.get("/v1/keys")
     async def all_keys() -> list[api.Key]:

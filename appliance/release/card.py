@@ -45,7 +45,7 @@ def model_card(manifest: Manifest, source: dict[str, Any]) -> str:
 
 ## Base
 
-{manifest.base}{f" from {origin}" if origin else ""}. Licence of the base: {licence or "not stated where it was pulled from"}.
+{manifest.base}{f" from {origin}" if origin else ""}. Licence of the base: {licence or "not stated by its source"}.
 
 ## Data
 

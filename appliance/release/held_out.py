@@ -56,7 +56,7 @@ class Yardstick:
 
 
 def judged_on(recipe: Recipe) -> tuple[str, int] | None:
-    """Id of the dataset that a run is judged on, and the longest row in tokens: the first SFT stage's, else the first's."""
+    """Dataset id and longest row in tokens that a run is judged on: the first SFT stage's, else the first stage's."""
     if recipe.given and recipe.given.dataset:
         return recipe.given.dataset, TOKENS_AT_ONCE
     stages = [stage for stage in recipe.stages if stage.method == "sft"] or recipe.stages

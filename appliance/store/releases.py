@@ -58,16 +58,40 @@ class Releases:
 
     def promote(self, id: str) -> api.Release:
         """Make a verified release live. Raises NotFound, or Conflict for a refused one."""
+        if not self.require_verified(id).live:
+            self._deploy(id)
+        return self.get(id)
+
+    def require_verified(self, id: str) -> api.Release:
+        """The release. Raises NotFound, or Conflict for a refused one."""
         release = self.get(id)
         if release.state != "verified":
             raise Conflict(
                 "refused_release",
                 f"release {id} was refused: {release.reason}",
-                f"see `appliance releases {id}`; a refused release cannot go live",
+                f"see `appliance releases {id}`; a refused release is not served",
             )
-        if not release.live:
-            self._deploy(id)
-        return self.get(id)
+        return release
+
+    def needed(self) -> set[str]:
+        """The live release, and the one that a rollback returns to."""
+        rows = self._db.execute("SELECT release FROM deployments ORDER BY position DESC LIMIT 2")
+        return {str(row["release"]) for row in rows}
+
+    def remove(self, id: str) -> None:
+        """Forget a release that is not needed, and that it was ever live."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.execute("DELETE FROM deployments WHERE release = ?", (id,))
+            self._db.execute("DELETE FROM releases WHERE id = ?", (id,))
+            self._db.execute(
+                "DELETE FROM deployments WHERE position IN (SELECT position FROM (SELECT position, release,"
+                " lag(release) OVER (ORDER BY position) AS before FROM deployments) WHERE release = before)"
+            )
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
 
     def rollback(self) -> api.Release:
         """Make the release that was live before the live one live again. Raises Conflict where there is none."""

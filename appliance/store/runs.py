@@ -21,13 +21,11 @@ class Runs:
         self._db = db
 
     def new_id(self, recipe: Recipe) -> str:
-        """The next free id: the recipe's name and a number."""
+        """The next free id: the recipe's name and a number, which no release from elsewhere has either."""
         prefix = f"{recipe.name}-"
-        taken = [
-            int(row["id"][len(prefix) :])
-            for row in self._db.execute("SELECT id FROM runs WHERE recipe = ?", (recipe.name,))
-        ]
-        return f"{prefix}{max(taken, default=0) + 1}"
+        ids = [str(row["id"]) for row in self._db.execute("SELECT id FROM runs UNION SELECT id FROM releases")]
+        numbers = [id.removeprefix(prefix) for id in ids if id.startswith(prefix)]
+        return f"{prefix}{max((int(number) for number in numbers if number.isdigit()), default=0) + 1}"
 
     def add(self, id: str, recipe: Recipe) -> api.Run:
         stages = recipe.pipeline()

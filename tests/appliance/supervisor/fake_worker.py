@@ -32,12 +32,13 @@ match behaviour:
         (run / stage / "failure.json").write_text(json.dumps(failure))
         sys.exit(1)
 gates = {name: {"passed": behaviour != "refuse", "figures": {}, "reason": ""} for name in ("structure", "fidelity")}
-gates["quality"] = {"passed": True, "figures": {}, "reason": ""}
+gates["quality"] = {"passed": behaviour != "worse", "figures": {}, "reason": ""}
 if stage == "merge":
     (run / "merge" / "model").mkdir(exist_ok=True)
     (run / "merge" / "model" / "model.safetensors").write_bytes(b"weights")
 if stage == "verify":
     probes = [{"messages": [{"role": "user", "content": "hi"}], "token_ids": [1, 2], "max_tokens": 8}]
     (run / "verify" / "probes.json").write_text(json.dumps(probes))
-figures = {"gates": gates, "kept": "16-bit", "losses": {}, "files": {}, "base_weights": {}, "seconds": 0.0}
+figures = {"gates": gates, "kept": "16-bit", "losses": {}, "files": {}, "base_files": {}, "seconds": 0.0}
+figures |= {"dataset_rows": {"d1": "0"}, "recipe_sha256": "0"}
 (run / stage / "result.json").write_text(json.dumps(figures))

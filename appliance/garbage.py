@@ -1,0 +1,90 @@
+"""What nothing refers to any more. The live release, the one before it and the newest stay; so does what runs need."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import tomllib
+from collections.abc import Set
+from pathlib import Path
+
+from appliance import api
+from appliance.home import Home
+from appliance.store.datasets import Datasets
+from appliance.store.releases import Releases
+from appliance.store.runs import Runs
+
+LEFTOVER_SECONDS = 24 * 3600.0
+"""What nothing refers to yet may still be coming into being when it is younger than this."""
+
+
+def find_garbage(
+    home: Home, releases: Releases, runs: Runs, datasets: Datasets, serving: Set[str], keep: int
+) -> api.Garbage:
+    """What `remove_garbage` would remove. The newest `keep` releases stay, and those that engines are `serving`."""
+    oldest = time.time() - LEFTOVER_SECONDS
+    every = releases.all()
+    kept = {release.id for release in every[:keep]} | releases.needed() | serving
+    unfinished = {run.id for run in runs.all() if run.state != "finished"}
+    recorded = {release.id for release in every}
+    old = [id for id in recorded if id not in kept]
+    unrecorded = [id for id in _names(home.releases, oldest) if id not in recorded | unfinished]
+    named = {dataset.id for dataset in datasets.all()}
+    unnamed = [id for id in _names(home.datasets, oldest) if id not in named | referred_datasets(home)]
+    leftovers = [
+        path
+        for folder in (home.models, home.datasets, home.runs, home.releases, home.incoming)
+        for path in folder.iterdir()
+        if (folder == home.incoming or path.name.startswith(".")) and path.lstat().st_mtime < oldest
+    ]
+    doomed = [*(home.releases / id for id in (*old, *unrecorded)), *(home.datasets / id for id in unnamed), *leftovers]
+    return api.Garbage(
+        releases=tuple(sorted((*old, *unrecorded))),
+        datasets=tuple(sorted(unnamed)),
+        leftovers=tuple(sorted(path.relative_to(home.root).as_posix() for path in leftovers)),
+        bytes=sum(map(_size, doomed)),
+    )
+
+
+def forget_garbage(garbage: api.Garbage, releases: Releases) -> None:
+    """Take the releases out of the records, before their files go."""
+    for id in garbage.releases:
+        releases.remove(id)
+
+
+def remove_garbage(home: Home, garbage: api.Garbage) -> None:
+    """Remove the files. Safe to repeat: what a kill has left is found again."""
+    for id in garbage.releases:
+        shutil.rmtree(home.releases / id, ignore_errors=True)
+        (home.engines / f"{id}.log").unlink(missing_ok=True)
+    for id in garbage.datasets:
+        shutil.rmtree(home.datasets / id, ignore_errors=True)
+    for name in garbage.leftovers:
+        path = home.root / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def referred_datasets(home: Home) -> set[str]:
+    """Ids of the datasets that a run's recipe or a release's manifest names, of whatever version they are."""
+    found: set[str] = set()
+    for path in home.runs.glob("*/recipe.toml"):
+        recipe = tomllib.loads(path.read_text())
+        found |= {part.get("dataset", "") for part in (*recipe.get("stages", ()), recipe.get("given", {}))}
+    for path in home.releases.glob("*/manifest.json"):
+        found |= set(json.loads(path.read_bytes())["datasets"].values())
+    return found
+
+
+def _names(folder: Path, oldest: float) -> list[str]:
+    """Whole directories that are older than that."""
+    return [path.name for path in folder.iterdir() if path.name[0] != "." and path.stat().st_mtime < oldest]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory, that go when it goes: not those with another name."""
+    files = [path] if path.is_file() else list(path.rglob("*"))
+    return sum(stat.st_size for stat in (file.lstat() for file in files if file.is_file()) if stat.st_nlink == 1)

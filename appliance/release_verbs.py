@@ -1,0 +1,118 @@
+"""The verbs about releases: looking, going live and back, merging, export and import, clearing up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from appliance import console
+from appliance.command import ask, follow_run, json_option
+from appliance.errors import InvalidInput
+
+_path = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("release", required=False)
+@json_option
+def releases(release: str | None, as_json: bool) -> None:
+    """List the releases, or show the manifest of RELEASE."""
+    if release:
+        console.print_json(ask(lambda client: client.manifest(release)))
+        return
+    found = ask(lambda client: client.releases())
+    if as_json:
+        console.print_json(found)
+        return
+    rows = [
+        (
+            one.id,
+            "live" if one.live else one.state,
+            " ".join(f"{gate}:{'ok' if passed else 'FAILED'}" for gate, passed in one.gates.items()),
+            console.ago(one.created),
+            one.reason,
+        )
+        for one in found
+    ]
+    console.print_table(("RELEASE", "STATE", "GATES", "MADE", "WHY"), rows)
+
+
+@click.command()
+@click.argument("release")
+@click.option("--accept", type=click.Choice(["quality"]), help="Accept that this gate alone did not pass.")
+def promote(release: str, accept: str | None) -> None:
+    """Make RELEASE live."""
+    print(ask(lambda client: client.promote(release, accept)).id)
+
+
+@click.command()
+def rollback() -> None:
+    """Make the release that was live before live again."""
+    print(ask(lambda client: client.rollback()).id)
+
+
+@click.command()
+@click.option("--adapter", type=_path, required=True, help="Directory with adapter_config.json, as PEFT saves it.")
+@click.option("--base", required=True, help="The base model that it was trained on.")
+@click.option("--name", help="What the release is called; the directory's name where not given.")
+@click.option("--dataset", default="", help="Dataset to judge the merged weights on.")
+@click.option("--qlora", is_flag=True, help="It was trained over the base in NF4: try both forms of the base.")
+@click.option("-f", "--follow", "following", is_flag=True, help="Print the run's events until it ends.")
+def merge(adapter: Path, base: str, name: str | None, dataset: str, qlora: bool, following: bool) -> None:
+    """Merge an adapter that PEFT has trained elsewhere: queue a run that merges and verifies it, and print its id."""
+    called = name or adapter.absolute().name
+    run = ask(lambda client: client.merge(adapter, base, called, dataset, qlora))
+    print(run.id, flush=True)
+    if following:
+        follow_run(run.id)
+
+
+@click.command()
+@click.argument("release")
+@click.argument("path", type=_path)
+@click.option("--gguf", is_flag=True, help="Write one GGUF file in 16 bits, for llama.cpp, instead.")
+def export(release: str, path: Path, gguf: bool) -> None:
+    """Write RELEASE to PATH: a folder of model files, or where PATH ends in .tar, an archive for `import-release`."""
+    if path.exists():
+        raise InvalidInput("path_exists", f"{path} exists", "name a path where nothing is yet")
+    if not gguf:
+        ask(lambda client: client.export(release, path))
+    else:
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as scratch:
+            folder = Path(scratch) / release
+            ask(lambda client: client.export(release, folder))
+            command = [sys.executable, "-m", "appliance.release.gguf_file", str(folder), str(path)]
+            if code := subprocess.run(command, check=False).returncode:
+                sys.exit(code)
+    print(path)
+
+
+@click.command("import-release")
+@click.argument("file", type=_path)
+@click.option("--name", help="What it is called here; its own name where not given.")
+def import_release(file: Path, name: str | None) -> None:
+    """Take in a release from FILE, an archive that `export` has written on another box; every hash is checked."""
+    print(ask(lambda client: client.import_release(file, name)).id)
+
+
+@click.command()
+@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many newest releases stay.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@json_option
+def gc(keep: int, dry_run: bool, as_json: bool) -> None:
+    """Remove what nothing needs: old releases (never the live one or the one before), unnamed datasets, leftovers."""
+    garbage = ask(lambda client: client.gc(keep, dry_run))
+    if as_json:
+        console.print_json(garbage)
+        return
+    for kind in ("releases", "datasets", "leftovers"):
+        for name in getattr(garbage, kind):
+            print(f"{kind.removesuffix('s')}  {name}")
+    console.say(f"{'would free' if dry_run else 'freed'} {console.size(garbage.bytes)}")
+
+
+RELEASE_VERBS = (releases, promote, rollback, merge, export, import_release, gc)

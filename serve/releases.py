@@ -1,0 +1,166 @@
+"""The control API's routes about releases: looking, going live and back, merging, export and import, clearing up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+
+from appliance import api
+from appliance.archive import MANIFEST, unpack
+from appliance.errors import Conflict, InvalidInput, NotFound
+from appliance.garbage import find_garbage, forget_garbage, remove_garbage
+from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, sha256, write_atomic
+from appliance.models import model_path
+from appliance.release.manifest import accept_quality, read_manifest
+from appliance.store.datasets import Datasets
+from appliance.supervisor.supervisor import Supervisor
+from appliance.train.recipe import Given, Recipe, dump_recipe
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_LONGEST_CONFIG = 1 << 20
+
+
+def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> APIRouter:
+    """All routes that read or change releases."""
+    routes = APIRouter()
+    runs, releases = supervisor.runs, supervisor.releases
+    arriving = asyncio.Lock()
+
+    @routes.get("/v1/releases")
+    async def all_releases() -> list[api.Release]:
+        return releases.all()
+
+    @routes.get("/v1/releases/{id}")
+    async def manifest(id: str) -> dict[str, Any]:
+        releases.get(id)
+        return read_manifest(home, id)
+
+    @routes.get("/v1/releases/{id}/files/{name:path}")
+    async def file(id: str, name: str) -> FileResponse:
+        releases.require_verified(id)
+        if name != MANIFEST and name not in read_manifest(home, id)["files"]:
+            raise NotFound("no_such_file", f"release {id} has no file {name}", f"see `appliance releases {id}`")
+        return FileResponse(home.releases / id / name)
+
+    @routes.post("/v1/releases/{id}/promote")
+    async def promote(id: str, accept: Literal["quality"] | None = None) -> api.Release:
+        if accept and releases.get(id).state == "refused":
+            releases.accept(id, accept_quality(home, id).reason)
+        release = releases.promote(id)
+        supervisor.poke()
+        return release
+
+    @routes.post("/v1/rollback")
+    async def rollback() -> api.Release:
+        release = releases.rollback()
+        supervisor.poke()
+        return release
+
+    @routes.post("/v1/releases")
+    async def import_release(request: Request, name: str | None = None) -> api.Release:
+        with _incoming(home) as folder:
+            await _receive(request, folder / "release.tar")
+            require_space(home.releases, (folder / "release.tar").stat().st_size, "unpacking the release")
+            async with arriving:
+                id, manifest = await asyncio.to_thread(_unpack, home, folder / "release.tar", name)
+                gates = {gate: bool(outcome["passed"]) for gate, outcome in manifest["gates"].items()}
+                releases.add(id, manifest["base"], manifest["state"], manifest["reason"], gates, promote=False)
+        return releases.get(id)
+
+    @routes.post("/v1/adapters")
+    async def merge(request: Request, name: str, base: str, dataset: str = "", quantised: bool = False) -> api.Run:
+        """Queue a run that merges an adapter of PEFT. The body is its config in one line, then its safetensors."""
+        weights = sum(file.stat().st_size for file in model_path(home, base).glob("*.safetensors"))
+        judged_on = datasets.find(dataset).id if dataset else ""
+        with _incoming(home) as folder:
+            await _receive(request, folder / "upload")
+            require_space(home.root, 2 * weights, "a merge and its release")
+            (folder / "adapter").mkdir()
+            await asyncio.to_thread(_split_adapter, folder / "upload", folder / "adapter")
+            given = Given(sha256=sha256(folder / "adapter" / _ADAPTER_FILES[1]), quantised=quantised, dataset=judged_on)
+            recipe = Recipe(name=_checked_name(name), base=base, given=given)
+            id = runs.new_id(recipe)
+            with building(home.runs / id) as directory:
+                (folder / "adapter").rename(directory / "adapter")
+                write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
+        run = runs.add(id, recipe)
+        supervisor.poke()
+        return run
+
+    @routes.post("/v1/gc")
+    async def gc(keep: Annotated[int, Query(ge=0)] = 5, dry_run: bool = False) -> api.Garbage:
+        async with arriving:
+            serving = {engine.release for engine in supervisor.engines()}
+            garbage = find_garbage(home, releases, runs, datasets, serving, keep)
+            if not dry_run:
+                forget_garbage(garbage, releases)
+                await asyncio.to_thread(remove_garbage, home, garbage)
+        return garbage
+
+    return routes
+
+
+@contextmanager
+def _incoming(home: Home) -> Iterator[Path]:
+    """A folder for what is being received, gone afterwards."""
+    folder = Path(tempfile.mkdtemp(dir=home.incoming))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _receive(request: Request, path: Path) -> None:
+    """Write the request's body to `path`. Raises NoSpace before or while the disk runs full."""
+    require_space(path.parent, int(request.headers.get("content-length") or 0), "the upload")
+    try:
+        with open(path, "wb") as file:
+            async for chunk in request.stream():
+                await asyncio.to_thread(file.write, chunk)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+
+
+def _unpack(home: Home, archive: Path, name: str | None) -> tuple[str, dict[str, Any]]:
+    """Id and manifest of the release in `archive`, now on disk, where a kill may have left it without a record."""
+    with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
+        manifest = unpack(archive, Path(scratch))
+        id = _checked_name(name or manifest["release"])
+        if manifest["state"] != "verified":
+            raise InvalidInput("refused_release", f"the release was refused: {manifest['reason']}", "import another")
+        final = home.releases / id
+        if (home.runs / id).exists() or (final.exists() and read_manifest(home, id) != manifest):
+            raise Conflict("name_taken", f"there is another release or run {id} here", "choose another with --name")
+        if not final.exists():
+            with building(final) as folder:
+                for path in Path(scratch).iterdir():
+                    path.rename(folder / path.name)
+    return id, manifest
+
+
+def _split_adapter(upload: Path, folder: Path) -> None:
+    """Write the two files of an adapter from what was received."""
+    with open(upload, "rb") as source:
+        config = source.readline(_LONGEST_CONFIG)
+        try:
+            write_atomic(folder / _ADAPTER_FILES[0], json.dumps(json.loads(config), indent=1).encode())
+        except ValueError:
+            raise InvalidInput("bad_adapter", f"{_ADAPTER_FILES[0]} is no JSON", "save the adapter again") from None
+        with open(folder / _ADAPTER_FILES[1], "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _checked_name(name: str) -> str:
+    if not re.match(NAME_PATTERN, name):
+        raise InvalidInput("bad_name", f"{name!r} is no name", "use letters, digits, dots and dashes")
+    return name

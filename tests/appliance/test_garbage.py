@@ -1,0 +1,147 @@
+"""What `gc` takes and what it never touches."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from appliance.garbage import LEFTOVER_SECONDS, find_garbage, forget_garbage, remove_garbage
+from appliance.home import Home
+from appliance.store.database import open_database
+from appliance.store.datasets import Datasets
+from appliance.store.releases import Releases
+from appliance.store.runs import Runs
+from appliance.train.recipe import Recipe
+
+
+class Box:
+    def __init__(self, root: Path) -> None:
+        self.home = Home(root)
+        self.home.create()
+        db: sqlite3.Connection = open_database(self.home.database)
+        self.releases, self.runs, self.datasets = Releases(db), Runs(db), Datasets(db)
+
+    def release(self, *ids: str, dataset: str = "") -> None:
+        for id in ids:
+            (self.home.releases / id).mkdir()
+            manifest = {"datasets": {"sft": dataset} if dataset else {}}
+            (self.home.releases / id / "manifest.json").write_text(json.dumps(manifest))
+            self.releases.add(id, "tiny", "verified", "", {}, promote=False)
+
+    def dataset(self, id: str, name: str = "") -> None:
+        (self.home.datasets / id).mkdir()
+        if name:
+            self.datasets.record({"name": name, "id": id, "kind": "messages", "kept": 1})
+
+    def collect(self, keep: int = 0, serving: frozenset[str] = frozenset()) -> tuple[set[str], set[str], set[str]]:
+        garbage = find_garbage(self.home, self.releases, self.runs, self.datasets, serving, keep)
+        forget_garbage(garbage, self.releases)
+        remove_garbage(self.home, garbage)
+        return set(garbage.releases), set(garbage.datasets), set(garbage.leftovers)
+
+    def left(self) -> set[str]:
+        found = {path.name for path in self.home.releases.iterdir()}
+        assert {release.id for release in self.releases.all()} == found
+        return found
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Box:
+    return Box(tmp_path)
+
+
+def age(*paths: Path) -> None:
+    for path in paths:
+        long_ago = time.time() - LEFTOVER_SECONDS - 60
+        os.utime(path, (long_ago, long_ago))
+
+
+def test_live_its_predecessor_and_the_newest_stay(box: Box) -> None:
+    box.release("a", "b", "c", "d", "e")
+    for id in ("a", "b", "c"):
+        box.releases.promote(id)
+    assert box.collect(keep=1)[0] == {"a", "d"}
+    assert box.left() == {"b", "c", "e"}
+    assert box.releases.live() == "c"
+    assert box.releases.rollback().id == "b"
+
+
+def test_what_an_engine_serves_stays(box: Box) -> None:
+    box.release("a", "b", "c")
+    for id in ("a", "b", "c"):
+        box.releases.promote(id)
+    assert box.collect(serving=frozenset({"a"}))[0] == set()
+    assert box.left() == {"a", "b", "c"}
+
+
+def test_a_rollback_never_stays_where_it_is(box: Box) -> None:
+    """b between two times of a is gone: the way back goes from c to a, and there it ends."""
+    box.release("a", "b", "c")
+    for id in ("a", "b", "a", "c"):
+        box.releases.promote(id)
+    assert box.collect()[0] == {"b"}
+    assert box.releases.rollback().id == "a"
+    assert box.releases.needed() == {"a"}
+
+
+def test_a_directory_without_a_record_goes_when_it_is_old_and_no_run_has_to_do_with_it(box: Box) -> None:
+    recipe = Recipe(name="r", base="tiny")
+    box.runs.add("r-1", recipe)
+    for id in ("r-1", "lost", "arriving"):
+        (box.home.releases / id).mkdir()
+    age(box.home.releases / "r-1", box.home.releases / "lost")
+    assert box.collect()[0] == {"lost"}
+    box.runs.finish("r-1", "finished")
+    assert box.collect()[0] == {"r-1"}
+
+
+def test_datasets_stay_while_a_name_a_run_or_a_release_refers_to_them(box: Box) -> None:
+    box.dataset("named", "facts")
+    for id in ("by-run", "by-given", "by-release", "new", "old"):
+        box.dataset(id)
+    for number, part in enumerate(('[[stages]]\ndataset = "by-run"', '[given]\ndataset = "by-given"')):
+        (box.home.runs / f"r-{number}").mkdir()
+        (box.home.runs / f"r-{number}" / "recipe.toml").write_text(f'unknown = "key of a later version"\n{part}\n')
+    box.release("kept", dataset="by-release")
+    box.releases.promote("kept")
+    age(*(path for path in box.home.datasets.iterdir() if path.name != "new"))
+    assert box.collect()[1] == {"old"}
+    assert {path.name for path in box.home.datasets.iterdir()} == {"named", "by-run", "by-given", "by-release", "new"}
+
+
+def test_old_leftovers_of_kills_go(box: Box) -> None:
+    old = [box.home.models / ".m.building", box.home.runs / ".r.building", box.home.incoming / "tmpabc"]
+    new = [box.home.datasets / ".d.building", box.home.incoming / "tmpnew"]
+    for folder in (*old, *new):
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / "file").write_bytes(bytes(1000))
+    age(*old)
+    garbage = find_garbage(box.home, box.releases, box.runs, box.datasets, frozenset(), keep=0)
+    assert garbage.bytes == 3000
+    assert box.collect()[2] == {"models/.m.building", "runs/.r.building", "incoming/tmpabc"}
+    assert all(folder.exists() for folder in new)
+    assert not any(folder.exists() for folder in old)
+
+
+def test_files_with_another_name_free_nothing(box: Box) -> None:
+    box.release("a", "b")
+    (box.home.models / "m").mkdir()
+    (box.home.models / "m" / "model.safetensors").write_bytes(bytes(5000))
+    (box.home.releases / "a" / "model.safetensors").hardlink_to(box.home.models / "m" / "model.safetensors")
+    garbage = find_garbage(box.home, box.releases, box.runs, box.datasets, frozenset(), keep=1)
+    assert garbage.releases == ("a",)
+    assert garbage.bytes < 100
+
+
+def test_stopped_halfway_it_goes_on_the_next_time(box: Box) -> None:
+    box.release("a", "b")
+    forget_garbage(find_garbage(box.home, box.releases, box.runs, box.datasets, frozenset(), keep=1), box.releases)
+    assert (box.home.releases / "a").is_dir()
+    age(box.home.releases / "a")
+    assert box.collect(keep=1)[0] == {"a"}
+    assert box.left() == {"b"}
