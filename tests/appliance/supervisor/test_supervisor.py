@@ -327,3 +327,12 @@ async def test_an_exclusive_lease_stops_the_engine_while_a_worker_runs(daemon: D
     daemon.supervisor.runs.mark_stopping(second)
     await daemon.until(lambda: daemon.supervisor.routed == first)
     assert daemon.running("worker") == []
+
+
+async def test_a_release_that_only_quality_refused_is_probed_so_that_it_can_be_accepted(daemon: Daemon) -> None:
+    run = daemon.queue(verify="worse")
+    await daemon.until_state(run, "finished")
+    release = daemon.supervisor.releases.get(run)
+    assert (release.state, release.live) == ("refused", False)
+    passed = {name for name, passed in release.gates.items() if passed}
+    assert passed == {"structure", "fidelity", "parity", "stopping"}

@@ -1,0 +1,86 @@
+"""Adapters trained elsewhere: merged and verified as the run's own are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FACTS, add_dataset, failure, read_recipe, result, work
+
+from appliance.errors import Exit
+from appliance.home import Home, hashes, sha256
+from appliance.release.gates import Gate, load_probes
+from appliance.release.manifest import finalise
+from appliance.train.recipe import Given, Recipe, dump_recipe
+
+PROBED = {"parity": Gate(True), "stopping": Gate(True)}
+
+
+def given(home: Home, *, dataset: str = "", quantised: bool = False) -> Path:
+    """A run that is given the adapter of another."""
+    run = home.runs / "given-1"
+    trained = home.runs / ("qlora" if quantised else "lora") / "sft" / "adapter"
+    shutil.copytree(trained, run / "adapter")
+    about = Given(sha256=sha256(run / "adapter" / "adapter_model.safetensors"), quantised=quantised, dataset=dataset)
+    (run / "recipe.toml").write_text(dump_recipe(Recipe(name="given", base="tiny", given=about)))
+    assert read_recipe(run).given == about
+    return run
+
+
+def test_it_becomes_the_release_that_its_own_run_made(home: Home) -> None:
+    run = given(home)
+    assert work(run, "merge", "verify") == 0
+    own = hashes(home.runs / "lora" / "merge" / "model")
+    assert hashes(run / "merge" / "model") == own
+    gates = result(run, "verify")["gates"]
+    assert all(gate["passed"] for gate in gates.values()), gates
+    assert gates["fidelity"]["figures"]["merged_loss"] == pytest.approx(
+        gates["fidelity"]["figures"]["adapter_loss"], abs=1e-4
+    )
+    assert len(load_probes(run)) == 2
+    manifest = finalise(home, "given-1", read_recipe(run), PROBED)
+    assert manifest.state == "verified"
+    assert (manifest.datasets, manifest.stages) == ({}, {})
+    card = (home.releases / "given-1" / "README.md").read_text()
+    assert "an adapter that was trained elsewhere" in card
+
+
+def test_a_dataset_named_is_what_it_is_judged_on(home: Home) -> None:
+    run = given(home, dataset=add_dataset(home, "facts", FACTS))
+    assert work(run, "merge", "verify") == 0
+    assert result(run, "merge")["rows"] == 1, "a tenth of the prompts is held out"
+    assert any("What colour" in probe.messages[-1]["content"] for probe in load_probes(run))
+    manifest = finalise(home, "given-1", read_recipe(run), PROBED)
+    assert manifest.datasets.keys() == {"given"}
+    assert manifest.dataset_rows.keys() == set(manifest.datasets.values())
+
+
+def test_of_one_trained_in_nf4_both_bases_are_tried(home: Home) -> None:
+    run = given(home, quantised=True)
+    assert work(run, "merge") == 0
+    assert result(run, "merge")["losses"].keys() == {"adapter", "16-bit", "dequantised"}
+
+
+def test_what_is_wrong_with_it_is_caught_without_data(home: Home) -> None:
+    """Without a dataset the gates have a few plain questions to compare on, and a wrong scale shows in those too."""
+    run = given(home)
+    assert work(run, "merge") == 0
+    base = load_file(home.models / "tiny" / "model.safetensors")
+    path = run / "merge" / "model" / "model.safetensors"
+    tensors = {name: base[name] + 0.5 * (tensor - base[name]) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert work(run, "verify") == 0
+    assert not result(run, "verify")["gates"]["fidelity"]["passed"]
+
+
+def test_one_that_cannot_be_merged_fails_by_name(home: Home) -> None:
+    run = given(home)
+    path = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 64)}, path)
+    assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["code"] == "not_mergeable"
+    assert "no module model.layers.7.mlp.up_proj" in failure(run, "merge")["reason"]

@@ -1,0 +1,326 @@
+"""The control API about releases, over its own client: going live, leaving this box and coming to another."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from appliance.client import Client
+from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
+from appliance.home import Home, hashes, write_json
+from appliance.settings import Settings
+from appliance.store.database import open_database
+from appliance.store.keys import Keys
+from appliance.supervisor.supervisor import Supervisor
+from appliance.train.recipe import Recipe, parse_recipe
+from serve.control import control_app
+from serve.engines.transformers import TransformersEngine
+from serve.gateway.app import Gateway
+
+FILES = {"model.safetensors": bytes(range(256)) * 4000, "adapter/adapter_config.json": b"{}", "config.json": b"{}"}
+
+
+class Nobody:
+    """A frontage that lets nobody answer."""
+
+    def route(self, release: str | None, address: str) -> None: ...
+
+    async def drained(self, address: str, timeout: float) -> None: ...
+
+
+class Box:
+    """A daemon's control API in this process; its supervisor does not tick."""
+
+    def __init__(self, root: Path) -> None:
+        self.home = Home(root)
+        self.home.create()
+        self.db: sqlite3.Connection = open_database(self.home.database)
+        keys = Keys(self.db)
+        self.supervisor = Supervisor(self.home, self.db, TransformersEngine(Settings()), Nobody(), exclusive=False)
+        app = control_app(
+            self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", Gateway(keys.authenticate).operator
+        )
+        self.client = Client(root / "none", httpx.ASGITransport(app, raise_app_exceptions=False))
+
+    def release(self, id: str, *failed: str) -> Path:
+        """A release whose gates have passed but for `failed`."""
+        folder = self.home.releases / id
+        for name, content in FILES.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        gates = {
+            name: {"passed": name not in failed, "figures": {}, "reason": f"{name} said so"}
+            for name in ("structure", "fidelity", "parity", "stopping", "quality")
+        }
+        state, reason = ("refused", f"{failed[0]}: {failed[0]} said so") if failed else ("verified", "all passed")
+        parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions")
+        manifest: dict[str, Any] = {part: {} for part in parts}
+        manifest |= {"release": id, "state": state, "reason": reason, "created": 1.0, "base": "tiny", "gates": gates}
+        write_json(folder / "manifest.json", manifest | {"files": hashes(folder), "recipe_sha256": ""})
+        self.supervisor.releases.add(
+            id, "tiny", "refused" if failed else "verified", reason, {name: name not in failed for name in gates}, False
+        )
+        return folder
+
+    def model(self) -> None:
+        folder = self.home.models / "tiny"
+        folder.mkdir()
+        for name, content in (("config.json", '{"a": 1}'), ("tokenizer.json", "{}"), ("chat_template.jinja", "x")):
+            (folder / name).write_text(content)
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+
+@pytest.fixture
+async def box(tmp_path: Path) -> AsyncIterator[Box]:
+    box = Box(tmp_path / "box")
+    yield box
+    await box.client.close()
+
+
+@pytest.fixture
+async def other(tmp_path: Path) -> AsyncIterator[Box]:
+    box = Box(tmp_path / "other")
+    yield box
+    await box.client.close()
+
+
+async def test_a_refused_release_is_inspected_and_not_served(box: Box, tmp_path: Path) -> None:
+    box.release("r-1", "fidelity")
+    assert (await box.client.manifest("r-1"))["reason"] == "fidelity: fidelity said so"
+    for attempt in (
+        box.client.promote("r-1"),
+        box.client.promote("r-1", accept="quality"),
+        box.client.export("r-1", tmp_path / "out"),
+    ):
+        with pytest.raises(Conflict, match="fidelity"):
+            await attempt
+    assert box.supervisor.releases.live() is None
+    assert not (tmp_path / "out").exists()
+
+
+async def test_quality_alone_can_be_accepted_by_name(box: Box) -> None:
+    box.release("r-1", "quality")
+    with pytest.raises(Conflict, match="quality"):
+        await box.client.promote("r-1")
+    with pytest.raises(InvalidInput):
+        await box.client.promote("r-1", accept="fidelity")
+    promoted = await box.client.promote("r-1", accept="quality")
+    assert (promoted.state, promoted.live, promoted.gates["quality"]) == ("verified", True, False)
+    manifest = await box.client.manifest("r-1")
+    assert manifest["accepted"].keys() == {"quality"}
+    assert (await box.client.promote("r-1", accept="quality")).live
+
+
+async def test_accepting_what_has_passed_changes_nothing(box: Box) -> None:
+    folder = box.release("r-1")
+    before = hashes(folder)
+    assert (await box.client.promote("r-1", accept="quality")).live
+    assert hashes(folder) == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".tar"])
+async def test_an_export_holds_every_file(box: Box, tmp_path: Path, suffix: str) -> None:
+    folder = box.release("r-1")
+    await box.client.export("r-1", tmp_path / f"out{suffix}")
+    if suffix:
+        subprocess.run(["tar", "-xf", tmp_path / "out.tar", "-C", tmp_path], check=True)
+        assert hashes(tmp_path / "r-1") == hashes(folder)
+    else:
+        assert hashes(tmp_path / "out") == hashes(folder)
+
+
+@pytest.mark.parametrize("suffix", ["", ".tar"])
+async def test_a_file_that_has_changed_is_not_exported(box: Box, tmp_path: Path, suffix: str) -> None:
+    folder = box.release("r-1")
+    (folder / "config.json").write_bytes(b"[]")
+    target = tmp_path / "there" / f"out{suffix}"
+    target.parent.mkdir()
+    with pytest.raises(ApplianceError, match=r"config\.json of r-1 is not what its manifest says"):
+        await box.client.export("r-1", target)
+    assert list(target.parent.iterdir()) == []
+
+
+async def test_only_a_releases_own_files_are_handed_out(box: Box) -> None:
+    folder = box.release("r-1")
+    (folder / "notes.txt").write_text("not listed")
+    for name in ("notes.txt", "../r-1/config.json", "%2e%2e/r-1/config.json", "nothing"):
+        answer = await box.client._http.get(f"/v1/releases/r-1/files/{name}")
+        assert answer.status_code == 404, name
+
+
+async def test_another_box_takes_it_in_and_again_and_can_promote_it(box: Box, other: Box, tmp_path: Path) -> None:
+    folder = box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    for _ in range(2):
+        release = await other.client.import_release(tmp_path / "r.tar")
+        assert (release.id, release.state, release.live) == ("r-1", "verified", False)
+    assert hashes(other.home.releases / "r-1") == hashes(folder)
+    assert (await other.client.promote("r-1")).live
+    assert list(other.home.incoming.iterdir()) == []
+    assert other.supervisor.runs.new_id(Recipe(name="r", base="tiny")) == "r-2", "its id is taken"
+
+
+async def test_an_id_that_is_taken_needs_another_name(box: Box, other: Box, tmp_path: Path) -> None:
+    box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    (other.home.runs / "r-1").mkdir()
+    with pytest.raises(Conflict, match="another release or run r-1"):
+        await other.client.import_release(tmp_path / "r.tar")
+    assert (await other.client.import_release(tmp_path / "r.tar", "theirs")).id == "theirs"
+    with pytest.raises(InvalidInput, match="no name"):
+        await other.client.import_release(tmp_path / "r.tar", "../x")
+    other.release("mine")
+    with pytest.raises(Conflict):
+        await other.client.import_release(tmp_path / "r.tar", "mine")
+
+
+async def test_a_tampered_or_cut_archive_leaves_nothing(box: Box, other: Box, tmp_path: Path) -> None:
+    box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    whole = (tmp_path / "r.tar").read_bytes()
+    weights = whole.index(FILES["model.safetensors"])
+    tampered = whole[: weights + 7] + b"!" + whole[weights + 8 :]
+    for content in (tampered, whole[: len(whole) // 2], whole[:100], b"", b"x" * 5000):
+        (tmp_path / "bad.tar").write_bytes(content)
+        with pytest.raises(InvalidInput) as caught:
+            await other.client.import_release(tmp_path / "bad.tar")
+        assert caught.value.code == "bad_archive"
+    assert await other.client.releases() == []
+    assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
+    with pytest.raises(InvalidInput, match="does not exist"):
+        await other.client.import_release(tmp_path / "none.tar")
+
+
+async def test_a_full_disk_is_said_and_leaves_nothing(
+    box: Box, other: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ApplianceError, match="GB are free") as caught:
+        await other.client.import_release(tmp_path / "r.tar")
+    assert caught.value.code == "no_space"
+    monkeypatch.undo()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("appliance.archive._extract", full)
+    with pytest.raises(ApplianceError, match="is full"):
+        await other.client.import_release(tmp_path / "r.tar")
+    assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
+
+
+async def test_killed_between_the_files_and_the_record_it_is_taken_up(box: Box, other: Box, tmp_path: Path) -> None:
+    folder = box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    shutil.copytree(folder, other.home.releases / "r-1")
+    assert (await other.client.import_release(tmp_path / "r.tar")).id == "r-1"
+    assert [release.id for release in await other.client.releases()] == ["r-1"]
+
+
+UNPACK = """
+import sys
+from pathlib import Path
+import appliance.archive as archive
+from appliance.home import Home
+from serve.releases import _unpack
+archive._CHUNK = 512
+real = archive._extract
+def slow(tar, member, target):
+    print(member.name, flush=True)
+    import time; time.sleep(float(sys.argv[3]))
+    return real(tar, member, target)
+archive._extract = slow
+_unpack(Home(Path(sys.argv[1])), Path(sys.argv[2]), None)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2])
+async def test_killed_while_unpacking_there_is_no_half_release(
+    box: Box, other: Box, tmp_path: Path, seconds: float
+) -> None:
+    box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    (other.home.incoming / "x").mkdir()
+    archive = shutil.copy(tmp_path / "r.tar", other.home.incoming / "x" / "release.tar")
+    command = [sys.executable, "-c", UNPACK, str(other.home.root), str(archive), "0.15"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGKILL)
+    assert [path for path in other.home.releases.iterdir() if path.name[0] != "."] == []
+    assert (await other.client.import_release(tmp_path / "r.tar")).id == "r-1"
+    assert hashes(other.home.releases / "r-1") == hashes(box.home.releases / "r-1")
+
+
+def adapter(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{\n "peft_type": "LORA",\n "r": 4\n}')
+    (folder / "adapter_model.safetensors").write_bytes(b"line\nanother\x00" * 1000)
+    return folder
+
+
+async def test_an_adapter_from_elsewhere_becomes_a_run_that_merges(box: Box, tmp_path: Path) -> None:
+    box.model()
+    source = adapter(tmp_path / "mine")
+    run = await box.client.merge(source, "tiny", "mine", quantised=True)
+    assert (run.id, run.stages, run.state) == ("mine-1", ("merge", "verify", "probe"), "queued")
+    folder = box.home.runs / run.id
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        source / "adapter_model.safetensors"
+    ).read_bytes()
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_bytes()) == {"peft_type": "LORA", "r": 4}
+    recipe = parse_recipe((folder / "recipe.toml").read_text())
+    assert recipe.given is not None
+    assert (recipe.quantised, recipe.changes_weights, recipe.datasets) == (True, True, {})
+    assert recipe.given.sha256 == hashes(folder)["adapter/adapter_model.safetensors"]
+    assert list(box.home.incoming.iterdir()) == []
+
+
+async def test_an_adapter_that_is_none_or_has_no_base_is_refused(box: Box, tmp_path: Path) -> None:
+    source = adapter(tmp_path / "mine")
+    with pytest.raises(NotFound, match="no base model tiny"):
+        await box.client.merge(source, "tiny", "mine")
+    box.model()
+    with pytest.raises(NotFound, match="no dataset"):
+        await box.client.merge(source, "tiny", "mine", dataset="none")
+    with pytest.raises(InvalidInput, match="no name"):
+        await box.client.merge(source, "tiny", "../mine")
+    (source / "adapter_config.json").unlink()
+    with pytest.raises(InvalidInput, match="holds no adapter"):
+        await box.client.merge(source, "tiny", "mine")
+    assert list(box.home.runs.iterdir()) == []
+
+
+async def test_a_recipe_cannot_name_a_given_adapter(box: Box) -> None:
+    box.model()
+    with pytest.raises(InvalidInput, match="given adapter"):
+        await box.client.train('name = "r"\nbase = "tiny"\n[given]\nsha256 = "0"\n')
+
+
+async def test_gc_says_what_it_would_do_and_does_it(box: Box) -> None:
+    for id in ("r-1", "r-2", "r-3"):
+        box.release(id)
+    await box.client.promote("r-1")
+    planned = await box.client.gc(keep=1, dry_run=True)
+    assert planned.releases == ("r-2",)
+    assert planned.bytes > len(FILES["model.safetensors"])
+    assert (box.home.releases / "r-2").exists()
+    assert await box.client.gc(keep=1) == planned
+    assert not (box.home.releases / "r-2").exists()
+    assert {release.id for release in await box.client.releases()} == {"r-1", "r-3"}
