@@ -27,7 +27,7 @@ def test_every_variable_in_the_readme_is_a_setting() -> None:
 
 
 def test_every_verb_in_the_readme_exists() -> None:
-    verbs = set(re.findall(r"^\$ (?:\.venv/bin/)?appliance ([a-z]+)", README, re.MULTILINE))
+    verbs = set(re.findall(r"^\$ (?:\.venv/bin/)?appliance ([a-z-]+)", README, re.MULTILINE))
     assert verbs
     assert verbs <= set(cli.commands)
 
