@@ -142,13 +142,13 @@ def split(groups: Any, eval_share: float) -> tuple[Any, Any]:
     chosen = []
     if eval_share > 0 and len(distinct) > 1:
         room = round(eval_share * len(groups))
-        for group, size in zip(distinct[:-1].tolist(), sizes[:-1].tolist(), strict=True):
+        for group, size in zip(distinct[:-1], sizes[:-1], strict=True):
             if size <= room:
                 chosen.append(group)
                 room -= size
             if not room:
                 break
-        chosen = chosen or [int(distinct[0])]
+        chosen = chosen or [distinct[0]]
     held_out = numpy.isin(groups, numpy.array(chosen, dtype="<u8"))
     return numpy.flatnonzero(~held_out), numpy.flatnonzero(held_out)
 

@@ -102,11 +102,12 @@ class _Import:
             self.columns.check(names)
         self.account.check(names)
         report = {"id": writer.id, "name": self.request.name, **self.account.figures()}
+        repeats = self.repetition.finish(numpy.fromfile(self.scratch / INDEX, ENTRY_FIELDS)["group"].copy())
         index = numpy.fromfile(self.scratch / INDEX, ENTRY_FIELDS)
-        repeats = self.repetition.finish(index["group"])
         index["group"] = repeats.groups
         index.tofile(self.scratch / INDEX)
-        report |= self._repeats(repeats, index)
+        del index
+        report |= self._repeats(repeats)
         if self.tokens:
             report["tokens"] = self.tokens.figures(self.request.max_length)
         report["findings"] = findings(report, self.account, self.request.redact)
@@ -168,10 +169,10 @@ class _Import:
             self.tokens.add(row, canonical)
         self.account.kept += 1
 
-    def _repeats(self, repeats: Repeats, index: Any) -> dict[str, Any]:
+    def _repeats(self, repeats: Repeats) -> dict[str, Any]:
         """The figures of repeated rows, with examples by their places in the files."""
         rows = Rows(self.scratch)
-        train, held_out = split(index["group"], _EVAL_SHARE)
+        train, held_out = split(repeats.groups, _EVAL_SHARE)
         both = numpy.isin(repeats.questions[held_out], repeats.questions[train])
 
         def place(row: int) -> str:

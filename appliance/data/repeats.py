@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import struct
 from dataclasses import dataclass
@@ -89,26 +90,18 @@ class Repetition:
         self._sketch()
         for file in (self._said, self._sketches, *self._bands):
             file.flush()
-        count = len(groups)
-        one, other, similarity = self._near_pairs(count)
-        alike = _components(count, one, other)
-        order = numpy.argsort(groups, kind="stable")
-        same = numpy.flatnonzero(groups[order[1:]] == groups[order[:-1]])
-        together = _components(
-            count, numpy.concatenate([one, order[same]]), numpy.concatenate([other, order[same + 1]])
-        )
-        lowest = groups.copy()
-        numpy.minimum.at(lowest, together, groups)
-        said = numpy.fromfile(self._scratch / "said", _SAID_FIELDS)
-        conflicts, conflicting = _conflicts(said)
+        # One after another, so that only the arrays of one are in memory.
+        conflicts, conflicting = _conflicts(numpy.fromfile(self._scratch / "said", _SAID_FIELDS))
+        one, other, similarity = self._near_pairs(len(groups))
+        near = len(groups) - len(numpy.unique(_components(len(groups), one, other)))
         shown = numpy.argsort(other, kind="stable")[:20]
         return Repeats(
-            near=int(count - len(numpy.unique(alike))),
+            near=near,
             pairs=[(int(one[i]), int(other[i]), float(similarity[i])) for i in shown],
             conflicts=conflicts,
             conflicting=conflicting,
-            groups=lowest[together],
-            questions=said["question"],
+            groups=_joined_groups(groups, one, other),
+            questions=numpy.fromfile(self._scratch / "said", _SAID_FIELDS)["question"].copy(),
         )
 
     def _sketch(self) -> None:
@@ -148,12 +141,18 @@ class Repetition:
 
     def _similarity(self, one: Any, other: Any) -> Any:
         shares = [numpy.empty(0)]
-        for at in range(0, len(one), _PAIRS_AT_ONCE):
-            # Mapped anew each time, so that no more of the file is in memory than these pairs touch.
-            sketches = numpy.memmap(self._scratch / "sketches", "<u2", "r").reshape(-1, _SLOTS)
-            chosen = slice(at, at + _PAIRS_AT_ONCE)
-            shares.append((sketches[one[chosen]] == sketches[other[chosen]]).mean(axis=1))
+        with open(self._scratch / "sketches", "rb") as file:
+            for at in range(0, len(one), _PAIRS_AT_ONCE):
+                sides = [_sketches(file, rows[at : at + _PAIRS_AT_ONCE].tolist()) for rows in (one, other)]
+                shares.append((sides[0] == sides[1]).mean(axis=1))
         return numpy.concatenate(shares)
+
+
+def _sketches(file: BinaryIO, rows: list[int]) -> Any:
+    """[rows, slots] of the file of sketches. Read, not mapped: the kernel maps far more of a file than is touched."""
+    size = _SLOTS * 2
+    read = b"".join([os.pread(file.fileno(), size, row * size) for row in rows])
+    return numpy.frombuffer(read, "<u2").reshape(-1, _SLOTS)
 
 
 def _new(stack: contextlib.ExitStack, path: Path) -> BinaryIO:
@@ -174,6 +173,19 @@ def _components(count: int, one: Any, other: Any) -> Any:
         if numpy.array_equal(lowest, before):
             break
     return lowest
+
+
+def _joined_groups(groups: Any, one: Any, other: Any) -> Any:
+    """[n] u64 groups, those of the rows one[i] and other[i] in one: that of the lowest hash."""
+    if not len(one):
+        return groups
+    order = numpy.argsort(groups, kind="stable")
+    same = numpy.flatnonzero(groups[order[1:]] == groups[order[:-1]])
+    one, other = numpy.concatenate([one, order[same]]), numpy.concatenate([other, order[same + 1]])
+    together = _components(len(groups), one, other)
+    lowest = groups.copy()
+    numpy.minimum.at(lowest, together, groups)
+    return lowest[together]
 
 
 def _conflicts(said: Any) -> tuple[int, list[int]]:
