@@ -151,27 +151,26 @@ def _train(
     for callback in (Reporter(events, stage), Guard(events, stage), samples, best, cadence):
         trainer.add_callback(callback)
     with interruption.deferred():
-        kept = None
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            last_good: Path | None = None
         except Interrupted:
-            if trainer.state.global_step > (step_of(checkpoint) if checkpoint else 0):
-                trainer._save_checkpoint(model, None)
-                trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+            trainer.save_last_step(since=step_of(checkpoint) if checkpoint else 0)
             raise SystemExit(INTERRUPTED) from None
-        except Diverged:
-            kept, _ = newest_usable(folder, made_from)
-            if stage.on_bad_steps == "fail" or not (kept or best.path):
+        except Diverged as error:
+            last_good, _ = newest_usable(folder, made_from)
+            if stage.on_bad_steps == "fail" or not (last_good or best.path):
                 raise
+            events.append("warning", stage.name, message=f"{error.message}: the stage ends with its last good adapter")
         if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
             raise SystemExit(INTERRUPTED)
-        if stage.keep == "best":
-            kept = best.path or kept
+        kept = (best.path if stage.keep == "best" else None) or last_good
         with building(folder / "adapter") as saved:
             if kept is None:
                 model.save_pretrained(saved, save_embedding_layers=False)
-            for path in kept.glob("adapter_*") if kept else ():
-                shutil.copyfile(path, saved / path.name)
+            else:
+                for path in kept.glob("adapter_*"):
+                    shutil.copyfile(path, saved / path.name)
 
 
 def _evaluation_due(checkpoint: Path | None, stage: AnyStage, last: int, said: list[dict[str, Any]]) -> bool:

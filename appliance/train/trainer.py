@@ -142,6 +142,12 @@ class PartwiseTrainer(Trainer):
         # Transformers subtracts it from itself, which leaves what is no number as it is for all later steps.
         tr_loss.zero_()
 
+    def save_last_step(self, since: int) -> None:
+        """From within a step or an evaluation: a checkpoint of the state before, where that is later than `since`."""
+        if self.state.global_step > since:
+            self._save_checkpoint(self.model, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with saving(Path(self.args.output_dir), self.state.global_step, self.origin) as folder:
             self._saving_to = str(folder)

@@ -96,6 +96,7 @@ def test_or_keep_the_last_good_checkpoint_as_the_recipe_says(
     kept = load_file(bad / "sft" / "adapter" / "adapter_model.safetensors")
     assert max(losses(bad, "sft")) == 14
     held_out = [event["loss"] for event in events(bad, "eval")]
+    assert events(bad, "warning")[-1]["message"].endswith("2 in a row: the stage ends with its last good adapter")
     if keep == "last":
         assert all(torch.equal(kept[name], adapters[10][name]) for name in kept)
     else:
