@@ -10,6 +10,7 @@ import torch
 from trl import KTOConfig, KTOTrainer
 
 from appliance.data.render import render_prompt
+from appliance.errors import InvalidInput
 from appliance.train.recipe import KtoStage
 from appliance.train.rows import Example, answer_ids
 from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
@@ -69,7 +70,13 @@ def mismatched(examples: list[Example]) -> list[Example]:
 
 
 def trainer(stage: KtoStage, arguments: dict[str, Any], given: Given) -> Any:
-    """TRL's trainer, the reference's log-probabilities computed once per row."""
+    """TRL's trainer, over rows whose reference is computed once. Raises InvalidInput without good answers."""
+    if not any(row["label"] for row in given.train):
+        raise InvalidInput(
+            "no_good_answers",
+            "no answer to train on is judged good, and the model would only learn what not to say",
+            "add rows whose label is true",
+        )
     config = KTOConfig(
         beta=stage.beta,
         desirable_weight=stage.desirable_weight,

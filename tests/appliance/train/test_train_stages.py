@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import (
     CHATML,
     FACTS,
+    JUDGEMENTS,
     PREFERENCES,
     add_dataset,
     add_run,
@@ -194,6 +195,13 @@ def test_a_template_that_does_not_end_turns_is_refused(home: Home) -> None:
     assert work(run, "sft") == Exit.FAILED
     assert failure(run, "sft")["code"] == "no_end_of_turn"
     assert "line 1 of facts.jsonl" in failure(run, "sft")["reason"]
+
+
+def test_kto_wants_some_good_answers(home: Home) -> None:
+    id = add_dataset(home, "bad", [row for row in JUDGEMENTS if not row["label"]])
+    run = add_run(home, "r", stage("kto", f'"{id}"'))
+    assert work(run, "kto") == Exit.FAILED
+    assert failure(run, "kto")["code"] == "no_good_answers"
 
 
 def test_an_answer_of_several_turns_is_refused_by_dpo(home: Home) -> None:
