@@ -107,9 +107,19 @@ def models(as_json: bool) -> None:
 @cli.command()
 @click.argument("recipe")
 @click.option("-f", "--follow", is_flag=True, help="Print its events until it ends.")
-def train(recipe: str, follow: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Say what it would take, and queue nothing.")
+@json_option
+def train(recipe: str, follow: bool, dry_run: bool, as_json: bool) -> None:
     """Queue a run of RECIPE, a TOML file or the name of a shipped recipe, and print its id."""
+    from appliance import console
+
     text = recipe_text(recipe)
+    if dry_run:
+        forecasts = ask(lambda client: client.forecast(text))
+        console.print_json(forecasts) if as_json else console.print_forecasts(forecasts)
+        return
+    if as_json:
+        raise InvalidInput("no_json", "a run's id is plain text", "use --json with --dry-run")
     run = ask(lambda client: client.train(text))
     print(run.id, flush=True)
     if follow:

@@ -126,6 +126,11 @@ class Client:
         """Queue a run of the recipe, given as TOML text."""
         return await self._call("POST", "/v1/runs", api.Run, json={"recipe": recipe})
 
+    async def forecast(self, recipe: str) -> list[dict[str, Any]]:
+        """What each training stage of the recipe would take: the fields of its `forecast` event."""
+        json = {"recipe": recipe}
+        return await self._call("POST", "/v1/forecasts", list[dict[str, Any]], json=json, timeout=600)
+
     async def runs(self) -> list[api.Run]:
         """All runs, newest first."""
         return await self._call("GET", "/v1/runs", list[api.Run])

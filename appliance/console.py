@@ -43,6 +43,26 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def print_forecasts(forecasts: Sequence[dict[str, Any]]) -> None:
+    """What stages would take, a column each; what does not fit, and what would make it."""
+    parts = [part for part in forecasts[0]["memory"] if part != "total"] if forecasts else []
+    rows = [(part, *(size(one["memory"][part]) for one in forecasts)) for part in parts]
+    rows += [
+        ("memory", *(size(one["memory"]["total"]) for one in forecasts)),
+        ("available", *(size(one["available"]) for one in forecasts)),
+        ("disk", *(size(one["disk"]) for one in forecasts)),
+        ("largest pass", *(f"{one['rows_at_once']} x {one['width_at_once']} tokens" for one in forecasts)),
+        ("tokens", *(f"{one['tokens']:,}" for one in forecasts)),
+        ("steps", *(f"{one['steps']:,}" for one in forecasts)),
+        ("time", *(f"about {duration(one['seconds'])}" for one in forecasts)),
+        ("fits", *("yes" if one["fits"] else "NO" for one in forecasts)),
+    ]
+    print_table(("", *(one["stage"].upper() for one in forecasts)), rows)
+    for one in forecasts:
+        if not one["fits"]:
+            say(f"{one['stage']} does not fit: {one['advice']}")
+
+
 def visible(text: str) -> str:
     """A text from data as a terminal can safely show it: control characters as their pictures."""
     return text.translate(_PICTURES)
@@ -83,6 +103,10 @@ def event_line(event: dict[str, Any]) -> str:
                 f"{stage} step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
                 f"{event['tokens_per_second']:.0f} tok/s  {duration(event['eta_seconds'])} left"
             )
+        case "forecast":
+            memory = f"{size(event['memory']['total'])} of {size(event['available'])} memory"
+            advice = "" if event["fits"] else f", which does not fit: {event['advice']}"
+            return f"{stage} takes {event['steps']} steps, about {duration(event['seconds'])}, {memory}{advice}"
         case "eval":
             return f"{stage} step {event['step']}  held-out loss {event['loss']:.4f}"
         case "sample":

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 SHAPES = {
     "8b": {"hidden": 4096, "inner": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocabulary": 128256},
     "1.5b": {"hidden": 2048, "inner": 8192, "layers": 22, "heads": 32, "kv_heads": 8, "vocabulary": 49152},
+    "135m": {"hidden": 576, "inner": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "vocabulary": 49152},
+    "30m": {"hidden": 384, "inner": 1024, "layers": 8, "heads": 6, "kv_heads": 2, "vocabulary": 49152},
     "tiny": {"hidden": 128, "inner": 256, "layers": 3, "heads": 4, "kv_heads": 2, "vocabulary": 49152},
 }
 TOKENIZER = (

@@ -7,6 +7,7 @@ import codecs
 import json
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -27,9 +28,10 @@ from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
 from appliance.store.runs import ACTIVE
 from appliance.supervisor.supervisor import Supervisor
+from appliance.train.dry_run import DryRunRequest
 from appliance.train.events import EventLog
-from appliance.train.recipe import dump_recipe, parse_recipe
-from serve.datasets import datasets_router
+from appliance.train.recipe import Recipe, dump_recipe, parse_recipe
+from serve.datasets import datasets_router, run_module
 from serve.releases import release_routes
 
 _FOLLOW_SECONDS = 0.25
@@ -101,23 +103,35 @@ def control_app(
     def recipes() -> list[api.ShippedRecipe]:
         return shipped_recipes()
 
-    @app.post("/v1/runs")
-    async def train(new: NewRun) -> api.Run:
-        recipe = parse_recipe(new.recipe)
+    def complete(text: str) -> Recipe:
+        """The recipe with its datasets by id and its learning rates. Raises ApplianceError where it cannot be run."""
+        recipe = parse_recipe(text)
         if recipe.given:
             raise InvalidInput("given_adapter", "the recipe has a given adapter", "use `appliance merge --adapter DIR`")
-        base = model_path(home, recipe.base)
-        recipe = recipe.for_base(count_parameters(base))
-        weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+        recipe = recipe.for_base(count_parameters(model_path(home, recipe.base)))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
-        require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
         for name, dataset in {dataset.id: dataset for dataset in found}.items():
             _check_findings(dataset.name, Dataset.open(home, name).report, recipe.base)
         stages = tuple(
             stage.model_copy(update={"dataset": dataset.id})
             for stage, dataset in zip(recipe.stages, found, strict=True)
         )
-        recipe = recipe.model_copy(update={"stages": stages})
+        return recipe.model_copy(update={"stages": stages})
+
+    @app.post("/v1/forecasts")
+    async def forecast(request: Request, new: NewRun) -> list[dict[str, Any]]:
+        """What each training stage of a recipe would take, without a run."""
+        asked = DryRunRequest(recipe=dump_recipe(complete(new.recipe)))
+        with tempfile.TemporaryDirectory(dir=home.incoming) as folder:
+            outcome = await run_module("appliance.train.dry_run", home, asked, Path(folder), request)
+        stages: list[dict[str, Any]] = outcome["stages"]
+        return stages
+
+    @app.post("/v1/runs")
+    async def train(new: NewRun) -> api.Run:
+        recipe = complete(new.recipe)
+        weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
+        require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
         id = runs.new_id(recipe)
         with building(home.runs / id) as directory:
             write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())

@@ -71,7 +71,7 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs, releases: Releas
                 salvage=salvage,
                 redact=redact,
             )
-            outcome = await _run("appliance.data.importer", home, asked, folder, request)
+            outcome = await run_module("appliance.data.importer", home, asked, folder, request)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         report: dict[str, Any] = outcome["report"]
@@ -120,7 +120,7 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs, releases: Releas
             raise InvalidInput("no_base", "no base model is named, and there is not just one", "name one with --base")
         asked = PreviewRequest(dataset=datasets.find(name).id, base=chosen, offset=offset, limit=limit)
         with tempfile.TemporaryDirectory(dir=home.incoming) as folder:
-            outcome = await _run("appliance.data.preview", home, asked, Path(folder), request)
+            outcome = await run_module("appliance.data.preview", home, asked, Path(folder), request)
         return TypeAdapter(list[list[api.Conversation]]).validate_python(outcome["rows"])
 
     @routes.get("/{name}/diff/{other}")
@@ -214,7 +214,7 @@ async def _listed(chunks: AsyncIterator[bytes]) -> tuple[list[Upload], bytes]:
         ) from None
 
 
-async def _run(module: str, home: Home, asked: BaseModel, folder: Path, request: Request) -> dict[str, Any]:
+async def run_module(module: str, home: Home, asked: BaseModel, folder: Path, request: Request) -> dict[str, Any]:
     """What the process `module` makes of what is asked. It is killed when the client goes away.
 
     Raises the process's own problem, or Conflict where it was killed.

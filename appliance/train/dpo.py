@@ -40,4 +40,4 @@ def trainer(stage: DpoStage, arguments: dict[str, Any], given: Given) -> Any:
     return build_trainer(_Trainer, config, given, length)
 
 
-DPO = Method("preference", example, length, trainer)
+DPO = Method("preference", example, length, trainer, sequences=_Trainer.sequences_per_row)

@@ -21,6 +21,7 @@ from appliance.train.callbacks import Cadence, Reporter, is_evaluated
 from appliance.train.checkpoints import KEPT, newest_usable, origin, step_of
 from appliance.train.dpo import DPO
 from appliance.train.events import EventLog
+from appliance.train.forecast import Forecast, Work, forecast_stage
 from appliance.train.guard import Diverged, Guard
 from appliance.train.interruption import INTERRUPTED, Interrupted, Interruption
 from appliance.train.kto import KTO
@@ -63,7 +64,10 @@ def train_stage(
     dataset = Dataset.open(home, stage.dataset)
     _require_sound(dataset)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
-    train, held_out = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage, events)
+    train, held_out, left_out = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage)
+    if left_out:
+        message = f"{left_out} rows longer than {stage.max_length} tokens are left out"
+        events.append("warning", stage.name, message=message)
     figures: dict[str, Any] = {"rows": len(train), "held_out_rows": len(held_out)}
 
     if not (folder / "adapter").exists():
@@ -72,7 +76,7 @@ def train_stage(
         _train(run, recipe, stage, base, tokenizer, train, held_out, samples, events, interruption)
     for leftover in folder.glob("best-*"):
         shutil.rmtree(leftover)
-    return figures | _losses(events, stage)
+    return figures | _losses(events, stage) | _memory(events, stage)
 
 
 def _require_sound(dataset: Dataset) -> None:
@@ -92,8 +96,8 @@ def _examples(
     held_out_rows: list[int],
     tokenizer: Any,
     stage: AnyStage,
-    events: EventLog,
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[list[Example], list[Example], int]:
+    """Examples to train on and held out, and how many rows were left out because they are too long."""
     method = METHODS[stage.method]
     if dataset.kind != method.kind:
         raise InvalidInput(
@@ -107,12 +111,30 @@ def _examples(
 
     train, left_out = tokenise(dataset, train_rows, stage, row_example, method.length)
     held_out, left_out_too = tokenise(dataset, held_out_rows, stage, row_example, method.length)
-    if left_out + left_out_too:
-        message = f"{left_out + left_out_too} rows longer than {stage.max_length} tokens are left out"
-        events.append("warning", stage.name, message=message)
     if not train:
         raise InvalidInput("no_rows", f"no row of {dataset.id} is left to train on", "raise max_length, or add rows")
-    return train, held_out
+    return train, held_out, left_out + left_out_too
+
+
+def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
+    """What the stage `name` will take. Raises ApplianceError for what could not be trained on or with."""
+    base = model_path(home, recipe.base)
+    stage = recipe.stage(name)
+    dataset = Dataset.open(home, stage.dataset)
+    _require_sound(dataset)
+    train_rows, held_out_rows = dataset.split(recipe.eval_share)
+    train, held_out, _ = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], load_tokenizer(base), stage)
+    room = Room(stage.micro_batch_size or stage.batch_size)
+    return _forecast(base, recipe, stage, train, held_out, room)
+
+
+def _forecast(
+    base: Path, recipe: Recipe, stage: AnyStage, train: list[Example], held_out: list[Example], room: Room
+) -> Forecast:
+    method = METHODS[stage.method]
+    lengths, held_out_lengths = ([method.length(example) for example in rows] for rows in (train, held_out))
+    work = Work(lengths, held_out_lengths, method.sequences, room)
+    return forecast_stage(base, recipe, stage, work, _steps(stage, len(train)))
 
 
 def _train(
@@ -129,6 +151,9 @@ def _train(
 ) -> None:
     """Train, and leave the adapter that the recipe asks for in the stage's directory."""
     folder = run / stage.name
+    said = [event for event in events.read() if event["stage"] == stage.name]
+    room = Room.after(said, stage.micro_batch_size or stage.batch_size, partial(events.append, "warning", stage.name))
+    events.append("forecast", stage.name, **_forecast(base, recipe, stage, train, held_out, room).event())
     model = _adapted_model(run, recipe, stage, base)
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     require_space(folder, 2 * trained + (KEPT + 1) * WITH_OPTIMISER * trained, "training")
@@ -139,10 +164,8 @@ def _train(
     best = Best(folder, events, stage)
     if checkpoint is None:
         best.forget()
-    said = [event for event in events.read() if event["stage"] == stage.name]
     arguments = _arguments(folder, recipe, stage, rows=len(train))
     arguments["eval_on_start"] = bool(held_out) and _evaluation_due(checkpoint, stage, arguments["max_steps"], said)
-    room = Room.after(said, stage.micro_batch_size or stage.batch_size, partial(events.append, "warning", stage.name))
     given = Given(model, tokenizer, train, held_out, room, interruption)
     trainer = METHODS[stage.method].trainer(stage, arguments, given)
     trainer.origin = made_from
@@ -200,11 +223,15 @@ def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> An
     return model
 
 
+def _steps(stage: AnyStage, rows: int) -> int:
+    """Optimiser steps of `stage` over `rows` rows."""
+    steps = math.ceil(stage.epochs * math.ceil(rows / stage.batch_size))
+    return min(steps, stage.max_steps) if stage.max_steps else steps
+
+
 def _arguments(folder: Path, recipe: Recipe, stage: AnyStage, rows: int) -> dict[str, Any]:
     """Transformers' training arguments for `stage` over `rows` examples."""
-    steps = math.ceil(stage.epochs * math.ceil(rows / stage.batch_size))
-    if stage.max_steps:
-        steps = min(steps, stage.max_steps)
+    steps = _steps(stage, rows)
     return {
         "output_dir": str(folder),
         "seed": recipe.seed,
@@ -239,3 +266,13 @@ def _losses(events: EventLog, stage: AnyStage) -> dict[str, float]:
         kept = min(later, default=before) if stage.keep == "best" else evals[max(evals)]
         losses |= {"held_out_loss_before": before, "held_out_loss": kept}
     return losses
+
+
+def _memory(events: EventLog, stage: AnyStage) -> dict[str, int]:
+    """Bytes forecast and bytes held at most, from what the stage has said."""
+    reported = [event for event in events.read() if event["stage"] == stage.name]
+    forecasts = [event["memory"]["total"] for event in reported if event["event"] == "forecast"]
+    return {
+        "memory_forecast": forecasts[-1],
+        "memory_peak": max(event["memory"] for event in reported if event["event"] == "step"),
+    }

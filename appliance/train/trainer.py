@@ -48,6 +48,8 @@ class Method:
     """Tokens of the longest sequence in an example."""
     trainer: Callable[[Any, dict[str, Any], Given], Any]
     """(stage, Transformers' training arguments, what is trained) -> Transformers trainer."""
+    sequences: int = 1
+    """Sequences of an example that go through the model together."""
 
 
 class PartwiseTrainer(Trainer):

@@ -8,7 +8,7 @@ from typing import Any
 from textual.content import Content
 
 from tui.viewmodels import states
-from tui.viewmodels.format import duration, number, one_line
+from tui.viewmodels.format import duration, number, one_line, size
 from tui.viewmodels.styles import MUTED
 from tui.viewmodels.trace import Event
 
@@ -30,6 +30,9 @@ def _told(event: Event) -> Content | None:
             return Content.styled("started", "bold")
         case "stage_finished":
             return Content.assemble(states.STAGE_DONE.label(), f" in {duration(event['seconds'])}")
+        case "forecast":
+            memory = f"{size(event['memory']['total'])} of {size(event['available'])} memory"
+            return Content(f"takes {event['steps']} steps, about {duration(event['seconds'])}, {memory}")
         case "eval":
             return Content.assemble(f"step {event['step']}: held-out loss ", (number(event["loss"]), "bold"))
         case "checkpoint":

@@ -1,0 +1,40 @@
+"""What a run would take: `python -m appliance.train.dry_run HOME_ROOT REQUEST_JSON RESULT_JSON`.
+
+A process of its own, because the models' code is more than the daemon should hold.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from appliance.errors import ApplianceError
+from appliance.home import Home, write_json
+from appliance.train.recipe import parse_recipe
+
+
+class DryRunRequest(BaseModel):
+    """A recipe, with its datasets by id and its learning rates."""
+
+    recipe: str
+
+
+def main(home_root: Path, request: Path, result: Path) -> None:
+    """Leave {"stages"}, a forecast a training stage, or {"problem"} in `result`."""
+    from appliance.train.stage import forecast_of
+
+    asked = DryRunRequest.model_validate_json(request.read_bytes())
+    try:
+        recipe, home = parse_recipe(asked.recipe), Home(home_root)
+        stages = [{"stage": one.name, **forecast_of(home, recipe, one.name).event()} for one in recipe.stages]
+        outcome: dict[str, Any] = {"stages": stages}
+    except ApplianceError as error:
+        outcome = {"problem": error.problem()}
+    write_json(result, outcome)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""One forward and backward pass without numbers: what it would hold in memory, and how much it would compute.
+
+The model is the real architecture, from its own config, on the meta device, where tensors have shapes only. So nothing
+here knows a layer by name, and any architecture that Transformers has is counted as it is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from appliance.train.head import TrainedLogProbs
+from appliance.train.model import DTYPE, add_adapter
+from appliance.train.recipe import Adapter
+
+ATTENTION = "without_scores"
+_ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTEND_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward and backward pass takes beyond the weights: most bytes held at once, and operations."""
+
+    activations: int
+    """Without the output head."""
+    logits: int
+    """What the output head adds to the peak."""
+    operations: int
+    """Floating-point operations, a multiplication and an addition counted as two."""
+
+
+def meta_model(base: Path, adapter: Adapter) -> Any:
+    """The base with a new adapter, on the meta device."""
+    AttentionInterface.register(ATTENTION, _attention)
+    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=ATTENTION)
+        return add_adapter(model.eval(), adapter, 0).train()
+
+
+def simulate(model: Any, rows: int, width: int) -> Pass:
+    """A pass over `rows` sequences of `width` tokens through a meta model, all tokens trained."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.grad = torch.zeros_like(weight)
+    body, _ = _pass(model, rows, width, headed=False)
+    whole, operations = _pass(model, rows, width, headed=True)
+    return Pass(body, whole - body, operations)
+
+
+def _pass(model: Any, rows: int, width: int, *, headed: bool) -> tuple[int, int]:
+    """Peak (bytes) and operations, with or without the output head. Gradients are there already, as in most passes."""
+    tokens = torch.zeros(rows, width, dtype=torch.long, device="meta")
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    with _Ledger(model) as ledger:
+        hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        if headed:
+            apply: Any = TrainedLogProbs.apply
+            hidden, *_ = apply(hidden, head.weight, head.bias, tokens.flatten(), 1.0, 0)
+        hidden.sum().backward()
+    return ledger.peak, ledger.operations
+
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Keeps account of the storages that operations make and the garbage collector takes away."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.held = self.peak = self.operations = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+        self._own += [weight.grad.untyped_storage() for weight in model.parameters() if weight.grad is not None]
+        self._known.update(self._own)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # Asked whether a mask or the positions hold nothing special, which they do not.
+            return True
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._enter(tensor.untyped_storage())
+        self.operations += _operations(func, args, kwargs or {}, out)
+        return out
+
+    def _enter(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.held += storage.nbytes()
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._leave, storage.nbytes())
+
+    def _leave(self, size: int) -> None:
+        self.held -= size
+
+
+def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    if func.overloadpacket in (_ATTEND, _ATTEND_BACKWARD):
+        # Scores and sums over half of all pairs; backward computes the scores again, and four such products.
+        query = args[0] if func.overloadpacket is _ATTEND else args[1]
+        pairs = query.shape[0] * query.shape[1] * query.shape[2] ** 2 // 2
+        return int((4 if func.overloadpacket is _ATTEND else 10) * pairs * query.shape[3])
+    count = flop_registry.get(func.overloadpacket)
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
+
+
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
+) -> tuple[Any, None]:
+    """Causal attention that keeps no scores, as the kernels in use do; on meta, torch chooses one that keeps them."""
+    if len(query) > 1:
+        # With padding to mask, Transformers repeats the heads of keys and values.
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    out, _ = _ATTEND(query, key, value, 0.0, True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None

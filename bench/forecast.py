@@ -1,0 +1,106 @@
+"""The forecast of a stage's memory against the peak that the stage then reaches, over shapes from tiny to 135M.
+
+    python bench/forecast.py [--tokenizer BASE] [--only N ...]
+
+Each stage trains two steps in a worker of its own, on a random-weight Llama and rows of varied length. Both figures are
+of the worker's resident memory (on a GPU, of what torch has held). The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from random_llama import write_model
+from train import ON_GPU, machine, say
+
+from appliance.data.importer import import_file
+from appliance.home import Home
+from appliance.train.recipe import dump_recipe, parse_recipe
+
+TARGET = 0.10 if ON_GPU else 0.15
+CASES: tuple[dict[str, Any], ...] = (
+    {"shape": "tiny", "method": "sft", "kind": "lora", "rank": 8, "length": 256, "micro": 0},
+    {"shape": "tiny", "method": "sft", "kind": "lora", "rank": 8, "length": 2048, "micro": 1},
+    {"shape": "30m", "method": "sft", "kind": "lora", "rank": 64, "length": 512, "micro": 2},
+    {"shape": "30m", "method": "dpo", "kind": "qlora", "rank": 16, "length": 512, "micro": 0},
+    {"shape": "135m", "method": "sft", "kind": "lora", "rank": 16, "length": 256, "micro": 0},
+    {"shape": "135m", "method": "sft", "kind": "qlora", "rank": 16, "length": 512, "micro": 1},
+    {"shape": "135m", "method": "sft", "kind": "lora", "rank": 128, "length": 1024, "micro": 0},
+    {"shape": "135m", "method": "sft", "kind": "dora", "rank": 16, "length": 256, "micro": 2},
+)
+RECIPE = """
+name = "bench"
+base = "{shape}"
+eval_share = 0.0
+[adapter]
+kind = "{kind}"
+rank = {rank}
+[[stages]]
+method = "{method}"
+dataset = "{dataset}"
+max_steps = 2
+batch_size = 4
+micro_batch_size = {micro}
+max_length = {length}
+learning_rate = 1e-4
+samples = 0
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokenizer", type=Path, default=Path(".cache/home/models/smollm2-135m"))
+    parser.add_argument("--only", type=int, nargs="+", default=range(len(CASES)))
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-forecast-") as folder:
+        home = Home(Path(folder))
+        home.create()
+        for shape in {CASES[number]["shape"] for number in given.only}:
+            write_model(home.models / shape, shape, given.tokenizer)
+        for number in given.only:
+            rows.append(CASES[number] | measure(home, number, CASES[number]))
+            say("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
+    ratios = {f"case_{number}": row["forecast_over_peak"] for number, row in zip(given.only, rows, strict=True)}
+    met = all(abs(ratio - 1) <= TARGET for ratio in ratios.values())
+    record = {"bench": "forecast", "ratios": ratios, "targets": {"within": TARGET}, "met": met, "table": rows}
+    print(json.dumps(record | {"machine": machine()}))
+
+
+def measure(home: Home, number: int, case: dict[str, Any]) -> dict[str, Any]:
+    """The forecast and the peak of one stage, in MiB."""
+    file = home.incoming / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in made_up(case["method"], case["length"])))
+    dataset = import_file(file, file.name, f"rows-{number}", home)["id"]
+    run = home.runs / f"case-{number}"
+    run.mkdir()
+    (run / "recipe.toml").write_text(dump_recipe(parse_recipe(RECIPE.format(dataset=dataset, **case))))
+    command = [sys.executable, "-m", "appliance.worker", str(run), case["method"]]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    result = json.loads((run / case["method"] / "result.json").read_text())
+    forecast, peak = result["memory_forecast"], result["memory_peak"]
+    return {"forecast": forecast >> 20, "peak": peak >> 20, "forecast_over_peak": round(forecast / peak, 3)}
+
+
+def made_up(method: str, length: int) -> list[dict[str, Any]]:
+    """Rows of which the longest nearly fills `length` tokens."""
+    draw = random.Random(3)
+    words = ("river", "stone", "lamp", "cloud", "amber", "quiet", "harbour", "window", "seven", "garden")
+    rows: list[dict[str, Any]] = []
+    for number in range(8):
+        answer = " ".join(draw.choices(words, k=int((length - 80) * draw.uniform(0.3, 0.9))))
+        prompt = f"Question {number}: what is next?"
+        pair = {"prompt": prompt, "chosen": answer, "rejected": answer[::2]}
+        rows.append({"instruction": prompt, "output": answer} if method == "sft" else pair)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

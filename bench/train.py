@@ -1,0 +1,238 @@
+"""Supervised fine-tuning through the worker against a plain TRL script, on the same model, rows, adapter and precision.
+
+    python bench/train.py [--base DIRECTORY] [--data FILE] [--adapter lora|qlora ...] [--rounds N] [--rows N] [--losses]
+
+The peers are TRL at its defaults and TRL with group_by_length, both with 8 rows a step. Every run is a process of its
+own, alternating, and trains one pass over the same rows. Tokens are those of the rows without padding, seconds those of
+the steps, the peak is the process's highest resident set (on a GPU what torch has held at most). `--losses` trains ours
+and the second peer with three seeds instead, and compares the held-out loss of their adapters. Without a base, a GPU
+gets an 8B-shaped Llama with random weights; without data, rows are made up. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appliance.data.importer import import_file
+from appliance.home import Home
+from appliance.train.forecast import matmul_speed
+from appliance.train.recipe import Adapter, dump_recipe, parse_recipe
+from appliance.train.simulation import meta_model, simulate
+
+ON_GPU = torch.cuda.is_available()
+PEERS = {"trl": "random", "trl_by_length": "group_by_length"}
+TARGETS = {"trl_speed": 2.5, "trl_by_length_speed": 1.4, "trl_memory": 2.0, "trl_by_length_memory": 2.0}
+"""How many times faster than each peer, and how many times less memory."""
+Figures = dict[str, float]
+"""Tokens, seconds, and peak (bytes) of one run."""
+SEEDS = (17, 18, 19)
+HELD_OUT = 32
+RECIPE = """
+name = "bench"
+base = "base"
+eval_share = 0.0
+seed = {seed}
+[adapter]
+kind = "{adapter}"
+rank = 16
+alpha = 32
+[[stages]]
+method = "sft"
+dataset = "{dataset}"
+epochs = 1
+batch_size = 8
+learning_rate = 2e-4
+warmup_share = 0
+schedule = "constant"
+samples = 0
+keep = "last"
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--adapter", nargs="+", default=["lora", "qlora"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--losses", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
+        bench = Bench(Home(Path(folder)), given.base, given.data)
+        record = bench.losses(given.adapter, given.rows) if given.losses else bench.speed(given)
+    print(json.dumps(record | {"machine": machine()}))
+
+
+class Bench:
+    """A home of its own with the base and the rows."""
+
+    def __init__(self, home: Home, base: Path | None, data: Path | None) -> None:
+        home.create()
+        self.home, self.base, self.runs = home, home.models / "base", 0
+        if base is None:
+            from random_llama import write_model
+
+            write_model(self.base, "8b" if ON_GPU else "tiny", Path(".cache/home/models/smollm2-135m"))
+        else:
+            self.base.symlink_to(base.absolute())
+        file = data or made_up(home.incoming / "rows.jsonl")
+        dataset = home.datasets / import_file(file, file.name, "rows", home)["id"]
+        self.lines = (dataset / "rows.jsonl").read_text().splitlines()
+        random.Random(1).shuffle(self.lines)
+
+    def speed(self, given: argparse.Namespace) -> dict[str, Any]:
+        """Each side's figures and their ratios, by adapter."""
+        figures: dict[str, Any] = {}
+        ratios: dict[str, float] = {}
+        peak, per_token = matmul_speed(), operations_per_token(self.base)
+        for adapter in given.adapter:
+            taken: dict[str, list[Figures]] = {side: [] for side in ("ours", *PEERS)}
+            for turn in range(given.rounds):
+                rows = self.lines[turn * given.rows : (turn + 1) * given.rows]
+                for side, runs in taken.items():
+                    runs.append(self.train(side, adapter, rows, SEEDS[0]))
+                    say(f"{adapter} {side}: {rate([runs[-1]]):.0f} tokens/s, {runs[-1]['peak'] / 2**30:.2f} GiB")
+                assert len({runs[-1]["tokens"] for runs in taken.values()}) == 1, "all train on the same tokens"
+            memory = {side: max(run["peak"] for run in runs) for side, runs in taken.items()}
+            for peer in PEERS:
+                ratios[f"{adapter}_{peer}_speed"] = round(rate(taken["ours"]) / rate(taken[peer]), 2)
+                ratios[f"{adapter}_{peer}_memory"] = round(memory[peer] / memory["ours"], 2)
+            figures[adapter] = {
+                side: {
+                    "tokens_per_second": round(rate(runs), 1),
+                    "peak_bytes": memory[side],
+                    "share_of_matmul_speed": round(rate(runs) * per_token / peak, 2),
+                }
+                for side, runs in taken.items()
+            }
+        return {
+            "bench": "train",
+            "ratios": ratios,
+            "targets": TARGETS,
+            "met": all(ratio >= TARGETS[name.split("_", 1)[1]] for name, ratio in ratios.items()),
+            "figures": figures,
+            "matmul_gflops": round(peak / 1e9),
+            "operations_per_token": round(per_token),
+            "rows": given.rows * given.rounds,
+        }
+
+    def losses(self, adapters: list[str], count: int) -> dict[str, Any]:
+        """Held-out loss of both sides' adapters after the same rows, by adapter and seed."""
+        from appliance.data.render import render_conversation
+        from appliance.release.held_out import score
+        from appliance.train.model import load_adapter, load_model, load_tokenizer
+
+        tokenizer = load_tokenizer(self.base)
+        held_out = [json.loads(line) for line in self.lines[-HELD_OUT:]]
+        conversations = [render_conversation(tokenizer, row["messages"]) for row in held_out]
+        found: dict[str, Any] = {}
+        ratios = {}
+        for adapter in adapters:
+            by_side: dict[str, list[float]] = {"ours": [], "trl_by_length": []}
+            for seed in SEEDS:
+                for side, losses in by_side.items():
+                    saved = self.home.root / f"{adapter}-{side}-{seed}"
+                    self.train(side, adapter, self.lines[:count], seed, saved)
+                    model = load_adapter(load_model(self.base, quantised=adapter == "qlora"), saved, trainable=False)
+                    losses.append(round(score(model, conversations).loss, 4))
+                    say(f"{adapter} {side} seed {seed}: held-out loss {losses[-1]}")
+            mean = statistics.mean(by_side["ours"])
+            gap = mean - statistics.mean(by_side["trl_by_length"])
+            noise = max(max(losses) - min(losses) for losses in by_side.values())
+            found[adapter] = {**by_side, "gap": round(gap, 4), "noise": round(noise, 4)}
+            ratios[f"{adapter}_loss"] = round(statistics.mean(by_side["trl_by_length"]) / mean, 4)
+        met = all(figures["gap"] <= figures["noise"] for figures in found.values())
+        return {"bench": "train-losses", "ratios": ratios, "targets": "gap at most noise", "met": met, "losses": found}
+
+    def train(self, side: str, adapter: str, lines: list[str], seed: int, saved: Path | None = None) -> Figures:
+        """Tokens, seconds and peak bytes of one side's pass over `lines`; its adapter goes to `saved`."""
+        if side == "ours":
+            return self._ours(adapter, lines, seed, saved)
+        rows = self.home.incoming / "peer.jsonl"
+        rows.write_text("\n".join(lines))
+        argv = [str(Path(__file__).parent / "plain_trl.py"), str(self.base), str(rows), "--adapter", adapter]
+        argv += ["--sampling", PEERS[side], "--seed", str(seed), *(("--save", str(saved)) if saved else ())]
+        figures: Figures = json.loads(run_python(argv).splitlines()[-1])
+        return figures
+
+    def _ours(self, adapter: str, lines: list[str], seed: int, saved: Path | None) -> Figures:
+        self.runs += 1
+        rows = self.home.incoming / "ours.jsonl"
+        rows.write_text("\n".join(json.dumps({"messages": json.loads(line)["messages"]}) for line in lines))
+        dataset = import_file(rows, rows.name, f"ours-{self.runs}", self.home)["id"]
+        run = self.home.runs / f"bench-{self.runs}"
+        run.mkdir()
+        recipe = parse_recipe(RECIPE.format(adapter=adapter, dataset=dataset, seed=seed))
+        (run / "recipe.toml").write_text(dump_recipe(recipe))
+        run_python(["-m", "appliance.worker", str(run), "sft"])
+        if saved:
+            (run / "sft" / "adapter").rename(saved)
+        steps = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        steps = [event for event in steps if event["event"] == "step"]
+        before = 0
+        seconds = 0.0
+        for event in steps:
+            seconds += (event["tokens"] - before) / event["tokens_per_second"]
+            before = event["tokens"]
+        return {"tokens": before, "seconds": seconds, "peak": max(event["memory"] for event in steps)}
+
+
+def run_python(argv: list[str]) -> str:
+    """What a Python process prints on its standard output. Raises CalledProcessError, after its words on stderr."""
+    return subprocess.run([sys.executable, *argv], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def rate(runs: list[Figures]) -> float:
+    return sum(run["tokens"] for run in runs) / sum(run["seconds"] for run in runs)
+
+
+def operations_per_token(base: Path, length: int = 256) -> float:
+    """What LoRA training has to compute for a token of a row of this length: forward, and backward without the base."""
+    return simulate(meta_model(base, Adapter(kind="lora")), 1, length).operations / length
+
+
+def made_up(file: Path) -> Path:
+    """Rows with the lengths of instruction data: half of them short, a few ten times as long."""
+    draw = random.Random(2)
+    words = ["river", "stone", "lamp", "cloud", "amber", "quiet", "harbour", "window", "seven", "garden"]
+    rows = []
+    for number in range(200):
+        answer = " ".join(draw.choices(words, k=min(int(draw.lognormvariate(4.5, 0.8)), 600)))
+        rows.append(json.dumps({"instruction": f"Question {number}: what is next?", "output": answer}))
+    file.write_text("\n".join(rows))
+    return file
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    return {
+        "device": torch.cuda.get_device_name() if ON_GPU else names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

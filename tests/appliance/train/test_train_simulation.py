@@ -1,0 +1,59 @@
+"""The pass without numbers, against a real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from appliance.train import simulation
+from appliance.train.model import add_adapter, load_model
+from appliance.train.recipe import Adapter
+from appliance.train.simulation import meta_model, simulate
+
+ADAPTER = Adapter(kind="lora", rank=4)
+
+
+def real_pass(model: Any, rows: int, width: int) -> tuple[int, int]:
+    """Bytes that a real forward pass keeps for its backward pass, and operations of both but attention's."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter) and tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    tokens = torch.zeros(rows, width, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model.get_base_model().base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden.sum().backward()
+    return sum(kept.values()), sum(counter.get_flop_counts()["Global"].values())
+
+
+def test_memory_and_operations_are_those_of_a_real_pass(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "_ATTEND", None)
+    model = add_adapter(load_model(tiny_model), ADAPTER, 3).train()
+    kept, operations = real_pass(model, 1, 96)
+    monkeypatch.undo()
+    found = simulate(meta_model(tiny_model, ADAPTER), 1, 96)
+    assert kept < found.activations < 1.5 * kept, "what is kept, and what the backward pass needs for a moment"
+    vocabulary = 4 * 96 * 320 * 64
+    attention = 14 * 2 * 4 * 96**2 // 2 * 16
+    assert found.operations == pytest.approx(operations + vocabulary + attention, rel=0.02)
+
+
+def test_it_grows_with_tokens_and_with_the_adapter(tiny_model: Path) -> None:
+    model = meta_model(tiny_model, ADAPTER)
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    short, long, wide = simulate(model, 1, 64), simulate(model, 1, 128), simulate(model, 2, 64)
+    assert long.activations == pytest.approx(2 * short.activations, rel=0.05)
+    assert wide.activations == pytest.approx(2 * short.activations, rel=0.05)
+    assert long.operations > 2 * short.operations
+    assert simulate(model, 1, 64) == short, "a pass leaves nothing behind"
+    more = simulate(meta_model(tiny_model, Adapter(kind="lora", rank=32)), 1, 64)
+    assert more.activations > short.activations
