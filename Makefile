@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-fast test-vllm lint format docs bench-data bench-gpu bench-merge clean
+.PHONY: demo test test-fast test-vllm lint format docs bench-data bench-gpu bench-merge bench-train bench-forecast clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -47,6 +47,14 @@ bench-data: $(READY)
 
 bench-gpu: $(READY)
 	@bench/gpu.sh
+
+# BASE: a base model's directory (a GPU gets an 8B shape without one); DATA: a file to train on; else rows are made up.
+bench-train: $(READY)
+	@PYTHONPATH=.:bench HF_HUB_OFFLINE=1 $(BIN)/python bench/train.py \
+	    $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(ARGUMENTS)
+
+bench-forecast: $(READY)
+	@PYTHONPATH=.:bench HF_HUB_OFFLINE=1 $(BIN)/python bench/forecast.py
 
 bench-merge: $(READY)
 	@PYTHONPATH=.:bench HF_HUB_OFFLINE=1 $(BIN)/python bench/merge.py

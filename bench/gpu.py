@@ -29,6 +29,7 @@ PEER = Path(__file__).parent / "plain_trl.py"
 TARGETS = {
     "sft_peak_gib_at_most": 8.0,
     "dpo_peak_over_sft_at_most": 1.1,
+    "sft_forecast_within": 0.1,
     "tokens_per_second_over_plain_trl_at_least": 1.0,
 }
 
@@ -80,31 +81,24 @@ def measure(home: Home, tokenizer: Path) -> int:
     for stage in ("sft", "dpo", "merge", "verify"):
         say(f"{stage} ...")
         subprocess.run([sys.executable, "-m", "appliance.worker", str(run), stage], check=True, stdout=sys.stderr)
-    peer = json.loads(
-        subprocess.run(
-            [
-                sys.executable,
-                str(PEER),
-                str(home.models / "random"),
-                str(home.datasets / sft / "rows.jsonl"),
-                str(LENGTH),
-                str(STEPS),
-            ],
-            check=True,
-            stdout=subprocess.PIPE,
-        ).stdout.splitlines()[-1]
-    )
+    rows = home.datasets / sft / "rows.jsonl"
+    command = [sys.executable, str(PEER), str(home.models / "random"), str(rows), "--adapter", "qlora"]
+    command += ["--batch-size", "1", "--max-length", str(LENGTH)]
+    peer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    peer["tokens_per_second"] = round(peer["tokens"] / peer["seconds"], 1)
     ours = {stage: figures(run, stage) for stage in ("sft", "dpo")}
     merge, verify = (json.loads((run / stage / "result.json").read_text()) for stage in ("merge", "verify"))
     ratios = {
         "tokens_per_second_over_plain_trl": round(ours["sft"]["tokens_per_second"] / peer["tokens_per_second"], 3),
         "sft_peak_over_plain_trl": round(ours["sft"]["peak"] / peer["peak"], 3),
+        "sft_forecast_over_peak": round(ours["sft"]["forecast"] / ours["sft"]["peak"], 3),
         "dpo_peak_over_sft": round(ours["dpo"]["peak"] / ours["sft"]["peak"], 3),
         "sft_peak_gib": round(ours["sft"]["peak"] / 2**30, 2),
     }
     met = (
         ratios["sft_peak_gib"] <= TARGETS["sft_peak_gib_at_most"]
         and ratios["dpo_peak_over_sft"] <= TARGETS["dpo_peak_over_sft_at_most"]
+        and abs(ratios["sft_forecast_over_peak"] - 1) <= TARGETS["sft_forecast_within"]
         and ratios["tokens_per_second_over_plain_trl"] >= TARGETS["tokens_per_second_over_plain_trl_at_least"]
     )
     record = {
@@ -151,6 +145,7 @@ def figures(run: Path, stage: str) -> dict[str, float]:
     return {
         "tokens_per_second": statistics.median(event["tokens_per_second"] for event in steps[3:]),
         "peak": max(event["memory"] for event in steps),
+        "forecast": json.loads((run / stage / "result.json").read_text())["memory_forecast"],
     }
 
 
