@@ -194,7 +194,8 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
     tokens = report.get("tokens")
     if tokens and (points := tokens["percentiles"]):
         lines += [
-            f"  tokens ({tokens['base']}): {tokens['total']}, {tokens['trained_share']:.0%} of them trained",
+            f"  tokens ({tokens['base']}): {tokens['total']}, {tokens['trained_share']:.0%} of them trained, "
+            f"{'with' if tokens['end_of_turn_trained'] else 'WITHOUT'} the end of each turn",
             f"  a row: median {points['50']}, 95 % up to {points['95']}, longest {points['100']}",
             *_histogram(tokens["lengths"]),
         ]
