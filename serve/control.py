@@ -111,7 +111,7 @@ def control_app(
         recipe = recipe.for_base(count_parameters(model_path(home, recipe.base)))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
         for name, dataset in {dataset.id: dataset for dataset in found}.items():
-            _check_findings(dataset.name, Dataset.open(home, name).report, recipe.base)
+            Dataset.open(home, name).require_sound(recipe.base, dataset.name)
         stages = tuple(
             stage.model_copy(update={"dataset": dataset.id})
             for stage, dataset in zip(recipe.stages, found, strict=True)
@@ -257,14 +257,6 @@ def control_app(
 
 def _body(error: ApplianceError) -> dict[str, Any]:
     return api.Problem(code=error.code, message=error.message, next=error.next).model_dump()
-
-
-def _check_findings(name: str, report: dict[str, Any], base: str) -> None:
-    """Raise InvalidInput where the report of a dataset has errors that hold for this base model."""
-    for finding in report["findings"]:
-        if finding["level"] == "error" and finding.get("base", base) == base:
-            fault = f"dataset {name} cannot be trained on: {finding['message']}"
-            raise InvalidInput("dataset_errors", fault, "mend the rows and import them again")
 
 
 def _tail(path: Path, lines: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal, overload
 
 import orjson
 
-from appliance.errors import NotFound
+from appliance.errors import InvalidInput, NotFound
 from appliance.home import Home
 
 Row = dict[str, Any]
@@ -117,6 +117,13 @@ class Dataset:
             )
         report = json.loads((directory / REPORT).read_bytes())
         return cls(id, report["kind"], directory, Rows(directory), report)
+
+    def require_sound(self, base: str, name: str = "") -> None:
+        """Raise InvalidInput where the report has an error that holds for this base model."""
+        for finding in self.report.get("findings", ()):
+            if finding["level"] == "error" and finding.get("base", base) == base:
+                fault = f"dataset {name or self.id} cannot be trained on: {finding['message']}"
+                raise InvalidInput("dataset_has_errors", fault, "mend the rows and import them again")
 
     def index(self) -> Any:
         """rows.index as a numpy array of ENTRY_FIELDS."""

@@ -62,7 +62,7 @@ def train_stage(
     folder = run / name
     tokenizer = load_tokenizer(base)
     dataset = Dataset.open(home, stage.dataset)
-    _require_sound(dataset)
+    dataset.require_sound(recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
     train, held_out, left_out = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage)
     if left_out:
@@ -77,17 +77,6 @@ def train_stage(
     for leftover in folder.glob("best-*"):
         shutil.rmtree(leftover)
     return figures | _losses(events, stage) | _memory(events, stage)
-
-
-def _require_sound(dataset: Dataset) -> None:
-    """Raise InvalidInput where the import's report has found an error."""
-    errors = [finding for finding in dataset.report.get("findings", []) if finding["level"] == "error"]
-    if errors:
-        raise InvalidInput(
-            "dataset_has_errors",
-            f"the report of dataset {dataset.id} has {len(errors)} errors: {errors[0]['message']}",
-            f"mend the file and import it again; see `appliance data show {dataset.id}`",
-        )
 
 
 def _examples(
@@ -121,7 +110,7 @@ def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
     base = model_path(home, recipe.base)
     stage = recipe.stage(name)
     dataset = Dataset.open(home, stage.dataset)
-    _require_sound(dataset)
+    dataset.require_sound(recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
     train, held_out, _ = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], load_tokenizer(base), stage)
     room = Room(stage.micro_batch_size or stage.batch_size)
