@@ -185,7 +185,7 @@ def test_a_dataset_whose_report_has_errors_is_refused(home: Home) -> None:
     report.write_text(json.dumps(json.loads(report.read_text()) | {"findings": findings}))
     assert work(run, "sft") == Exit.FAILED
     assert failure(run, "sft")["code"] == "dataset_has_errors"
-    assert "1 errors: nothing would be trained" in failure(run, "sft")["reason"]
+    assert "cannot be trained on: nothing would be trained" in failure(run, "sft")["reason"]
 
 
 def test_a_template_that_does_not_end_turns_is_refused(home: Home) -> None:
