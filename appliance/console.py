@@ -114,7 +114,8 @@ def event_line(event: dict[str, Any]) -> str:
         case "checkpoint":
             return f"{stage} checkpoint at step {event['step']}"
         case "warning":
-            return f"{stage} warning: {event['message']}"
+            advice = f" — {event['next']}" if event.get("next") else ""
+            return "\n    ".join([f"{stage} warning: {event['message']}{advice}", *event.get("log", ())])
         case "gate":
             return (
                 f"{stage} gate {event['gate']}: {'passed' if event['passed'] else 'FAILED ' + event.get('reason', '')}"

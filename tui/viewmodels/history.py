@@ -50,7 +50,8 @@ def _told(event: Event) -> Content | None:
                 ("  " + one_line(event.get("reason") or figures(event.get("figures", {}))), MUTED),
             )
         case "warning":
-            return Content.styled("! " + one_line(str(event["message"])), "$text-warning")
+            advice = f" — {event['next']}" if event.get("next") else ""
+            return Content.styled("! " + one_line(f"{event['message']}{advice}"), "$text-warning")
         case "failed":
             return Content.assemble(
                 ("✗ " + one_line(str(event["reason"])), "$text-error"),
