@@ -30,8 +30,8 @@ def find_garbage(
     recorded = {release.id for release in every}
     old = [id for id in recorded if id not in kept]
     unrecorded = [id for id in _names(home.releases, oldest) if id not in recorded | unfinished]
-    named = {dataset.id for dataset in datasets.all()}
-    unnamed = [id for id in _names(home.datasets, oldest) if id not in named | referred_datasets(home)]
+    named, needed = {dataset.id for dataset in datasets.all()}, dataset_users(home, runs).keys()
+    unnamed = [id for id in _names(home.datasets, oldest) if id not in named | needed]
     leftovers = [
         path
         for folder in (home.models, home.datasets, home.runs, home.releases, home.incoming)
@@ -68,15 +68,18 @@ def remove_garbage(home: Home, garbage: api.Garbage) -> None:
             path.unlink(missing_ok=True)
 
 
-def referred_datasets(home: Home) -> set[str]:
-    """Ids of the datasets that a run's recipe or a release's manifest names, of whatever version they are."""
-    found: set[str] = set()
-    for path in home.runs.glob("*/recipe.toml"):
-        recipe = tomllib.loads(path.read_text())
-        found |= {part.get("dataset", "") for part in (*recipe.get("stages", ()), recipe.get("given", {}))}
+def dataset_users(home: Home, runs: Runs) -> dict[str, str]:
+    """What needs each dataset: a run that has not finished, or a release. Recipes of whatever version are read."""
+    users: dict[str, str] = {}
     for path in home.releases.glob("*/manifest.json"):
-        found |= set(json.loads(path.read_bytes())["datasets"].values())
-    return found
+        for dataset in json.loads(path.read_bytes())["datasets"].values():
+            users.setdefault(dataset, f"release {path.parent.name}")
+    for run in runs.all():
+        if run.state != "finished":
+            recipe = tomllib.loads((home.runs / run.id / "recipe.toml").read_text())
+            for part in (*recipe.get("stages", ()), recipe.get("given", {})):
+                users.setdefault(part.get("dataset", ""), f"run {run.id} ({run.state})")
+    return users
 
 
 def _names(folder: Path, oldest: float) -> list[str]:

@@ -250,7 +250,7 @@ def control_app(
 
         return StreamingResponse(messages(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    app.include_router(datasets_router(home, datasets, runs, releases))
+    app.include_router(datasets_router(home, datasets, runs))
     app.mount("/", chat)
     return app
 

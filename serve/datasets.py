@@ -19,12 +19,11 @@ from appliance import api
 from appliance.data.dataset import Dataset, Rows, canonical_json, compare
 from appliance.data.requests import DROPS_RETURNED, ImportRequest, PreviewRequest, Source
 from appliance.errors import ApplianceError, Conflict, InvalidInput
+from appliance.garbage import dataset_users
 from appliance.home import Home, disk_error, require_space
 from appliance.models import list_models, model_path
 from appliance.store.datasets import Datasets
-from appliance.store.releases import Releases
 from appliance.store.runs import Runs
-from appliance.train.recipe import parse_recipe
 
 _WATCH_SECONDS = 0.2
 _MOST_FILES = 1 << 22
@@ -38,7 +37,7 @@ class Upload(BaseModel):
     bytes: int | None = None
 
 
-def datasets_router(home: Home, datasets: Datasets, runs: Runs, releases: Releases) -> APIRouter:
+def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
     """Import, look at, compare and remove datasets."""
     routes = APIRouter(prefix="/v1/datasets")
 
@@ -91,8 +90,8 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs, releases: Releas
         """Remove the name; with the last name of it, the dataset."""
         found = datasets.find(name)
         if len(datasets.names(found.id)) == 1:
-            if users := _users(home, found.id, runs, releases):
-                fault = f"dataset {found.name} is needed by {users[0]}"
+            if user := dataset_users(home, runs).get(found.id):
+                fault = f"dataset {found.name} is needed by {user}"
                 raise Conflict("dataset_in_use", fault, "keep it, or remove that first")
             shutil.rmtree(home.datasets / found.id)
         datasets.forget(found.name)
@@ -152,19 +151,6 @@ def _base(home: Home, name: str | None) -> Path | None:
         return model_path(home, name)
     models = list_models(home)
     return model_path(home, models[0].name) if len(models) == 1 else None
-
-
-def _users(home: Home, dataset: str, runs: Runs, releases: Releases) -> list[str]:
-    """What refers to a dataset: runs that have not finished, and releases."""
-    released = {release.id for release in releases.all()}
-    users = []
-    for run in runs.all():
-        if run.state == "finished" and run.id not in released:
-            continue
-        recipe = parse_recipe((home.runs / run.id / "recipe.toml").read_text())
-        if any(stage.dataset == dataset for stage in recipe.stages):
-            users.append(f"release {run.id}" if run.id in released else f"run {run.id} ({run.state})")
-    return users
 
 
 def _lines(rows: Rows) -> Iterator[bytes]:

@@ -141,7 +141,8 @@ async def test_what_a_run_refers_to_stays(control: Control, tmp_path: Path, stat
 async def test_what_a_release_was_made_from_stays(control: Control, tmp_path: Path) -> None:
     id = await imported(control, write(tmp_path / "one.jsonl", range(3)), "one")
     run = refer(control, id, "finished")
-    control.db.execute("INSERT INTO releases (id, base, state, created) VALUES (?, 'tiny', 'verified', 0)", (run,))
+    with building(control.home.releases / run) as directory:
+        write_json(directory / "manifest.json", {"datasets": {"sft": id}})
     with pytest.raises(Conflict, match=f"needed by release {run}"):
         await control.client.remove_dataset("one")
 
