@@ -231,14 +231,14 @@ async def importers() -> list[int]:
 async def test_a_dataset_removed_while_it_is_imported_again(control: Control, tmp_path: Path, monkeypatch: Any) -> None:
     path = write(tmp_path / "one.jsonl", range(3))
     await imported(control, path, "one")
-    run = routes._run
+    run = routes.run_module
 
     async def removing(module: str, *rest: Any) -> Any:
         outcome = await run(module, *rest)
         await control.client.remove_dataset("one")
         return outcome
 
-    monkeypatch.setattr(routes, "_run", removing)
+    monkeypatch.setattr(routes, "run_module", removing)
     with pytest.raises(ApplianceError, match="was removed while"):
         await imported(control, path, "one")
     assert await control.client.datasets() == []
