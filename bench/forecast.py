@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from random_llama import write_model
-from train import ON_GPU, machine, say
+from train import ON_GPU, imported, machine, say
 
-from appliance.data.importer import import_file
 from appliance.home import Home
 from appliance.train.recipe import dump_recipe, parse_recipe
 
@@ -78,7 +77,7 @@ def measure(home: Home, number: int, case: dict[str, Any]) -> dict[str, Any]:
     """The forecast and the peak of one stage, in MiB."""
     file = home.incoming / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in made_up(case["method"], case["length"])))
-    dataset = import_file(file, file.name, f"rows-{number}", home)["id"]
+    dataset = imported(home, file)
     run = home.runs / f"case-{number}"
     run.mkdir()
     (run / "recipe.toml").write_text(dump_recipe(parse_recipe(RECIPE.format(dataset=dataset, **case))))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from random_llama import write_model
 
-from appliance.data.importer import import_file
+from appliance.data.importer import import_files
+from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
 from appliance.train.recipe import dump_recipe, parse_recipe
 
@@ -135,7 +136,8 @@ def import_rows(home: Home, name: str) -> str:
         rows.append(answer if name == "sft" else pair)
     file = home.incoming / f"{name}.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(import_file(file, file.name, name, home)["id"])
+    request = ImportRequest(files=[Source(path=file, filename=file.name)], name=name)
+    return str(import_files(request, home)["id"])
 
 
 def figures(run: Path, stage: str) -> dict[str, float]:

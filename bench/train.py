@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from appliance.data.importer import import_file
+from appliance.data.importer import import_files
+from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
 from appliance.train.forecast import matmul_speed
 from appliance.train.recipe import Adapter, dump_recipe, parse_recipe
@@ -90,7 +91,7 @@ class Bench:
         else:
             self.base.symlink_to(base.absolute())
         file = data or made_up(home.incoming / "rows.jsonl")
-        dataset = home.datasets / import_file(file, file.name, "rows", home)["id"]
+        dataset = home.datasets / imported(home, file)
         self.lines = (dataset / "rows.jsonl").read_text().splitlines()
         random.Random(1).shuffle(self.lines)
 
@@ -173,7 +174,7 @@ class Bench:
         self.runs += 1
         rows = self.home.incoming / "ours.jsonl"
         rows.write_text("\n".join(json.dumps({"messages": json.loads(line)["messages"]}) for line in lines))
-        dataset = import_file(rows, rows.name, f"ours-{self.runs}", self.home)["id"]
+        dataset = imported(self.home, rows)
         run = self.home.runs / f"bench-{self.runs}"
         run.mkdir()
         recipe = parse_recipe(RECIPE.format(adapter=adapter, dataset=dataset, seed=seed))
@@ -189,6 +190,12 @@ class Bench:
             seconds += (event["tokens"] - before) / event["tokens_per_second"]
             before = event["tokens"]
         return {"tokens": before, "seconds": seconds, "peak": max(event["memory"] for event in steps)}
+
+
+def imported(home: Home, file: Path) -> str:
+    """The id of the dataset that a file becomes."""
+    request = ImportRequest(files=[Source(path=file, filename=file.name)], name="rows")
+    return str(import_files(request, home)["id"])
 
 
 def run_python(argv: list[str]) -> str:
