@@ -74,11 +74,13 @@ def dataset_users(home: Home, runs: Runs) -> dict[str, str]:
     for path in home.releases.glob("*/manifest.json"):
         for dataset in json.loads(path.read_bytes())["datasets"].values():
             users.setdefault(dataset, f"release {path.parent.name}")
-    for run in runs.all():
-        if run.state != "finished":
-            recipe = tomllib.loads((home.runs / run.id / "recipe.toml").read_text())
+    states: dict[str, str] = {run.id: run.state for run in runs.all()}
+    for path in home.runs.glob("*/recipe.toml"):
+        state = states.get(path.parent.name, "new")
+        if state != "finished":
+            recipe = tomllib.loads(path.read_text())
             for part in (*recipe.get("stages", ()), recipe.get("given", {})):
-                users.setdefault(part.get("dataset", ""), f"run {run.id} ({run.state})")
+                users.setdefault(part.get("dataset", ""), f"run {path.parent.name} ({state})")
     return users
 
 
