@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -140,6 +143,51 @@ def test_a_full_disk_is_said_before_anything_is_written(home: Home, monkeypatch:
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
     assert work(run, "merge") == Exit.FAILED
     assert failure(run, "merge")["code"] == "no_space"
+
+
+def test_a_disk_that_fills_while_weights_are_written_loses_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = home.runs / "lora"
+    whole = hashes(run / "merge" / "model")
+    (run / "merge" / "result.json").unlink()
+    left = iter(range(5))
+
+    def write(target: FileIO, data: memoryview) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        target.write(data)
+
+    monkeypatch.setattr("appliance.release.weights._write", write)
+    assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["code"] == "no_space"
+    assert list((run / "merge").iterdir()) == [run / "merge" / "failure.json"]
+    assert (run / "sft" / "adapter" / "adapter_model.safetensors").exists()
+    monkeypatch.undo()
+    assert work(run, "merge") == 0
+    assert hashes(run / "merge" / "model") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["write_weights", "score", "write_json"])
+def test_killed_at_any_step_it_is_merged_all_the_same(home: Home, call: str) -> None:
+    run = home.runs / "qlora"
+    whole = hashes(run / "merge" / "model")
+    (run / "merge" / "result.json").unlink()
+    where = "appliance.worker" if call == "write_json" else "appliance.release.merge"
+    worker = subprocess.run([sys.executable, "-c", KILLED, where, call, str(run)], check=False)
+    assert worker.returncode == -signal.SIGKILL
+    assert work(run, "merge") == 0
+    assert hashes(run / "merge" / "model") == whole
+    assert {path.name for path in (run / "merge").iterdir()} == {"model", "result.json"}
+
+
+KILLED = """
+import importlib, os, signal, sys
+from pathlib import Path
+from appliance.worker import main
+where, call, run = sys.argv[1:]
+setattr(importlib.import_module(where), call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+main(Path(run), "merge")
+"""
 
 
 def test_a_stop_leaves_nothing_half_made(home: Home) -> None:
