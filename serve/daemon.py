@@ -86,6 +86,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     supervising.cancel()
     waiting.cancel()
     await asyncio.gather(supervising, waiting, return_exceptions=True)
+    gateway.hold(False)
     for server in servers:
         server.should_exit = True
     await asyncio.gather(*serving, return_exceptions=True)
@@ -106,6 +107,9 @@ class _Frontage:
 
     def route(self, release: str | None, address: str) -> None:
         self._gateway.route(Route(address, release, self._engine) if release else None)
+
+    def hold(self, on: bool) -> None:
+        self._gateway.hold(on)
 
     async def drained(self, address: str, timeout: float) -> None:
         await self._gateway.drained(address, timeout)

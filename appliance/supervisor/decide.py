@@ -63,6 +63,8 @@ class Snapshot:
     engines: tuple[EngineView, ...] = ()
     live: str | None = None
     routed: str | None = None
+    holding: bool = False
+    """New requests are told to wait for an engine."""
     exclusive: bool = False
     probing: frozenset[str] = frozenset()
     """Runs whose probe is under way."""
@@ -180,6 +182,13 @@ class Route:
     release: str | None
 
 
+@dataclass(frozen=True)
+class Hold:
+    """Whether new requests wait while nobody answers: an engine is on its way that has not failed yet."""
+
+    on: bool
+
+
 Action = (
     StartWorker
     | StopWorker
@@ -194,6 +203,7 @@ Action = (
     | StartEngine
     | StopEngine
     | Route
+    | Hold
 )
 
 
@@ -263,7 +273,10 @@ def _probe_action(run: RunView, snapshot: Snapshot) -> Action | None:
 def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
     wanted = _wanted_engines(head, snapshot)
     routed = _routed(wanted, snapshot)
-    actions: list[Action] = [Route(routed)] if routed != snapshot.routed else []
+    coming = routed is None and _on_its_way(wanted, snapshot)
+    actions: list[Action] = [Hold(coming)] if coming != snapshot.holding else []
+    if routed != snapshot.routed:
+        actions.append(Route(routed))
     for engine in snapshot.engines:
         if engine.release in snapshot.stopping_engines:
             continue
@@ -293,3 +306,11 @@ def _routed(wanted: list[str], snapshot: Snapshot) -> str | None:
         return snapshot.live
     keeps = snapshot.live is not None and not snapshot.exclusive and snapshot.routed in snapshot.ready
     return snapshot.routed if keeps else None
+
+
+def _on_its_way(wanted: list[str], snapshot: Snapshot) -> bool:
+    """Whether the live release's engine starts, or will as soon as there is room, and has not failed."""
+    live = snapshot.live
+    if live is None or live not in wanted or live in snapshot.resting or snapshot.failures.get(live):
+        return False
+    return all(engine.alive and not engine.overdue for engine in snapshot.engines if engine.release == live)

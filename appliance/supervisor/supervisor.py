@@ -33,6 +33,7 @@ from appliance.supervisor.decide import (
     EngineView,
     FailRun,
     ForgetWorker,
+    Hold,
     KillWorker,
     Outcome,
     ProbeRun,
@@ -70,6 +71,10 @@ class Frontage(Protocol):
         """Let the engine at `address` answer from now on, or nobody."""
         ...
 
+    def hold(self, on: bool) -> None:
+        """Let new requests wait while nobody answers, or refuse them at once."""
+        ...
+
     async def drained(self, address: str, timeout: float) -> None:
         """Wait until no answer comes from `address` any more, at most `timeout` seconds."""
         ...
@@ -96,6 +101,7 @@ class Supervisor:
         self.processes = Processes(db)
         self.workers = Workers(home, self.runs, self.processes, worker_command)
         self.routed: str | None = None
+        self._holding = False
         self._frontage = frontage
         self._on_tick = on_tick
         self._poke = asyncio.Event()
@@ -182,6 +188,7 @@ class Supervisor:
             ),
             live=self.releases.live(),
             routed=self.routed,
+            holding=self._holding,
             exclusive=self.exclusive,
             probing=frozenset(self._probes),
             stopping_engines=frozenset(self._stops),
@@ -224,7 +231,7 @@ class Supervisor:
         try:
             self._perform(action)
         except Exception as error:
-            if isinstance(action, StartEngine | StopEngine | Route):
+            if isinstance(action, StartEngine | StopEngine | Route | Hold):
                 raise
             self._give_up(action.run, error)
 
@@ -266,6 +273,9 @@ class Supervisor:
                 address = self._row("engine", release).address if release else ""
                 self.routed = release
                 self._frontage.route(release, address)
+            case Hold(on):
+                self._holding = on
+                self._frontage.hold(on)
 
     def _advance(self, run: api.Run) -> None:
         following = run.stages[run.stages.index(run.stage) + 1]

@@ -8,6 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 BODY_LIMIT = 4 << 20
 """Largest request, in bytes."""
 
+HELD_AT_MOST = 256
+"""Requests that may wait for an engine on its way."""
+
 _CHAT = "/v1/chat/completions"
 _METHODS = {"/healthz": "GET", "/readyz": "GET", "/v1/models": "GET", _CHAT: "POST"}
 _KEYLESS = frozenset({"/healthz", "/readyz"})
@@ -31,12 +35,17 @@ _KEYLESS = frozenset({"/healthz", "/readyz"})
 class Gateway:
     """The ASGI app of the public port.
 
-    `authenticate` says whether an API key is good. An engine that sends nothing for `patience` seconds is given up.
+    `authenticate` says whether an API key is good. An engine that sends nothing for `patience` seconds is given up. A
+    request waits for an engine on its way at most `hold_seconds`.
     """
 
-    def __init__(self, authenticate: Callable[[str], bool], patience: float = 600) -> None:
+    def __init__(self, authenticate: Callable[[str], bool], patience: float = 600, hold_seconds: float = 120) -> None:
         self._authenticate = authenticate
         self._patience = patience
+        self._hold_seconds = hold_seconds
+        self._holding = False
+        self._held = 0
+        self._turn = asyncio.Event()
         self._routed: Upstream | None = None
         self._retired: list[Upstream] = []
 
@@ -44,6 +53,12 @@ class Gateway:
         """Send new requests there, or nowhere. Answers that have begun go on."""
         self._retired = [upstream for upstream in (*self._retired, self._routed) if upstream and not upstream.idle]
         self._routed = None if route is None else Upstream(route, self._patience)
+        self._look_again()
+
+    def hold(self, on: bool) -> None:
+        """While nobody answers, let new requests wait for an engine that is on its way, or refuse them at once."""
+        self._holding = on
+        self._look_again()
 
     async def drained(self, address: str, timeout: float) -> None:
         """Wait until the engine that was routed at `address` has given its last answer, at most `timeout` seconds."""
@@ -92,7 +107,10 @@ class Gateway:
 
     async def _complete(self, receive: Receive, reply: Reply) -> None:
         request = read_json(await read_body(receive, BODY_LIMIT))
-        upstream = self._ready()
+        await until_gone(receive, self._pass_on(request, reply))
+
+    async def _pass_on(self, request: dict[str, Any], reply: Reply) -> None:
+        upstream = await self._ready_soon()
         route = upstream.route
         admitted = admit(request, route.engine_kind.honours)
         model = admitted.get("model", MODEL_ALIAS)
@@ -105,7 +123,28 @@ class Gateway:
             )
         passed = json.dumps(admitted | {"model": route.model}).encode()
         with upstream.answering():
-            await until_gone(receive, upstream.complete(passed, reply))
+            await upstream.complete(passed, reply)
+
+    async def _ready_soon(self) -> Upstream:
+        """The routed engine, waited for where one is on its way. Raises ChatError where none comes in time."""
+        if self._routed is None and self._holding:
+            if self._held >= HELD_AT_MOST:
+                raise no_engine("too many requests wait for the model, which is being changed; try again")
+            self._held += 1
+            try:
+                async with asyncio.timeout(self._hold_seconds):
+                    while self._routed is None and self._holding:
+                        await self._turn.wait()
+            except TimeoutError:
+                raise no_engine("the model is still starting; try again in a few seconds") from None
+            finally:
+                self._held -= 1
+        return self._ready()
+
+    def _look_again(self) -> None:
+        """Wake whoever waits for an engine."""
+        self._turn.set()
+        self._turn = asyncio.Event()
 
     def _ready(self) -> Upstream:
         if self._routed is None:

@@ -37,9 +37,13 @@ class FakeFrontage:
     """Remembers who was let answer."""
 
     routes: list[str | None] = field(default_factory=list)
+    holds: list[bool] = field(default_factory=list)
 
     def route(self, release: str | None, address: str) -> None:
         self.routes.append(release)
+
+    def hold(self, on: bool) -> None:
+        self.holds.append(on)
 
     async def drained(self, address: str, timeout: float) -> None:
         pass

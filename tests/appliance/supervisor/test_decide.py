@@ -13,6 +13,7 @@ from appliance.supervisor.decide import (
     EngineView,
     FailRun,
     ForgetWorker,
+    Hold,
     KillWorker,
     ProbeRun,
     Route,
@@ -102,8 +103,21 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         Snapshot(runs=(SFT,), workers=(WorkerView("gone", alive=True, told_to_stop=True),)),
         [],
     ),
-    "the live release gets an engine": (Snapshot(live="a"), [StartEngine("a")]),
-    "and answers when it is ready": (Snapshot(live="a", engines=(A,)), [Route("a")]),
+    "the live release gets an engine, and requests wait for it": (Snapshot(live="a"), [Hold(True), StartEngine("a")]),
+    "they wait while it starts": (Snapshot(live="a", engines=(EngineView("a", alive=True),), holding=True), []),
+    "and it answers when it is ready": (
+        Snapshot(live="a", engines=(A,), holding=True),
+        [Hold(False), Route("a")],
+    ),
+    "an engine that fails to start keeps nobody waiting": (
+        Snapshot(live="a", engines=(EngineView("a", alive=False),), holding=True),
+        [Hold(False), StopEngine("a", failed=True)],
+    ),
+    "nor does one that takes too long": (
+        Snapshot(live="a", engines=(EngineView("a", alive=True, overdue=True),), holding=True),
+        [Hold(False), StopEngine("a", failed=True)],
+    ),
+    "nor one that is started again after it failed": (Snapshot(live="a", failures={"a": 1}), [StartEngine("a")]),
     "and goes on answering": (Snapshot(live="a", engines=(A,), routed="a"), []),
     "a dead engine stops answering and is cleared away": (
         Snapshot(live="a", engines=(EngineView("a", alive=False, ready=True),), routed="a"),
@@ -186,9 +200,12 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "exclusive: another release's engine leaves first": (
         Snapshot(live="b", engines=(A,), routed="a", exclusive=True),
-        [Route(None), StopEngine("a")],
+        [Hold(True), Route(None), StopEngine("a")],
     ),
-    "exclusive: the live engine comes back after the run": (Snapshot(live="a", exclusive=True), [StartEngine("a")]),
+    "exclusive: the live engine comes back after the run": (
+        Snapshot(live="a", exclusive=True),
+        [Hold(True), StartEngine("a")],
+    ),
     "share: serving goes on while training": (
         Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=True),), live="a", engines=(A,), routed="a"),
         [],
