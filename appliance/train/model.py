@@ -112,7 +112,8 @@ def require_covered(model: Any, meant: set[str]) -> None:
 
 
 def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
-    """`model` with a new LoRA adapter that changes nothing yet."""
+    """`model` with a new LoRA adapter that changes nothing yet. Raises InvalidInput for targets that do not fit."""
+    targeted_modules(model, adapter.targets)
     set_seed(seed)
     config = LoraConfig(
         r=adapter.rank,
