@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from appliance.errors import InvalidInput
 _BATCH_BYTES = 1 << 19
 _BATCHES_AHEAD = 2
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+_TRIAL = "import sys, kitoken; kitoken.Kitoken.from_file(sys.argv[1]).encode_all(sys.argv[2:], True)"
+_SAMPLE = "One, two 2\n\n  \u00e9 \u4f60\u597d \U0001f389 <|"
 _TRIED = 64
 _TRIED_EVERY = 256
 """So many conversations at first, and then one in so many, are counted both ways."""
@@ -234,12 +239,15 @@ class TokenCount:
         return len(rendered.input_ids), sum(rendered.trained)
 
 
+@lru_cache
 def _fast_tokenizer(base: Path) -> Any:
-    """A tokenizer for counting alone; None where it does not know the model's."""
-    try:
-        return Kitoken.from_file(str(base / "tokenizer.json"))
-    except Exception:  # it raises ValueError, and panics, for what it does not know
-        return None
+    """A tokenizer for counting alone; None where it does not know the model's.
+
+    It is tried in a process of its own, which a tokenizer that it does not expect can make it abort.
+    """
+    file = str(base / "tokenizer.json")
+    trial = subprocess.run([sys.executable, "-c", _TRIAL, file, _SAMPLE], capture_output=True, check=False)
+    return None if trial.returncode else Kitoken.from_file(file)
 
 
 def conversations(row: Row) -> Iterator[list[dict[str, Any]]]:

@@ -18,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from importing import Import
 from test_data_importer import pass_through
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import appliance.data.tokens as tokens_module
 from appliance.data.dataset import canonical_json
@@ -206,3 +208,16 @@ def test_rows_with_tools_are_counted(tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no usable tokenizer"):
         TokenCount(tmp_path)
+
+
+@pytest.mark.parametrize("model", [models.BPE(), models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")])
+def test_a_tokenizer_that_cannot_be_counted_fast_is_counted_slowly(tmp_path: Path, model: Any) -> None:
+    folder = tmp_path / "base"
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model),
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+    ).save_pretrained(folder)
+    assert tokens_module._fast_tokenizer(folder) is None
+    assert count(folder, ROWS[:1])["refused"] == {"text_not_rendered": 1}
