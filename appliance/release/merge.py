@@ -10,9 +10,9 @@ from typing import Any
 
 from appliance.data.dataset import ROWS
 from appliance.data.tokenizer import load_tokenizer
-from appliance.home import Home, building, hashes, require_space, sha256
-from appliance.models import model_path
-from appliance.release.adapter import read_changes, rounded_changes
+from appliance.home import Home, building, hashes, require_space, sha256, write_json
+from appliance.models import SOURCE, model_path
+from appliance.release.adapter import CONFIG, read_changes, rounded_changes
 from appliance.release.held_out import score, yardstick
 from appliance.release.weights import Change, write_weights
 from appliance.train.model import load_adapter, load_model, release_memory, stop_token_ids
@@ -39,7 +39,7 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
         _write_generation_config(base, folder)
         figures = {"kept": SIXTEEN_BIT, "losses": {}}
         if recipe.changes_weights:
-            shutil.copytree(last_adapter(run, recipe), folder / "adapter")
+            _copy_adapter(last_adapter(run, recipe), folder / "adapter", base)
             figures = _merge(home, run, recipe, base, folder)
         figures["files"] = hashes(folder)
     figures["base_files"] = hashes(base)
@@ -76,6 +76,16 @@ def _written_loss(base: Path, folder: Path, changes: dict[str, Change], rows: li
     release_memory()
     write_weights(base, folder, changes)
     return score(load_model(folder), rows).loss
+
+
+def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:
+    """The adapter as PEFT loads it, naming its base as other boxes know it instead of a path on this one."""
+    shutil.copytree(adapter, target)
+    config = json.loads((target / CONFIG).read_bytes())
+    source = json.loads((base / SOURCE).read_bytes()) if (base / SOURCE).exists() else {}
+    origin = str(source.get("source", ""))
+    published = origin.removeprefix("hub:").partition("@")[0] if origin.startswith("hub:") else base.name
+    write_json(target / CONFIG, {**config, "base_model_name_or_path": published})
 
 
 def _copy_files(base: Path, folder: Path, *, weights: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """The types of weights that can be changed."""
 _BLOCK = 1 << 18
 """Values changed at once: their copies in fp32 stay in the processor's cache."""
+_LONGEST_HEADER = 100 << 20
 _THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
@@ -67,17 +67,21 @@ def shards(folder: Path) -> list[Path]:
 
 
 def read_shard(path: Path) -> Shard:
-    """The header of a weight file; the format is 8 bytes of length, JSON, then the values."""
+    """The header of a weight file; the format is 8 bytes of length, JSON, then the values. Raises InvalidInput."""
     with open(path, "rb") as file:
         header = file.read(8)
-        (length,) = struct.unpack("<Q", header)
-        header += file.read(length)
-    entries = json.loads(header[8:])
-    entries.pop("__metadata__", None)
-    tensors = [
-        Stored(name, entry["dtype"], tuple(entry["shape"]), *(len(header) + at for at in entry["data_offsets"]))
-        for name, entry in entries.items()
-    ]
+        header += file.read(min(int.from_bytes(header, "little"), _LONGEST_HEADER))
+    try:
+        entries = json.loads(header[8:])
+        entries.pop("__metadata__", None)
+        tensors = [
+            Stored(name, entry["dtype"], tuple(entry["shape"]), *(len(header) + at for at in entry["data_offsets"]))
+            for name, entry in entries.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _broken(path.name) from None
+    if tensors and max(tensor.end for tensor in tensors) != path.stat().st_size:
+        raise _broken(path.name)
     return Shard(path, header, sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)))
 
 
@@ -183,7 +187,11 @@ def _fill(source: FileIO, buffer: memoryview) -> None:
 
 def _require_more(count: int) -> None:
     if not count:
-        raise EOFError("a weight file ends before its last tensor")
+        raise _broken("a weight file")
+
+
+def _broken(name: str) -> InvalidInput:
+    return InvalidInput("bad_model", f"{name} is damaged or cut short", "pull the base model again")
 
 
 def _write(target: FileIO, data: memoryview) -> None:

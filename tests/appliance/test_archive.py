@@ -84,11 +84,17 @@ def twice(tar: tarfile.TarFile) -> None:
         tar.addfile(member, io.BytesIO(b"x"))
 
 
+def directory(tar: tarfile.TarFile) -> None:
+    member = tarfile.TarInfo("r-1/adapter")
+    member.type = tarfile.DIRTYPE
+    tar.addfile(member)
+
+
 def absolute(tar: tarfile.TarFile) -> None:
     tar.addfile(tarfile.TarInfo("/r-1/a"))
 
 
-@pytest.mark.parametrize("plant", [link, twice, absolute])
+@pytest.mark.parametrize("plant", [link, twice, directory, absolute])
 def test_what_no_export_writes_is_refused(tmp_path: Path, plant: Callable[[tarfile.TarFile], None]) -> None:
     with tarfile.open(tmp_path / "r.tar", "w") as tar:
         plant(tar)

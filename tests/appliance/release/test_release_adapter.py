@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,10 @@ TIED = "model.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tied` and `untied`, Llamas; `sharded`, the tied one in several files; `gpt2`, whose layers are Conv1D."""
+    """`tied` and `untied`, Llamas; `sharded`, the tied one in several files; `gpt2`, whose layers are Conv1D.
+
+    `gpt2 as published` has the names of its publisher's files, without that of the body.
+    """
     folder = tmp_path_factory.mktemp("bases")
     make_model(folder / "tied")
     model = AutoModelForCausalLM.from_pretrained(folder / "tied")
@@ -36,6 +40,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(model.config).save_pretrained(folder / "untied")
     config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_inner=96, initializer_range=0.2)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "gpt2")
+    shutil.copytree(folder / "gpt2", folder / "gpt2 as published")
+    path = folder / "gpt2 as published" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
     return folder
 
 
@@ -78,6 +86,7 @@ MERGEABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("untied", {"target_modules": ["q_proj", "embed_tokens"]}),
     "dora embedding": ("untied", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
     "fan in fan out": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "names without the body's": ("gpt2 as published", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "dora fan in": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
 }
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import add_run, failure, make_model, result, stage, work
 
-from appliance.errors import Exit
+from appliance.errors import Exit, InvalidInput
 from appliance.home import Home, hashes
 from appliance.release.adapter import LowRank, read_changes, rounded_changes
 from appliance.release.weights import layout, write_weights
@@ -42,9 +42,13 @@ def test_merged_weights_compute_what_the_adapter_does(trained: Home) -> None:
 
 def test_the_files_are_the_bases_but_for_weights_and_end_tokens(trained: Home) -> None:
     base, model = trained.models / "tiny", trained.runs / "lora" / "merge" / "model"
+    adapter = trained.runs / "lora" / "sft" / "adapter"
     names = {path.name for path in model.iterdir() if path.is_file()}
     assert names == {path.name for path in base.iterdir()} - {"source.json"}
-    assert hashes(model / "adapter") == hashes(trained.runs / "lora" / "sft" / "adapter")
+    configs = [json.loads((folder / "adapter_config.json").read_bytes()) for folder in (model / "adapter", adapter)]
+    ours, trained_one = configs
+    assert ours == {**trained_one, "base_model_name_or_path": "tiny"}
+    assert hashes(model / "adapter")["adapter_model.safetensors"] == hashes(adapter)["adapter_model.safetensors"]
     for path in map(model.joinpath, names):
         same = path.read_bytes() == (base / path.name).read_bytes()
         assert same == (path.name not in ("model.safetensors", "generation_config.json")), path.name
@@ -134,6 +138,18 @@ def test_a_base_that_lacks_a_trained_weight_is_refused(home: Home) -> None:
     assert failure(run, "merge")["code"] == "not_mergeable"
     assert "model.layers.0.mlp.up_proj.weight" in failure(run, "merge")["reason"]
     assert list((run / "merge").iterdir()) == [run / "merge" / "failure.json"]
+
+
+def test_a_base_that_is_cut_short_is_said(home: Home) -> None:
+    run, weights = home.runs / "lora", home.models / "tiny" / "model.safetensors"
+    whole = weights.read_bytes()
+    for length in (0, 5, 200, len(whole) - 1):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(InvalidInput, match=r"model\.safetensors is damaged or cut short"):
+            layout(home.models / "tiny")
+    (run / "merge" / "result.json").unlink()
+    assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["code"] == "bad_model"
 
 
 def test_a_full_disk_is_said_before_anything_is_written(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
