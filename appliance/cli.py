@@ -169,10 +169,11 @@ def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> Non
 
 @cli.command()
 @click.argument("run")
-@click.option("--discard", is_flag=True, help="Take away its checkpoints and adapters; a resume starts from nothing.")
-def stop(run: str, discard: bool) -> None:
-    """Stop RUN and keep its work: `appliance resume` goes on from there."""
-    print(ask(lambda client: client.stop(run, discard)).state)
+@click.option("--keep", "how", flag_value="keep", help="End the training here and go on with what it has learnt.")
+@click.option("--discard", "how", flag_value="discard", help="Take away its work; a resume starts from nothing.")
+def stop(run: str, how: str | None) -> None:
+    """Pause RUN at a checkpoint, from which `appliance resume` goes on; or end it with --keep or --discard."""
+    print(ask(lambda client: client.stop(run, how or "pause")).state)
 
 
 @cli.command()

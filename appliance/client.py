@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -138,12 +138,14 @@ class Client:
     async def run(self, run: str) -> api.Run:
         return await self._call("GET", f"/v1/runs/{run}", api.Run)
 
-    async def stop(self, run: str, discard: bool = False) -> api.Run:
-        """Ask a run to write a checkpoint and stop. `discard` takes away its work, also if it has stopped already.
+    async def stop(self, run: str, how: Literal["pause", "keep", "discard"] = "pause") -> api.Run:
+        """Stop a run. A run that has ended is returned as it is.
 
-        A run that has ended is returned as it is; with `discard`, raises Conflict for one that has finished.
+        pause: at a checkpoint, from which it can be resumed. keep: end the stage that trains, and go on with what it
+        has learnt; raises Conflict where none trains. discard: take away the run's work, also if it has stopped
+        already; raises Conflict for one that has finished.
         """
-        return await self._call("POST", f"/v1/runs/{run}/stop", api.Run, params={"discard": discard})
+        return await self._call("POST", f"/v1/runs/{run}/stop", api.Run, params={"how": how})
 
     async def resume(self, run: str) -> api.Run:
         """Queue a stopped or failed run again, from its last checkpoint."""

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
@@ -148,9 +148,11 @@ def control_app(
         return runs.get(id)
 
     @app.post("/v1/runs/{id}/stop")
-    async def stop(id: str, discard: bool = False) -> api.Run:
-        found = runs.get(id)
-        if found.state in ACTIVE:
+    async def stop(id: str, how: Literal["pause", "keep", "discard"] = "pause") -> api.Run:
+        found, discard = runs.get(id), how == "discard"
+        if how == "keep":
+            supervisor.workers.mark_to_end(found)
+        elif found.state in ACTIVE:
             if discard:
                 supervisor.workers.mark_to_discard(id)
             runs.mark_stopping(id)

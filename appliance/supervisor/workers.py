@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from appliance import api
+from appliance.errors import Conflict
 from appliance.home import Home
 from appliance.store.processes import Processes, ProcessRow
 from appliance.store.runs import Runs
@@ -15,6 +16,8 @@ from appliance.supervisor import processes
 from appliance.supervisor.decide import WorkerView
 from appliance.supervisor.watch import LEAST_SILENCE_SECONDS, explain_death, last_lines, longest_silence
 from appliance.train.events import EventLog
+from appliance.train.interruption import ENDING
+from appliance.train.recipe import AFTER_TRAINING
 
 STOP_SECONDS = 300.0
 """How long a worker may take to obey: a forward and backward pass, and a checkpoint."""
@@ -113,6 +116,14 @@ class Workers:
         self._runs.advance(run, found.stages[0])
         self._events(run).append("warning", found.stage, code="discarded", message="stopped, and its work discarded")
         self._mark(run).unlink(missing_ok=True)
+
+    def mark_to_end(self, run: api.Run) -> None:
+        """Let the training stage end at its next step and the run go on with what it has learnt. Raises Conflict."""
+        if run.state != "running" or run.stage in AFTER_TRAINING:
+            raise Conflict(
+                "not_training", f"run {run.id} does not train now", f"see `appliance runs {run.id}`; resume it first"
+            )
+        (self._home.runs / run.id / run.stage / ENDING).touch()
 
     def mark_to_discard(self, run: str) -> None:
         """Let the run's work be taken away as soon as it has stopped, also by a later daemon."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from appliance.train.events import EventLog
-from appliance.train.interruption import Interruption
+from appliance.train.interruption import ENDING, Interruption
 from appliance.train.memory import peak_memory
 from appliance.train.recipe import AnyStage
 
@@ -67,15 +68,18 @@ class Reporter(TrainerCallback):
 class Cadence(TrainerCallback):
     """Decides after each step whether to evaluate, to save, and to stop because that was asked for."""
 
-    def __init__(self, stage: AnyStage, interruption: Interruption, *, evaluates: bool) -> None:
+    def __init__(self, folder: Path, stage: AnyStage, interruption: Interruption, *, evaluates: bool) -> None:
+        self.folder = folder
         self.stage = stage
         self.interruption = interruption
         self.evaluates = evaluates
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
-        control.should_evaluate = self.evaluates and is_evaluated(step, self.stage, state.max_steps)
+        ending = (self.folder / ENDING).exists()
+        control.should_evaluate = self.evaluates and (ending or is_evaluated(step, self.stage, state.max_steps))
         control.should_save = not last and step % self.stage.checkpoint_every == 0
+        control.should_training_stop |= ending
         self._obey(state, control)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -10,6 +10,9 @@ from types import FrameType
 INTERRUPTED = 75
 """Exit status of a worker that stopped because it was asked to; its stage goes on when it is started again."""
 
+ENDING = "ending"
+"""This file in a stage's directory asks to end its training at the next step and to keep what it has learnt."""
+
 
 class Interrupted(Exception):
     """Asked to stop in the middle of a step or an evaluation: the state is that after the last whole step."""

@@ -142,6 +142,8 @@ class KtoStage(Stage):
 
 
 AnyStage = Annotated[SftStage | DpoStage | KtoStage, Field(discriminator="method")]
+AFTER_TRAINING = ("merge", "verify", "probe")
+"""The stages that every run ends with."""
 METHOD_NAMES = ("sft", "dpo", "kto")
 
 SFT_LEARNING_RATES = ((500_000_000, 1e-3), (3_000_000_000, 5e-4), (15_000_000_000, 2e-4))
@@ -203,7 +205,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _distinct_stages(self) -> Recipe:
         names = [stage.name for stage in self.stages]
-        reserved = {"merge", "verify", "probe"} & set(names)
+        reserved = set(AFTER_TRAINING) & set(names)
         if reserved:
             raise ValueError(f"a stage cannot be named {min(reserved)!r}")
         if len(set(names)) != len(names):
@@ -245,7 +247,7 @@ class Recipe(_Section):
 
     def pipeline(self) -> tuple[str, ...]:
         """Names of all stages of a run in order: training, then merge, verify and probe."""
-        return (*(stage.name for stage in self.stages), "merge", "verify", "probe")
+        return (*(stage.name for stage in self.stages), *AFTER_TRAINING)
 
     def previous(self, name: str) -> str | None:
         """Name of the training stage before `name`, whose adapter it starts from."""

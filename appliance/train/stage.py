@@ -159,7 +159,7 @@ def _train(
     trainer = METHODS[stage.method].trainer(stage, arguments, given)
     trainer.origin = made_from
     trainer.remove_callback(PrinterCallback)
-    cadence = Cadence(stage, interruption, evaluates=bool(held_out))
+    cadence = Cadence(folder, stage, interruption, evaluates=bool(held_out))
     for callback in (Reporter(events, stage), Guard(events, stage), samples, best, cadence):
         trainer.add_callback(callback)
     with interruption.deferred():

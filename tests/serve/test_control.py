@@ -11,6 +11,8 @@ from controlling import Control
 from appliance.errors import Conflict, InvalidInput, NotFound
 from appliance.sources import find_sources
 from appliance.train.events import EventLog
+from appliance.train.interruption import ENDING
+from appliance.train.recipe import Recipe, SftStage
 
 
 async def test_events_are_replayed_from_the_last_seen(control: Control) -> None:
@@ -41,17 +43,33 @@ async def test_the_work_of_a_run_that_failed_can_be_discarded_and_of_one_that_fi
     run = control.run("failed")
     checkpoint = control.home.runs / run / "merge" / "model"
     checkpoint.mkdir(parents=True)
-    assert (await control.client.stop(run, discard=True)).state == "failed"
+    assert (await control.client.stop(run, "discard")).state == "failed"
     assert not checkpoint.parent.exists()
     finished = control.run("finished")
     with pytest.raises(Conflict, match="has finished and made a release"):
-        await control.client.stop(finished, discard=True)
+        await control.client.stop(finished, "discard")
 
 
 async def test_a_running_one_is_discarded_when_it_has_stopped(control: Control) -> None:
     run = control.run("queued")
-    assert (await control.client.stop(run, discard=True)).state == "stopping"
+    assert (await control.client.stop(run, "discard")).state == "stopping"
     assert control.supervisor.workers.is_to_discard(run)
+
+
+async def test_only_what_trains_can_be_ended_early(control: Control) -> None:
+    for state in ("queued", "failed", "finished"):
+        with pytest.raises(Conflict, match="does not train now"):
+            await control.client.stop(control.run(state), "keep")
+    merging = control.run("queued")
+    control.supervisor.runs.mark_running(merging)
+    with pytest.raises(Conflict, match="does not train now"):
+        await control.client.stop(merging, "keep")
+    recipe = Recipe(name="t", base="tiny", stages=(SftStage(method="sft", name="sft", dataset="d"),))
+    control.supervisor.runs.add("t-1", recipe)
+    control.supervisor.runs.mark_running("t-1")
+    (control.home.runs / "t-1" / "sft").mkdir(parents=True)
+    assert (await control.client.stop("t-1", "keep")).state == "running"
+    assert (control.home.runs / "t-1" / "sft" / ENDING).exists()
 
 
 async def test_resuming_a_failed_run_queues_it_without_its_failure(control: Control) -> None:

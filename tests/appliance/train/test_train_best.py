@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from tiny import add_run, events, losses, result, stage, work
 
 from appliance.home import Home
+from appliance.train.interruption import ENDING
+from appliance.train.samples import Samples
 from appliance.train.sft import _Trainer
 
 
@@ -50,3 +52,20 @@ def test_it_stops_when_patience_runs_out(home: Home, monkeypatch: pytest.MonkeyP
     assert max(losses(run, "sft")) == 10, "the lowest at step 6, and none lower at 8 and 10"
     assert result(run, "sft")["held_out_loss"] == 0.4
     assert events(run, "warning")[0]["message"] == ("no lower held-out loss in 2 evaluations since step 6: stopping")
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_asked_to_end_it_keeps_what_it_has_learnt(home: Home, monkeypatch: pytest.MonkeyPatch, keep: str) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS", keep=keep) + stage("dpo", "PREFERENCES", max_steps=1))
+    save = Samples.on_evaluate
+
+    def ending(samples: Samples, args: Any, state: Any, *arguments: Any, **named: Any) -> None:
+        if state.global_step == 0:
+            (run / "sft" / ENDING).touch()
+        save(samples, args, state, *arguments, **named)
+
+    monkeypatch.setattr(Samples, "on_evaluate", ending)
+    assert work(run, "sft", "dpo") == 0
+    assert list(losses(run, "sft")) == [1]
+    assert [event["step"] for event in events(run, "eval", "sft")] == [0, 1]
+    assert (run / "sft" / "adapter" / "adapter_model.safetensors").exists()
