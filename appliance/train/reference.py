@@ -7,7 +7,7 @@ import json
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from appliance.train.recipe import Adapter, DpoStage, KtoStage, Recipe, SftStage, Stage
+from appliance.train.recipe import Adapter, DpoStage, Given, KtoStage, Recipe, SftStage, Stage
 
 HEAD = """# Recipes
 
@@ -20,7 +20,7 @@ def recipe_reference() -> str:
     """Every table and key of a recipe with its default, its limits and the reason, as Markdown."""
     common = set(Stage.model_fields)
     sections = [
-        _section("The recipe", Recipe, set(Recipe.model_fields) - {"adapter", "stages"}),
+        _section("The recipe", Recipe, set(Recipe.model_fields) - {"adapter", "stages", "given"}),
         _section("`[adapter]`", Adapter, set(Adapter.model_fields)),
         _section("`[[stages]]`", Stage, common),
     ]
@@ -28,6 +28,7 @@ def recipe_reference() -> str:
         own = {name for name, field in stage.model_fields.items() if _differs(Stage.model_fields.get(name), field)}
         method = stage.model_fields["method"].annotation.__args__[0]  # type: ignore[union-attr]  # a Literal of one word
         sections.append(_section(f'`method = "{method}"`', stage, own - {"method"}))
+    sections.append(_section("`[given]`", Given, set(Given.model_fields)))
     return "\n".join([HEAD, *sections])
 
 

@@ -74,7 +74,7 @@ def bad_values() -> Iterator[tuple[str, str]]:
     """(recipe, the key that is at fault) for each key, of a wrong type, out of its limits, and mistyped."""
     for prefix, (model, path) in PLACES.items():
         for key, field in model.model_fields.items():
-            if key in ("adapter", "stages", "method"):
+            if key in ("adapter", "stages", "given", "method"):
                 continue
             kind = type(field.default) if not field.is_required() else str
             for value in [*OF_ANOTHER_TYPE[kind], *beyond(field)]:
