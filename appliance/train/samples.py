@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from appliance.data.dataset import Row, prompt_messages
 from appliance.data.render import render_prompt
+from appliance.errors import is_out_of_memory
 from appliance.train.events import EventLog
 
 SAMPLE_TOKENS = 48
@@ -32,11 +33,21 @@ class Samples(TrainerCallback):
         if self._said_at < 0:
             self._say(model, state.global_step)
 
-    @torch.inference_mode()
     def _say(self, model: Any, step: int) -> None:
         self._said_at = step
-        if not self.prompts:
+        try:
+            answers = self._answers(model) if self.prompts else []
+        except Exception as error:  # torch, its allocators and the drivers each raise their own
+            if not is_out_of_memory(error):
+                raise
+            self.events.append("warning", self.stage, message="out of memory for sample answers: none this time")
             return
+        for (messages, _), text in zip(self.prompts, answers, strict=True):
+            self.events.append("sample", self.stage, step=step, prompt=messages[-1]["content"], text=text)
+
+    @torch.inference_mode()
+    def _answers(self, model: Any) -> list[str]:
+        """What the model answers to each prompt; all in one batch, padded on the left."""
         prompts = [render_prompt(self.tokenizer, messages, tools) for messages, tools in self.prompts]
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[self.stops[0]] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -50,6 +61,4 @@ class Samples(TrainerCallback):
             eos_token_id=self.stops,
             pad_token_id=self.stops[0],
         )
-        for (messages, _), answer in zip(self.prompts, answers[:, width:], strict=True):
-            text = self.tokenizer.decode(answer, skip_special_tokens=True)
-            self.events.append("sample", self.stage, step=step, prompt=messages[-1]["content"], text=text)
+        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers[:, width:]]
