@@ -57,3 +57,9 @@ def test_it_grows_with_tokens_and_with_the_adapter(tiny_model: Path) -> None:
     assert simulate(model, 1, 64) == short, "a pass leaves nothing behind"
     more = simulate(meta_model(tiny_model, Adapter(kind="lora", rank=32)), 1, 64)
     assert more.activations > short.activations
+
+
+def test_gradients_are_not_counted_among_activations(tiny_model: Path) -> None:
+    model = meta_model(tiny_model, Adapter(kind="lora", rank=64))
+    gradients = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    assert simulate(model, 1, 4).activations < gradients / 4
