@@ -31,9 +31,6 @@ QUIET = {
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
 """Threads that wait spin by default, which slows a step many times over as soon as anything else wants a core."""
 
-LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""torch asks for large pages, of which a step has to map a few hundred times fewer."""
-
 
 def main(run: Path, stage: str) -> int:
     """Run `stage` of the run in directory `run`; returns the exit status.
@@ -111,7 +108,7 @@ def _explain(error: Exception, run: Path, stage: str) -> ApplianceError:
 
 
 if __name__ == "__main__":
-    os.environ.update({**PATIENT, **LARGE_PAGES, **os.environ, **QUIET})
+    os.environ.update({**PATIENT, **os.environ, **QUIET})
     # On some processors bitsandbytes misses an optional kernel, which nothing here would call.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.exit(main(Path(sys.argv[1]).absolute(), sys.argv[2]))

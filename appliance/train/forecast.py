@@ -28,10 +28,11 @@ EFFICIENCY = 0.45
 """Share of the speed of large matrix products that a whole step reaches; see bench/results/train.json."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: four bits, a byte for 64 weights, and 4 bytes for 256 of those."""
-LIBRARIES = 96 << 20
-"""What the libraries' threads and buffers take once a first step has run, above what importing them took."""
-SLACK = 1.1
-"""The C library's share above what tensors ask for: freed pieces that fit no new one. Measured by bench/forecast.py."""
+SLACK = 1.0 if ON_GPU else 1.65
+"""What the C library holds for a byte of activations: pieces freed by one pass fit the next one badly. Measured by
+bench/forecast.py, as is the next."""
+LOGITS_SLACK = 1.0 if ON_GPU else 1.1
+"""The same for logits, which are few and large."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def forecast_stage(base: Path, recipe: Recipe, stage: AnyStage, work: Work, step
     """The forecast for `stage` in this process, which has imported what training needs and loaded no model yet."""
     process = _process_memory()
     available = torch.cuda.mem_get_info()[0] if ON_GPU else psutil.virtual_memory().available + process
-    overhead = 0 if ON_GPU else process + LIBRARIES
+    overhead = 0 if ON_GPU else process
     speed = EFFICIENCY * matmul_speed()
     found = _forecast(base, recipe, stage, work, steps, available=available, overhead=overhead, speed=speed)
     if found.fits:
@@ -155,7 +156,7 @@ def _forecast(
         gradients=trained,
         optimiser=2 * trained,
         activations=round(SLACK * _kept(model, largest.activations, rows * work.sequences * width)),
-        logits=round(SLACK * largest.logits),
+        logits=round(LOGITS_SLACK * largest.logits),
         overhead=overhead,
     )
     epochs = steps / math.ceil(len(work.lengths) / stage.batch_size)

@@ -61,7 +61,6 @@ def test_what_does_not_fit_is_told_the_smallest_change(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, room: float, advice: str
 ) -> None:
     """With room for that share of what the largest pass holds."""
-    monkeypatch.setattr(forecast, "LIBRARIES", 0)
     memory = foretold(tiny_model).memory
     fixed = memory.total - memory.activations - memory.logits
     held = type("Held", (), {"available": fixed - memory.overhead + int(room * (memory.activations + memory.logits))})
