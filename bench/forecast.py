@@ -94,7 +94,7 @@ def made_up(method: str, length: int) -> list[dict[str, Any]]:
     words = ("river", "stone", "lamp", "cloud", "amber", "quiet", "harbour", "window", "seven", "garden")
     rows: list[dict[str, Any]] = []
     for number in range(8):
-        answer = " ".join(draw.choices(words, k=int((length - 80) * draw.uniform(0.3, 0.9))))
+        answer = " ".join(draw.choices(words, k=int((length - 80) * draw.uniform(0.3, 0.7))))
         prompt = f"Question {number}: what is next?"
         pair = {"prompt": prompt, "chosen": answer, "rejected": answer[::2]}
         rows.append({"instruction": prompt, "output": answer} if method == "sft" else pair)

@@ -134,8 +134,9 @@ class Bench:
     def losses(self, adapters: list[str], count: int) -> dict[str, Any]:
         """Held-out loss of both sides' adapters after the same rows, by adapter and seed."""
         from appliance.data.render import render_conversation
+        from appliance.data.tokenizer import load_tokenizer
         from appliance.release.held_out import score
-        from appliance.train.model import load_adapter, load_model, load_tokenizer
+        from appliance.train.model import load_adapter, load_model
 
         tokenizer = load_tokenizer(self.base)
         held_out = [json.loads(line) for line in self.lines[-HELD_OUT:]]

@@ -47,13 +47,19 @@ class TrainedLogProbs(torch.autograd.Function):
         """Log-probabilities (tokens) of `targets` (tokens) after `hidden` (tokens, width)."""
         log_probs = hidden.new_empty(len(hidden))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        tokens = max(LOGITS_AT_ONCE // len(weight), 1)
-        for start in range(0, len(hidden), tokens):
+        tokens = min(max(LOGITS_AT_ONCE // len(weight), 1), len(hidden))
+        # The same memory for each block: the C library would find new memory for each.
+        all_logits, all_logs = hidden.new_empty(2, tokens, len(weight))
+        for start in range(0, len(hidden), max(tokens, 1)):
             block = slice(start, start + tokens)
             target = targets[block, None]
-            logits = torch.nn.functional.linear(hidden[block], weight, bias)
-            logits = _cap(logits.mul_(scale) if scale != 1 else logits, softcap).div_(temperature)
-            logs = torch.log_softmax(logits, -1)
+            logits, logs = all_logits[: len(target)], all_logs[: len(target)]
+            torch.mm(hidden[block], weight.T, out=logits)
+            if bias is not None:
+                logits += bias
+            if (scale, softcap, temperature) != (1, None, 1):
+                _cap(logits.mul_(scale), softcap).div_(temperature)
+            torch.log_softmax(logits, -1, out=logs)
             log_probs[block] = logs.gather(1, target)[:, 0]
             if gradient is not None:
                 by_logit = logs.exp_().neg_()

@@ -67,7 +67,7 @@ class Stage(_Section):
     batch_size: int = Field(8, ge=1, le=4096)
     """Rows in an optimiser step. LoRA bears large batches worse than full fine-tuning: 8 to 32."""
     micro_batch_size: int = Field(0, ge=0, le=4096)
-    """Most rows in one forward pass; 0: as many as fit about a thousand tokens, which already fills the processor. The
+    """Most rows in one forward pass; 0: as many as fit 512 tokens (2048 on a GPU), which nearly fill the processor. The
     step is the same however its rows are divided: fewer only saves memory."""
     learning_rate: float = Field(0, ge=0, lt=1)
     """Peak learning rate. 0: by the size of the base, because larger models diverge sooner."""

@@ -21,7 +21,7 @@ def recipe(**settings: Any) -> Recipe:
 
 def foretold(tiny_model: Path, lengths: list[int] = LENGTHS, sequences: int = 1, **settings: Any) -> Forecast:
     chosen = recipe(**settings)
-    room = Room(chosen.stages[0].micro_batch_size or 4)
+    room = Room(chosen.stages[0].micro_batch_size or 4, tokens=1024)
     return forecast_stage(tiny_model, chosen, chosen.stages[0], Work(lengths, [30, 30], sequences, room), 8)
 
 

@@ -93,6 +93,7 @@ def test_the_head_sees_the_trained_tokens_only(trainer: PartwiseTrainer, monkeyp
         return forward(ctx, hidden, *rest)
 
     monkeypatch.setattr(TrainedLogProbs, "forward", staticmethod(spy))
+    trainer.room.tokens = 10_000
     batch = batch_of(trainer)
     step(trainer)
     trained = batch["labels"] != IGNORED if "labels" in batch else batch["completion_mask"] == 1
