@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from appliance import __version__
 from appliance.errors import Conflict, NotFound
 from appliance.home import Home, fsync_directory, write_atomic, write_json
 from appliance.models import SOURCE
@@ -20,7 +21,7 @@ from appliance.release.gates import GATES, Gate
 from appliance.train.recipe import Recipe
 
 MANIFEST = "manifest.json"
-_PACKAGES = ("finetune-appliance", "torch", "transformers", "trl", "peft", "bitsandbytes")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,11 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
         base_files=merge["base_files"],
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         recipe_sha256=merge["recipe_sha256"],
-        versions={package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+        versions={
+            "appliance": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in _PACKAGES},
+        },
     )
 
 
