@@ -30,6 +30,8 @@ class Nobody:
 
 
 class Control:
+    """The control API of a home at `root`; its supervisor does not tick."""
+
     def __init__(self, root: Path) -> None:
         self.home = Home(root)
         self.home.create()
@@ -39,7 +41,7 @@ class Control:
         app = control_app(
             self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", Gateway(keys.authenticate).operator
         )
-        self.client = Client(root / "none", httpx.ASGITransport(app))
+        self.client = Client(root / "none", httpx.ASGITransport(app, raise_app_exceptions=False))
 
     def run(self, state: str) -> str:
         id = self.supervisor.runs.new_id(Recipe(name="r", base="tiny"))

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -14,47 +13,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from controlling import Control
 
-from appliance.client import Client
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
-from appliance.home import Home, hashes, write_json
-from appliance.settings import Settings
-from appliance.store.database import open_database
-from appliance.store.keys import Keys
-from appliance.supervisor.supervisor import Supervisor
+from appliance.home import hashes, write_json
 from appliance.train.recipe import Recipe, parse_recipe
-from serve.control import control_app
-from serve.engines.transformers import TransformersEngine
-from serve.gateway.app import Gateway
 
 FILES = {"model.safetensors": bytes(range(256)) * 4000, "adapter/adapter_config.json": b"{}", "config.json": b"{}"}
 
 
-class Nobody:
-    """A frontage that lets nobody answer."""
-
-    def route(self, release: str | None, address: str) -> None: ...
-
-    def hold(self, on: bool) -> None: ...
-
-    async def drained(self, address: str, timeout: float) -> None: ...
-
-
-class Box:
-    """A daemon's control API in this process; its supervisor does not tick."""
-
-    def __init__(self, root: Path) -> None:
-        self.home = Home(root)
-        self.home.create()
-        self.db: sqlite3.Connection = open_database(self.home.database)
-        keys = Keys(self.db)
-        self.supervisor = Supervisor(self.home, self.db, TransformersEngine(Settings()), Nobody(), exclusive=False)
-        app = control_app(
-            self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", Gateway(keys.authenticate).operator
-        )
-        self.client = Client(root / "none", httpx.ASGITransport(app, raise_app_exceptions=False))
+class Box(Control):
+    """A control API with releases in its home."""
 
     def release(self, id: str, *failed: str) -> Path:
         """A release whose gates have passed but for `failed`."""

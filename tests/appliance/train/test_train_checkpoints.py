@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,8 +101,10 @@ class Killed(BaseException):
     pass
 
 
-def _dying(call, remaining):  # type: ignore[no-untyped-def]
-    def maybe(*arguments):  # type: ignore[no-untyped-def]
+def _dying(call: Callable[..., Any], remaining: Iterator[int]) -> Callable[..., Any]:
+    """`call`, which dies once there is nothing remaining."""
+
+    def maybe(*arguments: Any) -> Any:
         if next(remaining, None) is None:
             raise Killed
         return call(*arguments)
@@ -108,7 +112,7 @@ def _dying(call, remaining):  # type: ignore[no-untyped-def]
     return maybe
 
 
-def _dies(work) -> bool:  # type: ignore[no-untyped-def]
+def _dies(work: Callable[[], object]) -> bool:
     try:
         work()
     except Killed:
