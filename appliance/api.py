@@ -14,6 +14,7 @@ class Shape(BaseModel):
 RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopped"]
 ReleaseState = Literal["verified", "refused"]
 EngineState = Literal["starting", "ready", "backoff"]
+CanaryOutcome = Literal["under way", "promoted", "rolled back"]
 
 
 class Problem(Shape):
@@ -76,8 +77,45 @@ class Run(Shape):
     next: str = ""
 
 
+class Spread(Shape):
+    """Many times in seconds, by two of them."""
+
+    median: float
+    p95: float
+
+
+class CanaryFigures(Shape):
+    """What one release has answered while a canary lasts.
+
+    `errors` of the `requests` were the engine's. `stops`: how often answers ended for which reason.
+    """
+
+    release: str
+    requests: int
+    errors: int
+    stops: dict[str, int]
+    seconds: dict[str, Spread]
+
+
+class Canary(Shape):
+    """A release that answers a `share` of the conversations beside the live one, or did so once.
+
+    `reason`: what it waits for, or why it ended. `figures`: the live release's, then its own. `limits`: sentences.
+    """
+
+    release: str
+    live: str
+    share: float
+    since: float
+    ended: float | None = None
+    outcome: CanaryOutcome = "under way"
+    reason: str = ""
+    figures: tuple[CanaryFigures, ...] = ()
+    limits: tuple[str, ...] = ()
+
+
 class Release(Shape):
-    """Merged weights with their manifest. `id` is that of the run that made it."""
+    """Merged weights with their manifest. `id` is that of the run that made it; `canary` is its newest."""
 
     id: str
     base: str
@@ -86,6 +124,7 @@ class Release(Shape):
     live: bool = False
     reason: str = ""
     gates: dict[str, bool] = {}
+    canary: Canary | None = None
 
 
 class Engine(Shape):
@@ -150,6 +189,8 @@ class Status(Shape):
     """Release that is wanted live."""
     routed: str | None
     """Release that answers now; None: the endpoint answers 503."""
+    canary: Canary | None = None
+    """The one under way."""
     engines: tuple[Engine, ...]
     lease: Literal["share", "exclusive"]
     queued: int

@@ -34,6 +34,14 @@ MIGRATIONS = (
         boot TEXT NOT NULL, address TEXT NOT NULL DEFAULT '', PRIMARY KEY (kind, owner)
     );
     """,
+    """
+    CREATE TABLE canaries (
+        position INTEGER PRIMARY KEY AUTOINCREMENT, release TEXT NOT NULL REFERENCES releases(id) ON DELETE CASCADE,
+        live TEXT NOT NULL, share REAL NOT NULL, since REAL NOT NULL, ended REAL,
+        outcome TEXT NOT NULL DEFAULT 'under way', reason TEXT NOT NULL DEFAULT '', figures TEXT NOT NULL DEFAULT '[]'
+    );
+    CREATE UNIQUE INDEX one_canary ON canaries (ended IS NULL) WHERE ended IS NULL;
+    """,
 )
 
 

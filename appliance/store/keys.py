@@ -16,7 +16,7 @@ class Keys:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        self._valid: frozenset[str] = frozenset()
+        self._valid: dict[str, str] = {}
         self._load()
 
     def create(self, name: str) -> api.NewKey:
@@ -50,16 +50,16 @@ class Keys:
         self._load()
         return self.get(id)
 
-    def authenticate(self, key: str) -> bool:
-        """Whether `key` is one of ours and not revoked. The time of a digest's look-up tells nothing."""
-        return _digest(key) in self._valid
+    def authenticate(self, key: str) -> str | None:
+        """The id of `key` if it is one of ours and not revoked. The time of a digest's look-up tells nothing."""
+        return self._valid.get(_digest(key))
 
     def any_valid(self) -> bool:
         return bool(self._valid)
 
     def _load(self) -> None:
-        rows = self._db.execute("SELECT sha256 FROM keys WHERE revoked IS NULL")
-        self._valid = frozenset(row["sha256"] for row in rows)
+        rows = self._db.execute("SELECT sha256, id FROM keys WHERE revoked IS NULL")
+        self._valid = {row["sha256"]: row["id"] for row in rows}
 
 
 def _digest(key: str) -> str:

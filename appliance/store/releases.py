@@ -74,8 +74,11 @@ class Releases:
         return release
 
     def needed(self) -> set[str]:
-        """The live release, and the one that a rollback returns to."""
-        rows = self._db.execute("SELECT release FROM deployments ORDER BY position DESC LIMIT 2")
+        """The live release, the one that a rollback returns to, and the canary."""
+        rows = self._db.execute(
+            "SELECT release FROM (SELECT release FROM deployments ORDER BY position DESC LIMIT 2)"
+            " UNION SELECT release FROM canaries WHERE ended IS NULL"
+        )
         return {str(row["release"]) for row in rows}
 
     def remove(self, id: str) -> None:

@@ -1,4 +1,4 @@
-"""The chat endpoint: an allow-list of routes, keys, and requests passed on to the engine of the live release."""
+"""The chat endpoint: an allow-list of routes, keys, and requests passed on to the live engine or the canary's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from appliance.canary import Comparison
 from serve.gateway.asgi import ClientGone, Reply, read_body, read_json, until_gone
+from serve.gateway.canary import CONVERSATION_HEADER, Canary, conversation_of, counted
 from serve.gateway.errors import ChatError, no_engine
 from serve.gateway.fields import MODEL_ALIAS, admit
 from serve.gateway.upstream import Route, Upstream
@@ -35,11 +37,13 @@ _KEYLESS = frozenset({"/healthz", "/readyz"})
 class Gateway:
     """The ASGI app of the public port.
 
-    `authenticate` says whether an API key is good. An engine that sends nothing for `patience` seconds is given up. A
+    `authenticate` gives the id of a good API key. An engine that sends nothing for `patience` seconds is given up. A
     request waits for an engine on its way at most `hold_seconds`.
     """
 
-    def __init__(self, authenticate: Callable[[str], bool], patience: float = 600, hold_seconds: float = 120) -> None:
+    def __init__(
+        self, authenticate: Callable[[str], str | None], patience: float = 600, hold_seconds: float = 120
+    ) -> None:
         self._authenticate = authenticate
         self._patience = patience
         self._hold_seconds = hold_seconds
@@ -47,13 +51,24 @@ class Gateway:
         self._held = 0
         self._turn = asyncio.Event()
         self._routed: Upstream | None = None
+        self._canary: Canary | None = None
         self._retired: list[Upstream] = []
 
     def route(self, route: Route | None) -> None:
         """Send new requests there, or nowhere. Answers that have begun go on."""
-        self._retired = [upstream for upstream in (*self._retired, self._routed) if upstream and not upstream.idle]
+        self._retire(self._routed)
         self._routed = None if route is None else Upstream(route, self._patience)
         self._look_again()
+
+    def route_canary(self, route: Route, share: float, comparison: Comparison) -> None:
+        """Send a share of the conversations there, and count in `comparison` how both releases answer."""
+        self.end_canary()
+        self._canary = Canary(Upstream(route, self._patience), share, comparison)
+
+    def end_canary(self) -> None:
+        """Send all conversations to the live release, and count no longer. Answers that have begun go on."""
+        self._retire(self._canary.upstream if self._canary else None)
+        self._canary = None
 
     def hold(self, on: bool) -> None:
         """While nobody answers, let new requests wait for an engine that is on its way, or refuse them at once."""
@@ -83,9 +98,8 @@ class Gateway:
                 raise ChatError(404, f"there is nothing at {path}", code="unknown_url")
             if scope["method"] != _METHODS[path]:
                 raise ChatError(405, f"{path} takes {_METHODS[path]}", code="method_not_allowed")
-            if not operator and path not in _KEYLESS:
-                self._require_key(scope)
-            await self._answer(path, receive, reply)
+            caller = None if operator or path in _KEYLESS else self._require_key(scope)
+            await self._answer(path, scope, receive, reply, caller)
         except ChatError as error:
             await reply.error(error)
         except ClientGone:
@@ -94,7 +108,7 @@ class Gateway:
             log.exception("a request failed")
             await reply.error(ChatError(500, "the gateway failed; see its log", code="gateway_failed"))
 
-    async def _answer(self, path: str, receive: Receive, reply: Reply) -> None:
+    async def _answer(self, path: str, scope: Scope, receive: Receive, reply: Reply, caller: str | None) -> None:
         match path:
             case "/healthz":
                 await reply.json(200, {"status": "ok"})
@@ -103,14 +117,23 @@ class Gateway:
             case "/v1/models":
                 await reply.json(200, {"object": "list", "data": self._models()})
             case _:
-                await self._complete(receive, reply)
+                request = read_json(await read_body(receive, BODY_LIMIT))
+                conversation = conversation_of(request, _header(scope, CONVERSATION_HEADER), caller)
+                await until_gone(receive, self._complete(request, conversation, reply))
 
-    async def _complete(self, receive: Receive, reply: Reply) -> None:
-        request = read_json(await read_body(receive, BODY_LIMIT))
-        await until_gone(receive, self._pass_on(request, reply))
+    async def _complete(self, request: dict[str, Any], conversation: str | None, reply: Reply) -> None:
+        """Let the canary answer what falls to it; what it fails before the first byte, the live release answers."""
+        if (canary := self._canary) and canary.takes(request, conversation):
+            candidate = canary.comparison.candidate
+            try:
+                return await self._pass_on(request, canary.upstream, reply)
+            except ChatError as error:
+                if error.status < 500 or reply.streaming or request.get("model") == candidate:
+                    raise
+                log.warning("the canary %s failed, and the live release answers: %s", candidate, error)
+        await self._pass_on(request, await self._ready_soon(), reply)
 
-    async def _pass_on(self, request: dict[str, Any], reply: Reply) -> None:
-        upstream = await self._ready_soon()
+    async def _pass_on(self, request: dict[str, Any], upstream: Upstream, reply: Reply) -> None:
         route = upstream.route
         admitted = admit(request, route.engine_kind.honours)
         model = admitted.get("model", MODEL_ALIAS)
@@ -122,8 +145,9 @@ class Gateway:
                 param="model",
             )
         passed = json.dumps(admitted | {"model": route.model}).encode()
-        with upstream.answering():
-            await upstream.complete(passed, reply)
+        tally = self._canary.comparison.tally(route.model) if self._canary else None
+        with upstream.answering(), counted(tally) as seen:
+            await upstream.complete(passed, reply, seen)
 
     async def _ready_soon(self) -> Upstream:
         """The routed engine, waited for where one is on its way. Raises ChatError where none comes in time."""
@@ -141,6 +165,10 @@ class Gateway:
                 self._held -= 1
         return self._ready()
 
+    def _retire(self, upstream: Upstream | None) -> None:
+        """Remember an engine that is asked no more until it has given its last answer."""
+        self._retired = [each for each in (*self._retired, upstream) if each and not each.idle]
+
     def _look_again(self) -> None:
         """Wake whoever waits for an engine."""
         self._turn.set()
@@ -152,20 +180,26 @@ class Gateway:
         return self._routed
 
     def _models(self) -> list[dict[str, object]]:
-        if self._routed is None:
-            return []
+        named = [(MODEL_ALIAS, self._routed)] if self._routed else []
+        named += [(each.route.model, each) for each in (self._routed, self._canary and self._canary.upstream) if each]
         return [
-            {"id": name, "object": "model", "created": self._routed.since, "owned_by": "appliance"}
-            for name in (MODEL_ALIAS, self._routed.route.model)
+            {"id": name, "object": "model", "created": upstream.since, "owned_by": "appliance"}
+            for name, upstream in named
         ]
 
-    def _require_key(self, scope: Scope) -> None:
-        """Raises ChatError unless the request bears a good API key."""
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
-        scheme, _, key = given.partition(" ")
+    def _require_key(self, scope: Scope) -> str:
+        """The id of the request's API key. Raises ChatError unless it is a good one."""
+        scheme, _, key = _header(scope, b"authorization").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise ChatError(
                 401, "an API key is needed: send the header 'Authorization: Bearer KEY'", code="missing_api_key"
             )
-        if not self._authenticate(key.strip()):
+        caller = self._authenticate(key.strip())
+        if caller is None:
             raise ChatError(401, "the API key is wrong or was revoked", code="invalid_api_key")
+        return caller
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    """The first header of that name (in lower case), empty where there is none."""
+    return next((value for name, value in scope["headers"] if name == wanted), b"").decode("latin-1")

@@ -68,12 +68,12 @@ async def until_gone(receive: Receive, answering: Coroutine[Any, Any, None]) -> 
 
 
 class Reply:
-    """The answer to one request: a JSON document, or a stream of server-sent events."""
+    """The answer to one request: a JSON document, or a stream of server-sent events. `streaming`: it has begun."""
 
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
         self._headers: Headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-        self._streaming = False
+        self.streaming = False
 
     async def json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
         """The whole answer."""
@@ -88,8 +88,8 @@ class Reply:
 
     async def events(self, frames: bytes) -> None:
         """Whole server-sent events; the first call begins the answer."""
-        if not self._streaming:
-            self._streaming = True
+        if not self.streaming:
+            self.streaming = True
             await self._start(200, _EVENT_STREAM)
         await self._send({"type": "http.response.body", "body": frames, "more_body": True})
 
@@ -99,7 +99,7 @@ class Reply:
 
     async def error(self, error: ChatError) -> None:
         """The error as the answer, or as the last event of an answer that has begun."""
-        if self._streaming:
+        if self.streaming:
             await self.events(b"data: " + json.dumps(error.body()).encode() + b"\n\n")
             await self.end_events()
             return

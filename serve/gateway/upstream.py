@@ -14,6 +14,7 @@ import aiohttp
 from appliance.supervisor.engines import EngineKind
 from serve.gateway.asgi import Reply
 from serve.gateway.errors import ChatError, no_engine
+from serve.gateway.observation import Observation
 
 _JSON = {"content-type": "application/json"}
 _LAST_EVENT = b"data: [DONE]\n\n"
@@ -63,8 +64,8 @@ class Upstream:
         if not self.idle:
             await self._drained.wait()
 
-    async def complete(self, request: bytes, reply: Reply) -> None:
-        """Pass a chat completion request on, and the engine's answer back, byte for byte.
+    async def complete(self, request: bytes, reply: Reply, seen: Observation | None = None) -> None:
+        """Pass a chat completion request on, and the engine's answer back, byte for byte; `seen` watches it.
 
         Raises ChatError where the engine cannot be reached, refuses, or does not finish its answer.
         """
@@ -76,9 +77,12 @@ class Upstream:
                 if response.status != 200:
                     raise _refusal(response.status, await response.read())
                 if response.content_type == "text/event-stream":
-                    await _relay(response.content, reply)
+                    await _relay(response.content, reply, seen)
                 else:
-                    await reply.document(200, await response.read())
+                    body = await response.read()
+                    if seen:
+                        seen.document(body)
+                    await reply.document(200, body)
         except aiohttp.ClientConnectorError:
             raise no_engine("the model is being restarted; try again in a few seconds") from None
         except TimeoutError:
@@ -95,7 +99,7 @@ class Upstream:
         )
 
 
-async def _relay(stream: aiohttp.StreamReader, reply: Reply) -> None:
+async def _relay(stream: aiohttp.StreamReader, reply: Reply, seen: Observation | None) -> None:
     """Pass whole events on, so that an error can follow wherever the engine breaks off."""
     rest = b""
     complete = False
@@ -105,6 +109,8 @@ async def _relay(stream: aiohttp.StreamReader, reply: Reply) -> None:
         if end > 1:
             frames, rest = rest[:end], rest[end:]
             complete = frames.endswith(_LAST_EVENT)
+            if seen:
+                seen.events(frames, complete)
             await reply.events(frames)
     if not complete:
         raise _cut_short()

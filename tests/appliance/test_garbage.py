@@ -13,6 +13,7 @@ import pytest
 from appliance.errors import Conflict
 from appliance.garbage import LEFTOVER_SECONDS, find_garbage, forget_garbage, remove_garbage
 from appliance.home import Home
+from appliance.store.canaries import Canaries
 from appliance.store.database import open_database
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Releases
@@ -25,7 +26,7 @@ class Box:
         self.home = Home(root)
         self.home.create()
         db: sqlite3.Connection = open_database(self.home.database)
-        self.releases, self.runs, self.datasets = Releases(db), Runs(db), Datasets(db)
+        self.releases, self.runs, self.datasets, self.canaries = Releases(db), Runs(db), Datasets(db), Canaries(db)
 
     def release(self, *ids: str, dataset: str = "") -> None:
         for id in ids:
@@ -70,6 +71,17 @@ def test_live_its_predecessor_and_the_newest_stay(box: Box) -> None:
     assert box.left() == {"b", "c", "e"}
     assert box.releases.live() == "c"
     assert box.releases.rollback().id == "b"
+
+
+def test_the_canary_stays_until_it_has_ended(box: Box) -> None:
+    box.release("a", "b", "c", "d")
+    for id in ("a", "b", "c"):
+        box.releases.promote(id)
+    box.canaries.start("d", "c", 0.1)
+    box.release("e")
+    assert box.collect()[0] == {"a", "e"}
+    box.canaries.end("rolled back", "", ())
+    assert box.collect()[0] == {"d"}
 
 
 def test_what_an_engine_serves_stays(box: Box) -> None:

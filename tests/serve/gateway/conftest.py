@@ -32,7 +32,7 @@ def patience() -> float:
 
 @pytest.fixture
 async def gateway(engine: ScriptedEngine, patience: float) -> Gateway:
-    gateway = Gateway(lambda key: key == KEY, patience)
+    gateway = Gateway({KEY: "k1"}.get, patience)
     gateway.route(route(engine))
     return gateway
 

@@ -175,7 +175,7 @@ async def test_operators_need_no_key_and_reach_only_the_chat(
 
 
 async def test_a_fault_of_the_gateway_itself_has_the_same_shape(url: str, listen: Callable[[Any], Any]) -> None:
-    def break_down(key: str) -> bool:
+    def break_down(key: str) -> str:
         raise RuntimeError("database gone")
 
     async with httpx.AsyncClient(base_url=await listen(Gateway(break_down))) as client:
