@@ -263,6 +263,8 @@ def status(as_json: bool) -> None:
         return
     print(f"endpoint  {now.endpoint}")
     print(f"live      {now.live or 'nothing'}{'' if now.live == now.routed else f' (answering: {now.routed or None})'}")
+    for line in console.canary_lines(now.canary) if now.canary else ():
+        print(f"canary    {line}")
     for engine in now.engines:
         print(f"engine    {engine.kind} {engine.state} for {engine.release}")
     print(f"running   {now.running or 'nothing'}, {now.queued} queued, lease {now.lease}")

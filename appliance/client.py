@@ -176,13 +176,17 @@ class Client:
     async def manifest(self, release: str) -> dict[str, Any]:
         return await self._call("GET", f"/v1/releases/{release}", dict[str, Any])
 
-    async def promote(self, release: str, accept: str | None = None) -> api.Release:
-        """Make a release live. `accept` names a gate that may have failed: quality, or none."""
+    async def promote(self, release: str, accept: str | None = None, canary: float | None = None) -> api.Release:
+        """Make a release live, or let it answer the share `canary` of the conversations first.
+
+        `accept` names a gate that may have failed: quality, or none. Raises Conflict where it cannot.
+        """
         params = {"accept": accept} if accept else {}
+        params |= {"canary": str(canary)} if canary else {}
         return await self._call("POST", f"/v1/releases/{release}/promote", api.Release, params=params)
 
     async def rollback(self) -> api.Release:
-        """Make the release that was live before the live one live again."""
+        """End the canary, or where there is none make the release that was live before the live one live again."""
         return await self._call("POST", "/v1/rollback", api.Release)
 
     async def merge(self, adapter: Path, base: str, name: str, dataset: str = "", quantised: bool = False) -> api.Run:

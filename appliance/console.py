@@ -6,9 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from appliance.errors import ApplianceError
+
+if TYPE_CHECKING:
+    from appliance import api
 
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
     0x7F: 0x2421,
@@ -61,6 +64,22 @@ def print_forecasts(forecasts: Sequence[dict[str, Any]]) -> None:
     for one in forecasts:
         if not one["fits"]:
             say(f"{one['stage']} does not fit: {one['advice']}")
+
+
+def canary_lines(canary: api.Canary) -> list[str]:
+    """The canary under way: its share, what it waits for, the figures of both sides, and its limits."""
+    lines = [f"{canary.release} answers {percent(canary.share)} of the conversations; {canary.reason}"]
+    for side in canary.figures:
+        stops = ", ".join(f"{count} {reason}" for reason, count in side.stops.items())
+        times = [f"{name} {spread.median:.3g} s (95%: {spread.p95:.3g} s)" for name, spread in side.seconds.items()]
+        parts = [f"{side.requests} requests, {side.errors} failed", *([stops] if stops else []), *times]
+        lines.append(f"{side.release}: {'; '.join(parts)}")
+    return [*lines, *canary.limits]
+
+
+def percent(share: float) -> str:
+    """A share of 1 in per cent."""
+    return f"{100 * share:.3g}%"
 
 
 def visible(text: str) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +14,26 @@ from appliance import console
 from appliance.command import ask, follow_run, json_option
 from appliance.errors import InvalidInput
 
+if TYPE_CHECKING:
+    from appliance import api
+
 _path = click.Path(path_type=Path)
+
+
+class _Share(click.ParamType[float]):
+    """A share above 0 and below 1, as 10% or 0.1."""
+
+    name = "share"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < 1:
+            self.fail(f"{text!r} is no share between nobody and everybody; write 10% or 0.1", parameter, context)
+        return share
 
 
 @click.command()
@@ -31,27 +51,44 @@ def releases(release: str | None, as_json: bool) -> None:
     rows = [
         (
             one.id,
-            "live" if one.live else one.state,
+            _state(one),
             " ".join(f"{gate}:{'ok' if passed else 'FAILED'}" for gate, passed in one.gates.items()),
             console.ago(one.created),
-            one.reason,
+            "; ".join(why for why in (one.reason, _canary_words(one.canary)) if why),
         )
         for one in found
     ]
     console.print_table(("RELEASE", "STATE", "GATES", "MADE", "WHY"), rows)
 
 
+def _state(release: api.Release) -> str:
+    if release.live:
+        return "live"
+    return "canary" if release.canary and release.canary.outcome == "under way" else release.state
+
+
+def _canary_words(canary: api.Canary | None) -> str:
+    """What its canary has come to, or what it waits for."""
+    if canary is None:
+        return ""
+    share = f"canary of {console.percent(canary.share)}"
+    return f"{share}: {canary.reason}" if canary.ended is None else f"{share} {canary.outcome}: {canary.reason}"
+
+
 @click.command()
 @click.argument("release")
 @click.option("--accept", type=click.Choice(["quality"]), help="Accept that this gate alone did not pass.")
-def promote(release: str, accept: str | None) -> None:
-    """Make RELEASE live."""
-    print(ask(lambda client: client.promote(release, accept)).id)
+@click.option("--canary", type=_Share(), help="Let it answer this share of the conversations first, such as 10%.")
+def promote(release: str, accept: str | None, canary: float | None) -> None:
+    """Make RELEASE live; with --canary it goes live, or back, by itself on what it shows."""
+    print(ask(lambda client: client.promote(release, accept, canary)).id)
+    if canary:
+        console.say(f"it is to answer {console.percent(canary)} of the conversations; see `appliance status`")
 
 
 @click.command()
 def rollback() -> None:
-    """Make the release that was live before live again."""
+    """End the canary; where there is none, make the release that was live before live again."""
     print(ask(lambda client: client.rollback()).id)
 
 

@@ -42,6 +42,9 @@ class Settings:
         "auto: exclusive where there is a GPU",
         ("auto", "share", "exclusive"),
     )
+    canary_requests: int = _setting(
+        100, "requests to a canary after which it goes live where nothing speaks against it"
+    )
     kv_cache_gib: float = _setting(1.0, "memory of the engine's KV cache on a machine without a GPU, in GiB")
     gpu_memory_share: float = _setting(0.85, "share of the GPU's memory that vLLM may take")
     max_model_len: int = _setting(0, "longest context that is served, in tokens; 0: the model's own, at most 8192")

@@ -88,6 +88,7 @@ def control_app(
             endpoint=endpoint,
             live=releases.live(),
             routed=supervisor.routed,
+            canary=supervisor.trial.status(),
             engines=supervisor.engines(),
             lease="exclusive" if supervisor.exclusive else "share",
             queued=sum(run.state == "queued" for run in active),

@@ -20,6 +20,7 @@ from pathlib import Path
 import uvicorn
 
 from appliance import hardware
+from appliance.canary import Comparison
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed
 from appliance.home import Home
 from appliance.settings import Settings
@@ -63,6 +64,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
         _Frontage(gateway, engine),
         exclusive=settings.lease == "exclusive" or (settings.lease == "auto" and hardware.has_gpu()),
         on_tick=_watchdog(),
+        canary_requests=settings.canary_requests,
     )
     public = _listen_tcp(settings.host, settings.port)
     control = _listen_unix(home.control_socket())
@@ -110,6 +112,12 @@ class _Frontage:
 
     def hold(self, on: bool) -> None:
         self._gateway.hold(on)
+
+    def route_canary(self, release: str, address: str, share: float, comparison: Comparison) -> None:
+        self._gateway.route_canary(Route(address, release, self._engine), share, comparison)
+
+    def end_canary(self) -> None:
+        self._gateway.end_canary()
 
     async def drained(self, address: str, timeout: float) -> None:
         await self._gateway.drained(address, timeout)

@@ -38,7 +38,8 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
 
     @routes.get("/v1/releases")
     async def all_releases() -> list[api.Release]:
-        return releases.all()
+        canaries = supervisor.trial.newest()
+        return [release.model_copy(update={"canary": canaries.get(release.id)}) for release in releases.all()]
 
     @routes.get("/v1/releases/{id}")
     async def manifest(id: str) -> dict[str, Any]:
@@ -53,15 +54,23 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         return FileResponse(home.releases / id / name)
 
     @routes.post("/v1/releases/{id}/promote")
-    async def promote(id: str, accept: Literal["quality"] | None = None) -> api.Release:
+    async def promote(
+        id: str, accept: Literal["quality"] | None = None, canary: Annotated[float | None, Query(gt=0, lt=1)] = None
+    ) -> api.Release:
         if accept and releases.get(id).state == "refused":
             releases.accept(id, accept_quality(home, id).reason)
+        if canary is not None:
+            return releases.get(id).model_copy(update={"canary": supervisor.start_canary(id, canary)})
         release = releases.promote(id)
         supervisor.poke()
         return release
 
     @routes.post("/v1/rollback")
     async def rollback() -> api.Release:
+        if canary := supervisor.trial.status():
+            supervisor.trial.end("rolled back", "by hand")
+            supervisor.poke()
+            return releases.get(canary.live)
         release = releases.rollback()
         supervisor.poke()
         return release

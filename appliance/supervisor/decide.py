@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from appliance.canary import Verdict
+
 Outcome = Literal["none", "done", "failed"]
 
 MOST_LOSSES = 5
 """A stage whose process dies this often without a result is given up."""
 MOST_CANDIDATE_FAILURES = 3
-"""A release whose engine fails this often while it is probed is given up."""
+"""A release whose engine fails this often while it is probed, or is the canary, is given up."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ class EngineView:
 
 
 @dataclass(frozen=True)
+class CanaryView:
+    """The canary under way: the live release that it is compared with, and what its figures say."""
+
+    release: str
+    live: str
+    share: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """All that decisions rest on. `runs` are the active ones, oldest first."""
 
@@ -63,6 +75,9 @@ class Snapshot:
     engines: tuple[EngineView, ...] = ()
     live: str | None = None
     routed: str | None = None
+    canary: CanaryView | None = None
+    routed_canary: tuple[str, float] | None = None
+    """The release that the gateway sends a share of the conversations to, and the share."""
     holding: bool = False
     """New requests are told to wait for an engine."""
     exclusive: bool = False
@@ -183,6 +198,22 @@ class Route:
 
 
 @dataclass(frozen=True)
+class RouteCanary:
+    """Let this release's engine answer the share of the conversations; None: the live one answers all."""
+
+    release: str | None
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class EndCanary:
+    """Record what became of the canary; `promoted` makes it live."""
+
+    outcome: Literal["promoted", "rolled back"]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Hold:
     """Whether new requests wait while nobody answers: an engine is on its way that has not failed yet."""
 
@@ -203,6 +234,8 @@ Action = (
     | StartEngine
     | StopEngine
     | Route
+    | RouteCanary
+    | EndCanary
     | Hold
 )
 
@@ -210,8 +243,8 @@ Action = (
 def decide(snapshot: Snapshot) -> list[Action]:
     """The actions that this moment calls for. Doing them and asking again converges.
 
-    Runs go one at a time. An engine is wanted for the live release and for a release that is being probed. Under an
-    exclusive lease nothing else runs beside a worker, and one engine at a time.
+    Runs go one at a time. An engine is wanted for the live release, the canary and a release that is being probed.
+    Under an exclusive lease nothing else runs beside a worker, and one engine at a time.
     """
     head = snapshot.head
     actions: list[Action] = []
@@ -225,7 +258,7 @@ def decide(snapshot: Snapshot) -> list[Action]:
         action = _run_action(head, snapshot)
         if action is not None:
             actions.append(action)
-    return actions + _engine_actions(head, snapshot)
+    return actions + _canary_actions(snapshot) + _engine_actions(head, snapshot)
 
 
 def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
@@ -270,6 +303,35 @@ def _probe_action(run: RunView, snapshot: Snapshot) -> Action | None:
     return None
 
 
+def _canary_actions(snapshot: Snapshot) -> list[Action]:
+    canary = snapshot.canary
+    if canary is not None and (ending := _canary_ending(canary, snapshot)):
+        return [ending]
+    routed = (canary.release, canary.share) if canary and canary.release in snapshot.ready else None
+    if routed == snapshot.routed_canary:
+        return []
+    return [RouteCanary(*routed) if routed else RouteCanary(None)]
+
+
+def _canary_ending(canary: CanaryView, snapshot: Snapshot) -> EndCanary | None:
+    """How the canary ends, if it does: by what happened around it, else by its figures."""
+    if snapshot.live == canary.release:
+        return EndCanary("promoted", "by hand")
+    if snapshot.live != canary.live:
+        return EndCanary("rolled back", f"{snapshot.live} went live meanwhile")
+    if snapshot.exclusive:
+        return EndCanary("rolled back", "the lease is exclusive now, and leaves no room for its engine")
+    if (failures := snapshot.failures.get(canary.release, 0)) >= MOST_CANDIDATE_FAILURES:
+        return EndCanary("rolled back", f"its engine failed {failures} times")
+    match canary.verdict.outcome:
+        case "promote":
+            return EndCanary("promoted", canary.verdict.reason)
+        case "rollback":
+            return EndCanary("rolled back", canary.verdict.reason)
+        case _:
+            return None
+
+
 def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
     wanted = _wanted_engines(head, snapshot)
     routed = _routed(wanted, snapshot)
@@ -297,7 +359,8 @@ def _wanted_engines(head: RunView | None, snapshot: Snapshot) -> list[str]:
     training = any(worker.alive for worker in snapshot.workers) or (head is not None and not head.needs_engine)
     if snapshot.exclusive:
         return [] if training else [release for release in (candidate or snapshot.live,) if release]
-    return list(dict.fromkeys(release for release in (snapshot.live, candidate) if release))
+    canary = snapshot.canary.release if snapshot.canary else None
+    return list(dict.fromkeys(release for release in (snapshot.live, canary, candidate) if release))
 
 
 def _routed(wanted: list[str], snapshot: Snapshot) -> str | None:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from appliance import api
+from appliance.canary import Limits
 from appliance.errors import ApplianceError
 from appliance.home import Home, disk_error
 from appliance.release.gates import Gate, judge_parity, judge_stopping, load_probes
 from appliance.release.manifest import finalise
+from appliance.store.canaries import Canaries
 from appliance.store.processes import Processes, ProcessRow
 from appliance.store.releases import Releases
 from appliance.store.runs import Runs
@@ -30,6 +32,7 @@ from appliance.supervisor.decide import (
     Action,
     Advance,
     Conclude,
+    EndCanary,
     EngineView,
     FailRun,
     ForgetWorker,
@@ -38,6 +41,7 @@ from appliance.supervisor.decide import (
     Outcome,
     ProbeRun,
     Route,
+    RouteCanary,
     RunView,
     Snapshot,
     StartEngine,
@@ -49,6 +53,7 @@ from appliance.supervisor.decide import (
     decide,
 )
 from appliance.supervisor.engines import EngineKind
+from appliance.supervisor.trial import CanaryRoutes, Trial
 from appliance.supervisor.workers import Workers
 from appliance.train.events import EventLog
 from appliance.train.recipe import Recipe, parse_recipe
@@ -64,7 +69,7 @@ HUNG_SECONDS = 60.0
 LONGEST_REST_SECONDS = 60.0
 
 
-class Frontage(Protocol):
+class Frontage(CanaryRoutes, Protocol):
     """The public face, which the supervisor tells who answers."""
 
     def route(self, release: str | None, address: str) -> None:
@@ -91,6 +96,7 @@ class Supervisor:
         frontage: Frontage,
         exclusive: bool,
         on_tick: Callable[[], None] = lambda: None,
+        canary_requests: int = Limits.requests,
         worker_command: tuple[str, ...] = (sys.executable, "-m", "appliance.worker"),
     ) -> None:
         self.home = home
@@ -100,6 +106,7 @@ class Supervisor:
         self.releases = Releases(db)
         self.processes = Processes(db)
         self.workers = Workers(home, self.runs, self.processes, worker_command)
+        self.trial = Trial(home, Canaries(db), self.releases, self.processes, frontage, Limits(canary_requests))
         self.routed: str | None = None
         self._holding = False
         self._frontage = frontage
@@ -165,6 +172,13 @@ class Supervisor:
             for release in dict.fromkeys([*rows, *resting])
         )
 
+    def start_canary(self, release: str, share: float) -> api.Canary:
+        """Let a release answer a share of the conversations. Raises NotFound, and Conflict where it cannot."""
+        canary = self.trial.start(release, share, self.exclusive)
+        self._failures.pop(release, None)
+        self.poke()
+        return canary
+
     def run_directory(self, run: str) -> Path:
         return self.home.runs / run
 
@@ -188,6 +202,8 @@ class Supervisor:
             ),
             live=self.releases.live(),
             routed=self.routed,
+            canary=self.trial.view(),
+            routed_canary=self.trial.routed,
             holding=self._holding,
             exclusive=self.exclusive,
             probing=frozenset(self._probes),
@@ -231,7 +247,7 @@ class Supervisor:
         try:
             self._perform(action)
         except Exception as error:
-            if isinstance(action, StartEngine | StopEngine | Route | Hold):
+            if isinstance(action, StartEngine | StopEngine | Route | RouteCanary | EndCanary | Hold):
                 raise
             self._give_up(action.run, error)
 
@@ -273,6 +289,10 @@ class Supervisor:
                 address = self._row("engine", release).address if release else ""
                 self.routed = release
                 self._frontage.route(release, address)
+            case RouteCanary(release, share):
+                self.trial.route(release, share, self._row("engine", release).address if release else "")
+            case EndCanary(outcome, reason):
+                self.trial.end(outcome, reason)
             case Hold(on):
                 self._holding = on
                 self._frontage.hold(on)

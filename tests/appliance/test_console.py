@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from appliance.console import event_line
+from appliance import api
+from appliance.canary import FIRST_TOKEN, Comparison
+from appliance.console import canary_lines, event_line, percent
 
 
 def test_a_warning_says_what_to_try_and_shows_the_logs_last_lines() -> None:
@@ -10,3 +12,29 @@ def test_a_warning_says_what_to_try_and_shows_the_logs_last_lines() -> None:
     assert event_line(event) == "sft warning: the sft process crashed — see the log"
     assert event_line({**event, "log": ["a", "b"]}).splitlines()[1:] == ["    a", "    b"]
     assert event_line({"event": "warning", "stage": "sft", "message": "x"}) == "sft warning: x"
+
+
+def test_a_canary_with_both_sides_figures() -> None:
+    comparison = Comparison("a", "b")
+    comparison.live_tally.add_answer(["stop"], {FIRST_TOKEN: 0.25})
+    comparison.candidate_tally.add_answer(["length"], {})
+    comparison.candidate_tally.add_error()
+    canary = api.Canary(
+        release="b",
+        live="a",
+        share=0.1,
+        since=0,
+        reason="waits for more requests: 98 to it",
+        figures=comparison.figures(),
+        limits=("goes live after 100 requests",),
+    )
+    assert canary_lines(canary) == [
+        "b answers 10% of the conversations; waits for more requests: 98 to it",
+        "a: 1 requests, 0 failed; 1 stop; first token 0.25 s (95%: 0.25 s)",
+        "b: 2 requests, 1 failed; 1 length",
+        "goes live after 100 requests",
+    ]
+
+
+def test_percent() -> None:
+    assert [percent(share) for share in (0.1, 0.07, 0.005, 0.5)] == ["10%", "7%", "0.5%", "50%"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 
+from appliance.canary import Comparison
 from appliance.client import Client
 from appliance.home import Home
 from appliance.settings import Settings
@@ -25,6 +26,10 @@ class Nobody:
     def route(self, release: str | None, address: str) -> None: ...
 
     def hold(self, on: bool) -> None: ...
+
+    def route_canary(self, release: str, address: str, share: float, comparison: Comparison) -> None: ...
+
+    def end_canary(self) -> None: ...
 
     async def drained(self, address: str, timeout: float) -> None: ...
 

@@ -296,3 +296,53 @@ async def test_gc_says_what_it_would_do_and_does_it(box: Box) -> None:
     assert await box.client.gc(keep=1) == planned
     assert not (box.home.releases / "r-2").exists()
     assert {release.id for release in await box.client.releases()} == {"r-1", "r-3"}
+
+
+async def test_a_canary_is_ended_by_hand_either_way(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    for id in ("a", "b"):
+        box.release(id)
+    with pytest.raises(Conflict, match="no release is live"):
+        await box.client.promote("b", canary=0.1)
+    await box.client.promote("a")
+    with pytest.raises(Conflict, match="the engine of a does not run"):
+        await box.client.promote("b", canary=0.1)
+    monkeypatch.setattr(box.supervisor.trial, "_require_room", lambda release, live: None)
+    started = await box.client.promote("b", canary=0.1)
+    assert started.canary is not None
+    assert (started.live, started.canary.share, started.canary.live) == (False, 0.1, "a")
+    present = (await box.client.status()).canary
+    assert present is not None
+    assert (present.release, present.outcome) == ("b", "under way")
+    assert present.limits
+    listed = {release.id: release for release in await box.client.releases()}
+    assert listed["b"].canary == present
+    assert listed["a"].canary is None
+
+    assert (await box.client.rollback()).id == "a"
+    assert (await box.client.status()).canary is None
+    assert (await box.client.status()).live == "a"
+    ended = next(release.canary for release in await box.client.releases() if release.id == "b")
+    assert ended is not None
+    assert (ended.outcome, ended.reason) == ("rolled back", "by hand")
+    with pytest.raises(Conflict, match="no release was live before"):
+        await box.client.rollback()
+
+    await box.client.promote("b", canary=0.1)
+    assert (await box.client.promote("b")).live
+    assert (await box.client.status()).live == "b"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 7.0])
+async def test_a_canary_needs_a_share_of_the_conversations(box: Box, share: float) -> None:
+    box.release("a")
+    with pytest.raises(InvalidInput, match="canary"):
+        await box.client.promote("a", canary=share)
+
+
+async def test_a_refused_release_is_no_canary(box: Box) -> None:
+    box.release("a")
+    box.release("b", "quality")
+    await box.client.promote("a")
+    with pytest.raises(Conflict, match="refused"):
+        await box.client.promote("b", canary=0.1)
+    assert box.supervisor.trial.status() is None

@@ -97,10 +97,17 @@ def test_names_that_nothing_goes_by(shell: Shell) -> None:
         ("resume", "nope"),
         ("releases", "nope"),
         ("promote", "nope"),
+        ("promote", "nope", "--canary", "10%"),
+        ("promote", "nope", "--canary", "0.1"),
         ("keys", "revoke", "nope"),
     ):
         assert "there is no" in shell.refuses(5, *arguments)
     assert "no release was live before" in shell.refuses(5, "rollback")
+
+
+@pytest.mark.parametrize("share", ["10", "0", "100%", "1", "-5%", "few", "nan", ""])
+def test_a_canarys_share_that_is_none(shell: Shell, share: str) -> None:
+    assert "write 10% or 0.1" in shell.refuses(2, "promote", "nope", "--canary", share)
 
 
 def test_recipes_that_cannot_run(shell: Shell, tmp_path: Path) -> None:

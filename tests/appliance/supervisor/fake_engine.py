@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from appliance.canary import Comparison
 from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
 
 
@@ -38,12 +39,21 @@ class FakeFrontage:
 
     routes: list[str | None] = field(default_factory=list)
     holds: list[bool] = field(default_factory=list)
+    canaries: list[tuple[str, float] | None] = field(default_factory=list)
+    comparison: Comparison = field(default_factory=lambda: Comparison("", ""))
 
     def route(self, release: str | None, address: str) -> None:
         self.routes.append(release)
 
     def hold(self, on: bool) -> None:
         self.holds.append(on)
+
+    def route_canary(self, release: str, address: str, share: float, comparison: Comparison) -> None:
+        self.canaries.append((release, share))
+        self.comparison = comparison
+
+    def end_canary(self) -> None:
+        self.canaries.append(None)
 
     async def drained(self, address: str, timeout: float) -> None:
         pass

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from appliance.canary import Verdict
 from appliance.supervisor.decide import (
     MOST_CANDIDATE_FAILURES,
     MOST_LOSSES,
     Action,
     Advance,
+    CanaryView,
     Conclude,
+    EndCanary,
     EngineView,
     FailRun,
     ForgetWorker,
@@ -17,6 +20,7 @@ from appliance.supervisor.decide import (
     KillWorker,
     ProbeRun,
     Route,
+    RouteCanary,
     RunView,
     Snapshot,
     StartEngine,
@@ -33,6 +37,8 @@ SFT = RunView("r1", "running", "sft")
 PROBE = RunView("r1", "running", "probe")
 A = EngineView("a", alive=True, ready=True)
 R1 = EngineView("r1", alive=True, ready=True)
+B = EngineView("b", alive=True, ready=True)
+WAITING = CanaryView("b", "a", 0.1, Verdict("wait", "waits"))
 
 TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "nothing to do": (Snapshot(), []),
@@ -205,6 +211,95 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "exclusive: the live engine comes back after the run": (
         Snapshot(live="a", exclusive=True),
         [Hold(True), StartEngine("a")],
+    ),
+    "a canary gets an engine beside the live one": (
+        Snapshot(live="a", routed="a", engines=(A,), canary=WAITING),
+        [StartEngine("b")],
+    ),
+    "nobody is sent to it while that starts": (
+        Snapshot(live="a", routed="a", engines=(A, EngineView("b", alive=True)), canary=WAITING),
+        [],
+    ),
+    "a ready canary gets its share": (
+        Snapshot(live="a", routed="a", engines=(A, B), canary=WAITING),
+        [RouteCanary("b", 0.1)],
+    ),
+    "and keeps it": (
+        Snapshot(live="a", routed="a", engines=(A, B), canary=WAITING, routed_canary=("b", 0.1)),
+        [],
+    ),
+    "unless the share has changed": (
+        Snapshot(live="a", routed="a", engines=(A, B), canary=WAITING, routed_canary=("b", 0.3)),
+        [RouteCanary("b", 0.1)],
+    ),
+    "a canary whose engine died gets none, before that is cleared away": (
+        Snapshot(
+            live="a",
+            routed="a",
+            engines=(A, EngineView("b", alive=False, ready=True)),
+            canary=WAITING,
+            routed_canary=("b", 0.1),
+        ),
+        [RouteCanary(None), StopEngine("b", failed=True)],
+    ),
+    "a canary whose engine keeps failing goes back": (
+        Snapshot(
+            live="a",
+            routed="a",
+            engines=(A,),
+            canary=WAITING,
+            failures={"b": MOST_CANDIDATE_FAILURES},
+            resting=frozenset("b"),
+        ),
+        [EndCanary("rolled back", f"its engine failed {MOST_CANDIDATE_FAILURES} times")],
+    ),
+    "a canary with good figures goes live, and its engine stays": (
+        Snapshot(
+            live="a",
+            routed="a",
+            engines=(A, B),
+            canary=CanaryView("b", "a", 0.1, Verdict("promote", "good")),
+            routed_canary=("b", 0.1),
+        ),
+        [EndCanary("promoted", "good")],
+    ),
+    "then everybody is sent to it": (
+        Snapshot(live="b", routed="a", engines=(A, B), routed_canary=("b", 0.1)),
+        [RouteCanary(None), Route("b"), StopEngine("a")],
+    ),
+    "a canary with bad figures goes back": (
+        Snapshot(
+            live="a",
+            routed="a",
+            engines=(A, B),
+            canary=CanaryView("b", "a", 0.1, Verdict("rollback", "bad")),
+            routed_canary=("b", 0.1),
+        ),
+        [EndCanary("rolled back", "bad")],
+    ),
+    "then nobody is sent to it, and its engine stops": (
+        Snapshot(live="a", routed="a", engines=(A, B), routed_canary=("b", 0.1)),
+        [RouteCanary(None), StopEngine("b")],
+    ),
+    "a canary that was promoted by hand has ended": (
+        Snapshot(live="b", routed="a", engines=(A, B), canary=WAITING, routed_canary=("b", 0.1)),
+        [EndCanary("promoted", "by hand"), Route("b"), StopEngine("a")],
+    ),
+    "a canary beside which another release went live has ended": (
+        Snapshot(live="c", routed="a", engines=(A, B, EngineView("c", alive=True)), canary=WAITING),
+        [EndCanary("rolled back", "c went live meanwhile")],
+    ),
+    "exclusive: a canary has no room": (
+        Snapshot(live="a", routed="a", engines=(A,), canary=WAITING, exclusive=True),
+        [EndCanary("rolled back", "the lease is exclusive now, and leaves no room for its engine")],
+    ),
+    "a canary goes on beside a run and its candidate": (
+        Snapshot(runs=(PROBE,), live="a", routed="a", engines=(A, B, R1), canary=WAITING, routed_canary=("b", 0.1)),
+        [ProbeRun("r1")],
+    ),
+    "a canary answers its share while the live engine starts again": (
+        Snapshot(live="a", engines=(B,), canary=WAITING, routed_canary=("b", 0.1), failures={"a": 1}),
+        [StartEngine("a")],
     ),
     "share: serving goes on while training": (
         Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=True),), live="a", engines=(A,), routed="a"),

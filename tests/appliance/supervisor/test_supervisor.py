@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine, FakeFrontage
 
+from appliance import api
+from appliance.errors import Conflict
 from appliance.home import Home
 from appliance.store.database import open_database
+from appliance.supervisor import processes, trial
 from appliance.supervisor import supervisor as loop
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.events import EventLog
@@ -336,3 +339,143 @@ async def test_a_release_that_only_quality_refused_is_probed_so_that_it_can_be_a
     assert (release.state, release.live) == ("refused", False)
     passed = {name for name, passed in release.gates.items() if passed}
     assert passed == {"structure", "fidelity", "parity", "stopping"}
+
+
+async def two_releases(daemon: Daemon) -> tuple[str, str]:
+    """A live release, and another that could be."""
+    live = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == live)
+    other = daemon.queue(RECIPE.model_copy(update={"promote": False}))
+    await daemon.until_state(other, "finished")
+    await daemon.until(lambda: daemon.running("engine") == [live])
+    return live, other
+
+
+def answers(daemon: Daemon, live: int = 0, canary: int = 0, errors: int = 0) -> None:
+    """What the gateway would have counted."""
+    comparison = daemon.frontage.comparison
+    for _ in range(live):
+        comparison.live_tally.add_answer(["stop"], {})
+    for _ in range(canary):
+        comparison.candidate_tally.add_answer(["stop"], {})
+    for _ in range(errors):
+        comparison.candidate_tally.add_error()
+
+
+async def test_a_canary_that_does_well_goes_live_by_itself(daemon: Daemon) -> None:
+    live, other = await two_releases(daemon)
+    daemon.supervisor.start_canary(other, 0.1)
+    await daemon.until(lambda: daemon.frontage.canaries == [(other, 0.1)])
+    answers(daemon, live=20, canary=99)
+    await asyncio.sleep(0.1)
+    assert daemon.supervisor.releases.live() == live
+    engine = daemon.pid("engine", other)
+    answers(daemon, canary=1)
+    await daemon.until(lambda: daemon.running("engine") == [other])
+    assert daemon.frontage.routes == [live, other]
+    assert daemon.frontage.canaries == [(other, 0.1), None]
+    assert daemon.pid("engine", other) == engine, "no engine is started again for it"
+    ended = daemon.supervisor.trial.newest()[other]
+    assert (ended.outcome, [side.requests for side in ended.figures]) == ("promoted", [20, 100])
+    assert daemon.supervisor.releases.rollback().id == live
+
+
+async def test_a_canary_that_fails_goes_back_by_itself(daemon: Daemon) -> None:
+    live, other = await two_releases(daemon)
+    daemon.supervisor.start_canary(other, 0.1)
+    await daemon.until(lambda: daemon.frontage.canaries)
+    answers(daemon, live=40, errors=3)
+    await daemon.until(lambda: daemon.running("engine") == [live])
+    ended = daemon.supervisor.trial.newest()[other]
+    assert (ended.outcome, ended.reason) == (
+        "rolled back",
+        "3 of 3 requests to it failed, and 0 of 40 to the live release",
+    )
+    assert daemon.frontage.routes == [live]
+    assert daemon.frontage.canaries[-1] is None
+    daemon.supervisor.start_canary(other, 0.2)
+    await daemon.until(lambda: daemon.frontage.canaries[-1] == (other, 0.2))
+    assert daemon.frontage.comparison.candidate_tally.requests == 0, "a new canary begins with new figures"
+
+
+async def test_a_canary_on_which_no_engine_starts_goes_back(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LONGEST_REST_SECONDS", 0.05)
+    live, other = await two_releases(daemon)
+    daemon.engine.broken = {other}
+    daemon.supervisor.start_canary(other, 0.1)
+    await daemon.until(lambda: daemon.supervisor.trial.status() is None)
+    assert daemon.supervisor.trial.newest()[other].reason == "its engine failed 3 times"
+    assert daemon.frontage.canaries == []
+    assert daemon.supervisor.routed == live
+
+
+async def test_a_canary_outlasts_its_daemon(daemon: Daemon) -> None:
+    _, other = await two_releases(daemon)
+    daemon.supervisor.start_canary(other, 0.1)
+    await daemon.until(lambda: daemon.frontage.canaries)
+    answers(daemon, live=20, canary=50)
+    engine = daemon.pid("engine", other)
+    await daemon.die()
+    daemon.frontage.canaries.clear()
+    daemon.start()
+    await daemon.until(lambda: daemon.frontage.canaries == [(other, 0.1)])
+    assert daemon.pid("engine", other) == engine
+    answers(daemon, live=20, canary=100)
+    await daemon.until(lambda: daemon.supervisor.routed == other)
+
+
+async def test_killed_between_going_live_and_the_record(daemon: Daemon) -> None:
+    live, other = await two_releases(daemon)
+    daemon.supervisor.start_canary(other, 0.1)
+    await daemon.until(lambda: daemon.frontage.canaries)
+    await daemon.die()
+    daemon.supervisor.releases.promote(other)
+    daemon.start()
+    await daemon.until(lambda: daemon.supervisor.routed == other)
+    assert daemon.supervisor.trial.status() is None
+    assert daemon.supervisor.trial.newest()[other].outcome == "promoted"
+    assert daemon.supervisor.releases.rollback().id == live
+
+
+async def test_a_canary_says_what_it_waits_for(daemon: Daemon) -> None:
+    _, other = await two_releases(daemon)
+    assert daemon.supervisor.trial.status() is None
+    daemon.supervisor.start_canary(other, 0.1)
+    started = daemon.supervisor.trial.status()
+    assert started is not None
+    assert "its engine is starting" in started.reason
+    await daemon.until(lambda: daemon.frontage.canaries)
+    answers(daemon, live=15, canary=40)
+    present = daemon.supervisor.trial.status()
+    assert present is not None
+    assert present.reason == "waits for more requests: 60 to it, 5 to the live release"
+    assert [side.requests for side in present.figures] == [15, 40]
+    assert any("100 requests" in sentence for sentence in present.limits)
+
+
+async def test_where_no_canary_can_be(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, other = await two_releases(daemon)
+
+    def refused(release: str) -> str:
+        with pytest.raises(Conflict) as refusal:
+            daemon.supervisor.start_canary(release, 0.1)
+        assert daemon.supervisor.trial.status() is None
+        return refusal.value.code
+
+    assert refused(live) == "already_live"
+    daemon.supervisor.exclusive = True
+    assert refused(other) == "no_room"
+    daemon.supervisor.exclusive = False
+    monkeypatch.setattr(trial.processes, "memory", lambda row: 1 << 60)
+    assert refused(other) == "no_room"
+    monkeypatch.setattr(trial.processes, "memory", lambda row: 0)
+    box = trial.hardware.measure(daemon.home.root)
+    full = api.Gpu(name="gpu", memory_total=80, memory_used=50, utilisation=0)
+    monkeypatch.setattr(trial.hardware, "measure", lambda home: box.model_copy(update={"gpus": (full,)}))
+    assert refused(other) == "no_room"
+
+
+async def test_a_group_of_processes_is_measured(daemon: Daemon) -> None:
+    live, _ = await two_releases(daemon)
+    row = next(row for row in daemon.supervisor.processes.all() if row.owner == live)
+    assert 1 << 20 < processes.memory(row) < 1 << 30

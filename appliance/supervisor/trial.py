@@ -1,0 +1,132 @@
+"""The canary under way: its record, the figures of both sides, and what the gateway is told of it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from appliance import api, hardware
+from appliance.canary import Comparison, Limits, judge
+from appliance.errors import Conflict
+from appliance.home import Home
+from appliance.store.canaries import Canaries
+from appliance.store.processes import Processes
+from appliance.store.releases import Releases
+from appliance.supervisor import processes
+from appliance.supervisor.decide import CanaryView
+
+
+class CanaryRoutes(Protocol):
+    """The part of the public face that divides conversations."""
+
+    def route_canary(self, release: str, address: str, share: float, comparison: Comparison) -> None:
+        """Let the engine at `address` answer a share of the conversations, and count both sides in `comparison`."""
+        ...
+
+    def end_canary(self) -> None:
+        """Let the live release answer them all, and count nothing."""
+        ...
+
+
+class Trial:
+    """At most one canary. Its record outlasts the daemon; the figures do not, and begin again with the next one."""
+
+    def __init__(
+        self,
+        home: Home,
+        canaries: Canaries,
+        releases: Releases,
+        processes_kept: Processes,
+        routes: CanaryRoutes,
+        limits: Limits,
+    ) -> None:
+        self.routed: tuple[str, float] | None = None
+        """The release that the gateway sends a share to, and the share."""
+        self._home = home
+        self._canaries = canaries
+        self._releases = releases
+        self._processes = processes_kept
+        self._routes = routes
+        self._limits = limits
+        self._comparison = Comparison("", "")
+        self._since = 0.0
+
+    def start(self, release: str, share: float, exclusive: bool) -> api.Canary:
+        """Make a release the canary, or change its share. Raises NotFound, and Conflict where it cannot be one."""
+        live = self._releases.live()
+        if self._releases.require_verified(release).live:
+            raise Conflict("already_live", f"{release} is live", "see `appliance releases` for another")
+        if live is None:
+            raise Conflict("nothing_live", "no release is live to compare with", f"`appliance promote {release}`")
+        if exclusive:
+            raise Conflict(
+                "no_room",
+                "a canary needs two engines at once, and the lease is exclusive",
+                f"promote it for everybody: `appliance promote {release}`",
+            )
+        self._require_room(release, live)
+        return self._canaries.start(release, live, share)
+
+    def view(self) -> CanaryView | None:
+        """The canary as decisions see it."""
+        canary = self._canaries.current()
+        if canary is None:
+            return None
+        comparison = self._compare(canary)
+        verdict = judge(comparison.live_tally, comparison.candidate_tally, self._limits)
+        return CanaryView(canary.release, canary.live, canary.share, verdict)
+
+    def route(self, release: str | None, share: float, address: str) -> None:
+        """Tell the gateway whose engine answers the canary's share; None: the live release's."""
+        canary = self._canaries.current()
+        if release is None or canary is None:
+            self.routed = None
+            self._routes.end_canary()
+        else:
+            self.routed = (release, share)
+            self._routes.route_canary(release, address, share, self._compare(canary))
+
+    def end(self, outcome: api.CanaryOutcome, reason: str) -> None:
+        """Record how it ended; one that is promoted is live before that. Safe to repeat after a kill in between."""
+        canary = self._canaries.current()
+        if canary is None:
+            return
+        if outcome == "promoted":
+            self._releases.promote(canary.release)
+        self._canaries.end(outcome, reason, self._compare(canary).figures())
+
+    def status(self) -> api.Canary | None:
+        """The canary under way with its figures so far and what it waits for."""
+        canary, view = self._canaries.current(), self.view()
+        if canary is None or view is None:
+            return None
+        reason = view.verdict.reason if self.routed else "its engine is starting, and the live release answers all"
+        figures, limits = self._compare(canary).figures(), self._limits.sentences()
+        return canary.model_copy(update={"reason": reason, "figures": figures, "limits": limits})
+
+    def newest(self) -> dict[str, api.Canary]:
+        """The newest canary of each release that was ever one."""
+        present = self.status()
+        return self._canaries.newest() | ({present.release: present} if present else {})
+
+    def _compare(self, canary: api.Canary) -> Comparison:
+        """The figures of this canary; of another one before, they are dropped."""
+        if self._since != canary.since:
+            self._since = canary.since
+            self._comparison = Comparison(canary.live, canary.release)
+        return self._comparison
+
+    def _require_room(self, release: str, live: str) -> None:
+        """Raises Conflict where the box cannot take a second engine as large as the live release's."""
+        engines = {row.owner: row for row in self._processes.all() if row.kind == "engine"}
+        if release in engines:
+            return
+        if live not in engines:
+            raise Conflict("not_ready", f"the engine of {live} does not run", "wait until `appliance status` shows it")
+        box, needed = hardware.measure(self._home.root), processes.memory(engines[live])
+        full = any(gpu.memory_used > gpu.memory_total - gpu.memory_used for gpu in box.gpus)
+        if full or needed > box.memory_total - box.memory_used:
+            raise Conflict(
+                "no_room",
+                "a canary needs a second engine as large as the live release's, and there is no memory for it",
+                f"end other programs, or promote it for everybody: `appliance promote {release}`",
+            )
