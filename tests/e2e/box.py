@@ -25,10 +25,11 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 class Box:
-    """`home` with a daemon on a free port. The engine is that of APPLIANCE_ENGINE."""
+    """`home` with a daemon, which `serve` starts, on a free port. The engine is that of APPLIANCE_ENGINE."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, serve: tuple[str, ...] = (sys.executable, "-m", "appliance.cli", "serve")) -> None:
         self.home = home
+        self._serve = serve
         self.client = Client(home.control_socket())
         self.daemon: subprocess.Popen[bytes] | None = None
 
@@ -36,7 +37,7 @@ class Box:
         environment = {**os.environ, "APPLIANCE_HOME": str(self.home.root), "APPLIANCE_PORT": "0"}
         with open(self.home.root / "daemon.log", "ab") as log:
             self.daemon = subprocess.Popen(
-                [sys.executable, "-m", "appliance.cli", "serve"],
+                self._serve,
                 env=environment,
                 stdout=log,
                 stderr=log,
