@@ -197,6 +197,7 @@ class FakeDaemon:
             "endpoint": "http://127.0.0.1:8080/v1",
             "live": live,
             "routed": live,
+            "canary": self._canary(),
             "engines": [engine] if live else [],
             "lease": self.lease,
             "queued": sum(run["state"] == "queued" for run in self.runs.values()),
@@ -334,13 +335,20 @@ class FakeDaemon:
             }
 
         @app.post("/v1/releases/{id}/promote")
-        async def promote(id: str) -> Any:
+        async def promote(id: str, canary: float | None = None) -> Any:
+            if canary:
+                live = self.status()["live"]
+                self.releases[id]["canary"] = {"release": id, "live": live, "share": canary, "since": self.now}
+                return self.releases[id]
             if self.releases[id]["state"] == "refused":
                 return _problem(409, "refused", f"{id} was refused", "train again")
             return self._make_live(id)
 
         @app.post("/v1/rollback")
         async def rollback() -> Any:
+            if tried := self._canary():
+                tried |= {"ended": self.now, "outcome": "rolled back", "reason": "by hand"}
+                return self.releases[tried["live"]]
             return self._make_live("base-1")
 
         @app.post("/v1/chat/completions")
@@ -348,6 +356,11 @@ class FakeDaemon:
             if not any(release["live"] for release in self.releases.values()):
                 return _problem(503, "no_live_release", "no release is live", "promote one")
             return StreamingResponse(self._answer(), media_type="text/event-stream")
+
+    def _canary(self) -> dict[str, Any] | None:
+        """The one under way."""
+        tried = (release.get("canary") for release in self.releases.values())
+        return next((canary for canary in tried if canary and "ended" not in canary), None)
 
     def _make_live(self, id: str) -> dict[str, Any]:
         for release in self.releases.values():

@@ -94,6 +94,23 @@ async def test_rollback_asks_and_moves_the_live_mark(driver: Driver) -> None:
     await driver.until_seen("◆ base-1")
 
 
+async def test_a_canary_is_begun_told_of_and_ended(driver: Driver) -> None:
+    await open_page(driver, "3", "◆ facts-2")
+    await driver.press("down", "down", "c")
+    await driver.until_seen("Make base-1 the canary?")
+    await driver.press("y")
+    await driver.until(lambda: driver.asked() == [("POST", "/v1/releases/base-1/promote")])
+    await driver.until_seen("◇ base-1")
+    await driver.until_seen("◇ 10%")
+    await driver.press("c")
+    await driver.until_seen("base-1 is the canary; promote")
+    await driver.press("b")
+    await driver.until_seen("The canary base-1 ends")
+    await driver.press("y")
+    await driver.until_seen("✓ base-1")
+    assert driver.sees("◆ facts-2")
+
+
 @narrow
 async def test_what_the_daemon_refuses_is_told_with_the_next_step(driver: Driver) -> None:
     await open_page(driver, "3", "◆ facts-2")

@@ -52,6 +52,27 @@ def run(state: api.RunState = "running", stage: str = "sft", **fields: Any) -> a
     return api.Run(id="facts-1", recipe="facts", base="tiny", state=state, stages=stages, stage=stage, **known)
 
 
+CANARY = api.Canary(
+    release="b",
+    live="a",
+    share=0.1,
+    since=0,
+    reason="waits for more requests: 9 to it",
+    figures=(
+        api.CanaryFigures(
+            release="a",
+            requests=31,
+            errors=0,
+            stops={"stop": 31},
+            seconds={"first token": api.Spread(median=0.25, p95=1)},
+        ),
+        api.CanaryFigures(release="b", requests=2, errors=1, stops={}, seconds={}),
+    ),
+    limits=("goes live after 11",),
+)
+ENDED = CANARY.model_copy(update={"ended": 1.0, "outcome": "rolled back", "reason": "it failed", "limits": ()})
+
+
 def release(**fields: Any) -> api.Release:
     known: dict[str, Any] = {"id": "facts-1", "base": "tiny", "state": "verified", "created": 0.0, **fields}
     return api.Release(**known)
@@ -322,6 +343,10 @@ class TestSummary:
         )
         entry = release_entry(release(live=True, gates={"structure": True, "parity": False}), 60)
         assert entry.plain == "◆ facts-1\n  live  1/2 gates, 1m ago"
+        tried = release_entry(release(gates={"parity": True}, canary=CANARY), 60)
+        assert tried.plain.startswith("◇ ")
+        assert "canary  1/1 gates" in tried.plain
+        assert release_entry(release(canary=ENDED), 60).plain.startswith("✓ ")
         assert recipe_entry(api.ShippedRecipe(name="a", summary="b\nc", text="")).plain == "• a\n  b c"
 
 
@@ -343,6 +368,15 @@ class TestPermits:
         assert permits.why_not_roll_back((release(live=True), release(id="b"))) is None
         assert permits.why_not_roll_back((release(live=True), release(id="b", state="refused")))
         assert permits.why_not_roll_back((release(),))
+        assert permits.why_not_roll_back((release(live=True), release(id="b", state="refused", canary=CANARY))) is None
+
+    def test_canary(self) -> None:
+        status = TestStatusLine().status
+        assert permits.why_not_try(release(), status(lease="share")) is None
+        assert "live already" in str(permits.why_not_try(release(live=True), status(lease="share")))
+        assert "exclusive" in str(permits.why_not_try(release(), status()))
+        assert "no release is live" in str(permits.why_not_try(release(), status(lease="share", live=None)))
+        assert "b is the canary" in str(permits.why_not_try(release(), status(lease="share", canary=CANARY)))
 
 
 class TestTexts:
@@ -372,6 +406,14 @@ class TestTexts:
         assert "1 prompt differs" in text
         assert "✗ parity failed\n  1 of 8 differs\n  equal 7, prompts 8" in text
         assert "no gate was measured" in gates(release(), None).plain
+
+    def test_a_canary_is_told_with_both_sides_figures(self) -> None:
+        text = gates(release(canary=CANARY), None).plain
+        assert "◇ canary of 10%  waits for more requests: 9 to it" in text
+        assert "a: requests 31, failed 0, stop 31, first token 0.25" in text
+        assert "b: requests 2, failed 1" in text
+        assert "goes live after 11" in text
+        assert "◇ canary of 10% rolled back  it failed" in gates(release(canary=ENDED), None).plain
 
     def test_rows_of_both_kinds(self) -> None:
         talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}], "line": 3}
@@ -424,7 +466,12 @@ class TestStatusLine:
         assert status_line(self.status(live=None, routed=None), 80).plain.startswith("no live release")
         assert status_line(self.status(engines=()), 80).plain.startswith("◆ a-1 ○ no engine")
 
+    def test_tells_of_the_canary(self) -> None:
+        assert status_line(self.status(canary=CANARY), 120).plain.startswith("◆ a-1 ◐ starting ◇ 10%  │")
+
     @pytest.mark.parametrize("width", [78, 99, 118])
     def test_fits(self, width: int) -> None:
         name = "a-name-as-long-as-a-name-may-be-" * 2
+        tried = self.status(live=name, routed=name, engines=(), canary=CANARY)
+        assert status_line(tried, width).cell_length <= width
         assert status_line(self.status(live=name, routed=name, engines=()), width).cell_length <= width

@@ -14,10 +14,13 @@ from tui.link import PROBLEMS, explain
 from tui.screens.page import RecordPage
 from tui.viewmodels.box import Box
 from tui.viewmodels.outline import gates, outline
-from tui.viewmodels.permits import why_not_promote, why_not_roll_back
+from tui.viewmodels.permits import why_not_promote, why_not_roll_back, why_not_try
 from tui.viewmodels.records import release_entry
 from tui.widgets.panes import Panes
 from tui.widgets.text_pane import TextPane
+
+_SHARE = 0.1
+"""Of the conversations, for a canary from here."""
 
 
 class ReleasesPage(RecordPage):
@@ -27,10 +30,19 @@ class ReleasesPage(RecordPage):
     ABOUT = (
         "A release is a merged model with its manifest. It can go live only when every gate passed: structure, "
         "fidelity to the adapter that was trained, parity of trainer and engine, stopping, and quality. "
-        "Promoting swaps it in without a failed request; rolling back brings back the one that was live before."
+        "Promoting swaps it in without a failed request; rolling back brings back the one that was live before. "
+        "As a canary (c) it answers a share of the conversations first, and goes live or back by itself."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("p", "promote", "Promote", tooltip="Make this release live", id="release.promote"),
+        Binding(
+            "c",
+            "try_out",
+            "Canary",
+            tooltip="Let it answer 10% of the conversations first",
+            show=False,
+            id="release.try_out",
+        ),
         Binding("b", "roll_back", "Roll back", tooltip="Bring back the release before", id="release.roll_back"),
     ]
 
@@ -81,15 +93,31 @@ class ReleasesPage(RecordPage):
             ),
         )
 
+    def action_try_out(self) -> None:
+        box = self.appliance.box
+        release = box.release(self.chosen) if box else None
+        if self.appliance.refused(why_not_try(release, box.status if box else None)) or release is None:
+            return
+        self.appliance.confirm(
+            f"Make {release.id} the canary?",
+            f"It answers {_SHARE:.0%} of the conversations, and goes live or back by itself on what it shows.",
+            "Canary",
+            lambda: self.appliance.perform(
+                self.appliance.client.promote(release.id, canary=_SHARE), lambda canary: f"{canary.id} is the canary"
+            ),
+        )
+
     def action_roll_back(self) -> None:
         box = self.appliance.box
         if self.appliance.refused(why_not_roll_back(box.releases if box else ())):
             return
+        canary = box.status.canary if box else None
+        before = f"The release that was live before {box.status.live if box else ''} answers again."
         self.appliance.confirm(
             "Roll back?",
-            f"The release that was live before {box.status.live if box else ''} answers again.",
+            f"The canary {canary.release} ends; {canary.live} answers all." if canary else before,
             "Roll back",
             lambda: self.appliance.perform(
-                self.appliance.client.rollback(), lambda release: f"{release.id} is going live again"
+                self.appliance.client.rollback(), lambda release: f"{release.id} answers again"
             ),
         )

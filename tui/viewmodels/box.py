@@ -8,7 +8,7 @@ from textual.content import Content
 
 from appliance import api
 from tui.viewmodels.format import fit, size
-from tui.viewmodels.states import ENGINES, LIVE, NO_ENGINE
+from tui.viewmodels.states import CANARY, ENGINES, LIVE, NO_ENGINE
 from tui.viewmodels.styles import FAINT, MUTED
 
 _ROOM_FOR_SERVING = 34
@@ -52,8 +52,9 @@ def _serving(status: api.Status, room: int) -> Content:
         return Content.styled("no live release", MUTED)
     engine = next((engine for engine in status.engines if engine.release == release), None)
     look = ENGINES[engine.state] if engine else NO_ENGINE
-    name = fit(release, max(8, room - len(look.word) - 5))
-    return Content.assemble((f"{LIVE.glyph} {name} ", LIVE.style), look.label())
+    canary = f" {CANARY.glyph} {100 * status.canary.share:.3g}%" if status.canary else ""
+    name = fit(release, max(8, room - len(look.word) - 5 - len(canary)))
+    return Content.assemble((f"{LIVE.glyph} {name} ", LIVE.style), look.label(), (canary, CANARY.style))
 
 
 def _lease(status: api.Status) -> Content:

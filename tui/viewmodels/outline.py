@@ -72,6 +72,7 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
     lines = [Content.assemble(*head)]
     if release.reason:
         lines.append(Content.styled(plain(release.reason), "$text-error" if look is states.REFUSED else ""))
+    lines += _canary(release.canary) if release.canary else []
     recorded: dict[str, Any] = (manifest or {}).get("gates", {})
     for name, passed in release.gates.items():
         verdict = states.PASSED if passed else states.NOT_PASSED
@@ -83,6 +84,19 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
     if not release.gates:
         lines += [Content(""), Content.styled("no gate was measured", MUTED)]
     return Content("\n").join(lines)
+
+
+def _canary(canary: api.Canary) -> list[Content]:
+    """Its share, what it waits for or came to, and the figures of both sides."""
+    came = "" if canary.ended is None else f" {canary.outcome}"
+    style = "$text-error" if canary.outcome == "rolled back" else ""
+    head = (f"{states.CANARY.glyph} canary of {100 * canary.share:.3g}%{came}  ", states.CANARY.style)
+    lines = [Content(""), Content.assemble(head, (plain(canary.reason), style))]
+    for side in canary.figures:
+        medians = {name: spread.median for name, spread in side.seconds.items()}
+        told = figures({"requests": side.requests, "failed": side.errors, **side.stops, **medians})
+        lines.append(Content.styled(f"  {one_line(f'{side.release}: {told}', 400)}", MUTED))
+    return [*lines, *(Content.styled(f"  {limit}", MUTED) for limit in canary.limits)]
 
 
 def row_preview(row: dict[str, Any]) -> Content:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from appliance import api
-from tui.viewmodels.states import ACTIVE
+from tui.viewmodels.states import ACTIVE, is_canary
 
 
 def why_not_stop(run: api.Run | None) -> str | None:
@@ -36,7 +36,22 @@ def why_not_promote(release: api.Release | None) -> str | None:
     return None
 
 
+def why_not_try(release: api.Release | None, status: api.Status | None) -> str | None:
+    """Why a release cannot be the canary."""
+    if reason := why_not_promote(release):
+        return reason
+    if status is None or status.live is None:
+        return "no release is live to compare with; promote it"
+    if status.canary is not None:
+        return f"{status.canary.release} is the canary; promote it, or roll it back, first"
+    if status.lease == "exclusive":
+        return "a canary needs two engines at once, and the lease is exclusive; promote it"
+    return None
+
+
 def why_not_roll_back(releases: tuple[api.Release, ...]) -> str | None:
+    if any(is_canary(release) for release in releases):
+        return None
     if not any(release.live for release in releases):
         return "nothing is live, so there is nothing to roll back from"
     if sum(release.state == "verified" for release in releases) < 2:

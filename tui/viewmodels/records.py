@@ -6,7 +6,7 @@ from textual.content import Content
 
 from appliance import api
 from tui.viewmodels.format import ago, duration, one_line
-from tui.viewmodels.states import ACTIVE, LIVE, RUNS, release_look
+from tui.viewmodels.states import ACTIVE, CANARY, LIVE, RUNS, is_canary, release_look
 from tui.viewmodels.styles import MUTED
 from tui.viewmodels.trace import RunTrace
 
@@ -22,7 +22,7 @@ def run_entry(run: api.Run, trace: RunTrace | None, now: float) -> Content:
 
 
 def release_entry(release: api.Release, now: float) -> Content:
-    look = LIVE if release.live else release_look(release)
+    look = LIVE if release.live else CANARY if is_canary(release) else release_look(release)
     passed = f"{sum(release.gates.values())}/{len(release.gates)} gates" if release.gates else "no gates"
     return _entry(look.glyph, release.id, look.word, look.style, f"{passed}, {ago(release.created, now)}")
 

@@ -32,6 +32,7 @@ ACTIVE = frozenset({"queued", "running", "stopping"})
 VERIFIED = Look("✓", "verified", "$text-success")
 REFUSED = Look("✗", "refused", "$text-error")
 LIVE = Look("◆", "live", "bold $text-accent")
+CANARY = Look("◇", "canary", "$text-accent")
 
 PASSED = Look("✓", "passed", "$text-success")
 NOT_PASSED = Look("✗", "failed", "$text-error")
@@ -47,6 +48,10 @@ ENGINES: dict[str, Look] = {
     "backoff": Look("✗", "restarting", "$text-error"),
 }
 NO_ENGINE = Look("○", "no engine", "$text-warning")
+
+
+def is_canary(release: api.Release) -> bool:
+    return release.canary is not None and release.canary.ended is None
 
 
 def release_look(release: api.Release) -> Look:
