@@ -409,6 +409,13 @@ async def test_a_canary_on_which_no_engine_starts_goes_back(daemon: Daemon, monk
     assert daemon.supervisor.routed == live
 
 
+async def test_earlier_failures_of_its_engine_are_not_held_against_a_canary(daemon: Daemon) -> None:
+    _, other = await two_releases(daemon)
+    daemon.supervisor._failures[other] = 3
+    daemon.supervisor.start_canary(other, 0.1)
+    await daemon.until(lambda: daemon.frontage.canaries == [(other, 0.1)])
+
+
 async def test_a_canary_outlasts_its_daemon(daemon: Daemon) -> None:
     _, other = await two_releases(daemon)
     daemon.supervisor.start_canary(other, 0.1)

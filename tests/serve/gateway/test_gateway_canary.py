@@ -225,6 +225,17 @@ async def test_a_stream_that_breaks_is_an_error_of_its_side(
     assert comparison.live_tally.requests + comparison.candidate_tally.requests == 1
 
 
+async def test_a_stream_that_breaks_after_its_last_event_is_counted_once(
+    http: httpx.AsyncClient, engine: ScriptedEngine, comparison: Comparison
+) -> None:
+    engine.script = events(STREAM, b"data: ", end=False)
+    await http.post(CHAT, json=ASK_STREAM, headers=named("live"))
+    engine.script = events(STREAM)
+    await http.post(CHAT, json=ASK_STREAM, headers=named("live"))
+    await counted(comparison, 2)
+    assert (comparison.live_tally.requests, comparison.live_tally.errors) == (2, 1)
+
+
 @pytest.mark.parametrize("side", ["live", "canary"])
 async def test_a_failure_that_is_told_in_a_stream_is_an_error(
     http: httpx.AsyncClient, engine: ScriptedEngine, candidate: ScriptedEngine, comparison: Comparison, side: str
