@@ -265,6 +265,8 @@ def status(as_json: bool) -> None:
     print(f"live      {now.live or 'nothing'}{'' if now.live == now.routed else f' (answering: {now.routed or None})'}")
     for line in console.canary_lines(now.canary) if now.canary else ():
         print(f"canary    {line}")
+    if now.setback:
+        print(f"setback   {now.setback} — what was live before is so again; `appliance promote` tries once more")
     for engine in now.engines:
         print(f"engine    {engine.kind} {engine.state} for {engine.release}")
     print(f"running   {now.running or 'nothing'}, {now.queued} queued, lease {now.lease}")

@@ -27,6 +27,18 @@ def measure(home: Path) -> api.Hardware:
     )
 
 
+def free_memory() -> int:
+    """Bytes that a model may still take: of the first GPU, else of the machine."""
+    gpus = _gpus()
+    return gpus[0].memory_total - gpus[0].memory_used if gpus else int(psutil.virtual_memory().available)
+
+
+def total_memory() -> int:
+    """Bytes of the first GPU, else of the machine."""
+    gpus = _gpus()
+    return gpus[0].memory_total if gpus else int(psutil.virtual_memory().total)
+
+
 def has_gpu() -> bool:
     """Whether an NVIDIA GPU can be used here."""
     return _nvml() is not None

@@ -61,19 +61,11 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
             releases.accept(id, accept_quality(home, id).reason)
         if canary is not None:
             return releases.get(id).model_copy(update={"canary": supervisor.start_canary(id, canary)})
-        release = releases.promote(id)
-        supervisor.poke()
-        return release
+        return supervisor.promote(id)
 
     @routes.post("/v1/rollback")
     async def rollback() -> api.Release:
-        if canary := supervisor.trial.status():
-            supervisor.trial.end("rolled back", "by hand")
-            supervisor.poke()
-            return releases.get(canary.live)
-        release = releases.rollback()
-        supervisor.poke()
-        return release
+        return supervisor.rollback()
 
     @routes.post("/v1/releases")
     async def import_release(request: Request, name: str | None = None) -> api.Release:
@@ -109,7 +101,7 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
     @routes.post("/v1/gc")
     async def gc(keep: Annotated[int, Query(ge=0)] = 5, dry_run: bool = False) -> api.Garbage:
         async with arriving:
-            serving = {engine.release for engine in supervisor.engines()}
+            serving = {engine.release for engine in supervisor.engines.shown()}
             garbage = find_garbage(home, releases, runs, datasets, serving, keep)
             if not dry_run:
                 forget_garbage(garbage, releases)

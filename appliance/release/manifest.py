@@ -51,20 +51,25 @@ class Manifest:
     recipe: dict[str, Any]
     recipe_sha256: str
     versions: dict[str, str]
+    reference: dict[str, Any] = field(default_factory=dict)
+    """What the engine that was probed answered greedily: its kind (`engine`), and `answers` to `messages`."""
     accepted: dict[str, float] = field(default_factory=dict)
     """Gates that did not pass and that the operator accepted by name, and when."""
 
 
-def finalise(home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:
+def finalise(
+    home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gate], reference: dict[str, Any] | None = None
+) -> Manifest:
     """Write the manifest of a run's merged model and move it to `releases/`, verified or refused.
 
     `probe_gates` has gates 3 and 4; they may be missing where verify has failed already, and count as not passed.
+    `reference` is what the probed engine answered.
     Safe to repeat after a kill at any moment: a release that exists is returned as it is.
     """
     final = home.releases / run_id
     if not final.exists():
         model = home.runs / run_id / "merge" / "model"
-        manifest = _manifest(home.runs / run_id, recipe, probe_gates)
+        manifest = replace(_manifest(home.runs / run_id, recipe, probe_gates), reference=reference or {})
         card = model_card(manifest, _source(home, recipe.base)).encode()
         write_atomic(model / CARD, card)
         files = manifest.files | {CARD: hashlib.sha256(card).hexdigest()}
@@ -104,6 +109,20 @@ def read_manifest(home: Home, release_id: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise NotFound("no_such_release", f"there is no release {release_id}", "see `appliance releases`") from None
     return manifest
+
+
+def same_but_for_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether an engine that has read the one release need read nothing but weights to serve the other.
+
+    Both are manifests; an empty one is like no other.
+    """
+    return bool(one) and bool(other) and _read_at_start(one) == _read_at_start(other)
+
+
+def _read_at_start(manifest: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the configuration, the tokenizer and the template."""
+    weights = (".safetensors", ".safetensors.index.json", CARD)
+    return {name: hash for name, hash in manifest["files"].items() if not name.endswith(weights) and "/" not in name}
 
 
 def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:

@@ -42,6 +42,11 @@ MIGRATIONS = (
     );
     CREATE UNIQUE INDEX one_canary ON canaries (ended IS NULL) WHERE ended IS NULL;
     """,
+    """
+    ALTER TABLE deployments ADD COLUMN answered REAL;
+    ALTER TABLE deployments ADD COLUMN failed TEXT NOT NULL DEFAULT '';
+    UPDATE deployments SET answered = since;
+    """,
 )
 
 

@@ -8,13 +8,16 @@ from typing import Literal
 
 Kind = Literal["worker", "engine"]
 
+SWAPPING = "swapping"
+
 
 @dataclass(frozen=True)
 class ProcessRow:
     """One child process; it leads a process group of its own.
 
-    `owner` is a run's id for a worker, a release's for an engine. `started` is when `pid` started, in
-    clock ticks since the boot `boot`: together they name one process for ever.
+    `owner` is a run's id for a worker, a release's for an engine. `stage` is what a worker works at, and for an engine
+    `SWAPPING` while the owner's weights take the place of another's. `started` is when `pid` started, in clock ticks
+    since the boot `boot`: together they name one process for ever.
     """
 
     kind: Kind
@@ -39,6 +42,17 @@ class Processes:
 
     def remove(self, row: ProcessRow) -> None:
         self._db.execute("DELETE FROM processes WHERE kind = ? AND owner = ?", (row.kind, row.owner))
+
+    def replace(self, row: ProcessRow, by: ProcessRow) -> None:
+        """The same process under another owner or stage: both or neither."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self.remove(row)
+            self.add(by)
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
 
     def all(self) -> list[ProcessRow]:
         rows = self._db.execute("SELECT kind, owner, stage, pid, started, boot, address FROM processes")

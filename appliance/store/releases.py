@@ -9,9 +9,14 @@ import time
 from appliance import api
 from appliance.errors import Conflict, NotFound
 
+_COUNTING = "deployments WHERE failed = '' ORDER BY position DESC"
+
 
 class Releases:
-    """The newest row of `deployments` is the live release; the rows before it are what a rollback returns to."""
+    """The newest row of `deployments` is the live release; the rows before it are what a rollback returns to.
+
+    A row says when its release first answered as the live one, or why it never did; the latter do not count.
+    """
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
@@ -49,8 +54,32 @@ class Releases:
 
     def live(self) -> str | None:
         """Id of the release that is wanted live."""
-        row = self._db.execute("SELECT release FROM deployments ORDER BY position DESC LIMIT 1").fetchone()
+        row = self._db.execute(f"SELECT release FROM {_COUNTING} LIMIT 1").fetchone()
         return None if row is None else str(row["release"])
+
+    def fallback(self) -> str | None:
+        """What was live before, as long as the live release has not answered yet; None: there is no way back."""
+        rows = self._db.execute(f"SELECT release, answered FROM {_COUNTING} LIMIT 2").fetchall()
+        return str(rows[1]["release"]) if len(rows) == 2 and rows[0]["answered"] is None else None
+
+    def mark_answered(self) -> None:
+        """Record that the live release answers, if it is the first time."""
+        self._db.execute(
+            "UPDATE deployments SET answered = ? WHERE answered IS NULL"
+            f" AND position = (SELECT position FROM {_COUNTING} LIMIT 1)",
+            (time.time(),),
+        )
+
+    def give_up(self, id: str, reason: str) -> None:
+        """Undo the going live of a release that has never answered since: what was live before is so again."""
+        self._db.execute(
+            "UPDATE deployments SET failed = ? WHERE failed = '' AND answered IS NULL AND release = ?", (reason, id)
+        )
+
+    def setback(self) -> str:
+        """Why the last release that was to go live did not; empty where it did."""
+        row = self._db.execute("SELECT release, failed FROM deployments ORDER BY position DESC LIMIT 1").fetchone()
+        return f"{row['release']} did not go live: {row['failed']}" if row and row["failed"] else ""
 
     def accept(self, id: str, reason: str) -> None:
         """Record that a refused release counts as verified. Its gates stay as they were measured."""
@@ -76,7 +105,7 @@ class Releases:
     def needed(self) -> set[str]:
         """The live release, the one that a rollback returns to, and the canary."""
         rows = self._db.execute(
-            "SELECT release FROM (SELECT release FROM deployments ORDER BY position DESC LIMIT 2)"
+            f"SELECT release FROM (SELECT release FROM {_COUNTING} LIMIT 2)"
             " UNION SELECT release FROM canaries WHERE ended IS NULL"
         )
         return {str(row["release"]) for row in rows}
@@ -89,7 +118,8 @@ class Releases:
             self._db.execute("DELETE FROM releases WHERE id = ?", (id,))
             self._db.execute(
                 "DELETE FROM deployments WHERE position IN (SELECT position FROM (SELECT position, release,"
-                " lag(release) OVER (ORDER BY position) AS before FROM deployments) WHERE release = before)"
+                " lag(release) OVER (ORDER BY position) AS before FROM deployments WHERE failed = '')"
+                " WHERE release = before)"
             )
             self._db.execute("COMMIT")
         except BaseException:
@@ -98,14 +128,14 @@ class Releases:
 
     def rollback(self) -> api.Release:
         """Make the release that was live before the live one live again. Raises Conflict where there is none."""
-        rows = self._db.execute("SELECT position, release FROM deployments ORDER BY position DESC LIMIT 2").fetchall()
+        rows = self._db.execute(f"SELECT position, release FROM {_COUNTING} LIMIT 2").fetchall()
         if len(rows) < 2:
             raise Conflict(
                 "nothing_to_roll_back",
                 "no release was live before this one",
                 "promote one: `appliance promote ID`",
             )
-        self._db.execute("DELETE FROM deployments WHERE position = ?", (rows[0]["position"],))
+        self._db.execute("DELETE FROM deployments WHERE position >= ?", (rows[0]["position"],))
         return self.get(rows[1]["release"])
 
     def _deploy(self, id: str) -> None:

@@ -48,12 +48,18 @@ class WorkerView:
 
 @dataclass(frozen=True)
 class EngineView:
-    """An engine process on record. `overdue`: it has had its time to become ready, or has stopped answering."""
+    """An engine process on record. `overdue`: it has had its time to become ready, or has stopped answering.
+
+    `swapping`: this release's weights take the place of another's. `abandoned`: so it was, and nobody is at it any
+    more, so that it may serve whatever.
+    """
 
     release: str
     alive: bool
     ready: bool = False
     overdue: bool = False
+    swapping: bool = False
+    abandoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,12 @@ class Snapshot:
     workers: tuple[WorkerView, ...] = ()
     engines: tuple[EngineView, ...] = ()
     live: str | None = None
+    fallback: str | None = None
+    """What was live before, as long as the live release has never answered."""
+    swappable: frozenset[str] = frozenset()
+    """Releases whose engine could go on with the live release's weights."""
+    room: bool = True
+    """The memory lets one more engine start."""
     routed: str | None = None
     canary: CanaryView | None = None
     routed_canary: tuple[str, float] | None = None
@@ -191,6 +203,21 @@ class StopEngine:
 
 
 @dataclass(frozen=True)
+class SwapEngine:
+    """Load the weights of `new` into the process that serves `old`, after its last answer."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class FallBack:
+    """The live release does not come up: `to`, which was live before, is so again."""
+
+    to: str
+
+
+@dataclass(frozen=True)
 class Route:
     """Let this release's engine answer the endpoint; None: nobody answers."""
 
@@ -233,6 +260,8 @@ Action = (
     | Conclude
     | StartEngine
     | StopEngine
+    | SwapEngine
+    | FallBack
     | Route
     | RouteCanary
     | EndCanary
@@ -333,23 +362,30 @@ def _canary_ending(canary: CanaryView, snapshot: Snapshot) -> EndCanary | None:
 
 
 def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
+    if snapshot.live not in snapshot.ready and snapshot.fallback and snapshot.failures.get(snapshot.live or ""):
+        return [FallBack(snapshot.fallback)]
     wanted = _wanted_engines(head, snapshot)
-    routed = _routed(wanted, snapshot)
+    swap = _swap(wanted, snapshot)
+    routed = None if swap else _routed(wanted, snapshot)
     coming = routed is None and _on_its_way(wanted, snapshot)
     actions: list[Action] = [Hold(coming)] if coming != snapshot.holding else []
     if routed != snapshot.routed:
         actions.append(Route(routed))
     for engine in snapshot.engines:
-        if engine.release in snapshot.stopping_engines:
+        if engine.release in snapshot.stopping_engines or (engine.swapping and not engine.abandoned):
             continue
-        if not engine.alive or engine.overdue:
+        if engine.abandoned:
+            actions.append(StopEngine(engine.release))
+        elif not engine.alive or engine.overdue:
             actions.append(StopEngine(engine.release, failed=True))
+        elif swap and engine.release == swap.old:
+            actions.append(swap)
         elif engine.release not in wanted and engine.release != routed:
             actions.append(StopEngine(engine.release))
-    busy = any(worker.alive for worker in snapshot.workers) or bool(snapshot.engines)
-    if not (snapshot.exclusive and busy):
-        present = {engine.release for engine in snapshot.engines}
-        actions += [StartEngine(release) for release in wanted if release not in present | snapshot.resting]
+    alone = snapshot.exclusive or not snapshot.room
+    busy = bool(snapshot.engines) or (snapshot.exclusive and any(worker.alive for worker in snapshot.workers))
+    if not (swap or _swapping(snapshot) or (alone and busy)):
+        actions += [StartEngine(release) for release in _missing(wanted, snapshot) if release not in snapshot.resting]
     return actions
 
 
@@ -357,17 +393,40 @@ def _wanted_engines(head: RunView | None, snapshot: Snapshot) -> list[str]:
     probed = head is not None and head.needs_engine and not head.refused and head.state != "stopping"
     candidate = head.id if head is not None and probed else None
     training = any(worker.alive for worker in snapshot.workers) or (head is not None and not head.needs_engine)
-    if snapshot.exclusive:
-        return [] if training else [release for release in (candidate or snapshot.live,) if release]
-    canary = snapshot.canary.release if snapshot.canary else None
-    return list(dict.fromkeys(release for release in (snapshot.live, canary, candidate) if release))
+    if snapshot.exclusive and training:
+        return []
+    canary = snapshot.canary.release if snapshot.canary and not snapshot.exclusive else None
+    wanted = list(dict.fromkeys(release for release in (snapshot.live, canary, candidate) if release))
+    return [candidate or wanted[0]] if wanted and _makes_room(wanted, snapshot) else wanted
+
+
+def _makes_room(wanted: list[str], snapshot: Snapshot) -> bool:
+    """Whether an engine has to leave before another can start."""
+    return snapshot.exclusive or (not snapshot.room and bool(_missing(wanted, snapshot)))
+
+
+def _missing(wanted: list[str], snapshot: Snapshot) -> list[str]:
+    return [release for release in wanted if all(engine.release != release for engine in snapshot.engines)]
+
+
+def _swapping(snapshot: Snapshot) -> bool:
+    return any(engine.swapping for engine in snapshot.engines)
+
+
+def _swap(wanted: list[str], snapshot: Snapshot) -> SwapEngine | None:
+    """The exchange of weights that saves the live release a start of its own."""
+    live = snapshot.live
+    if live is None or live not in _missing(wanted, snapshot) or _swapping(snapshot):
+        return None
+    spare = sorted((snapshot.swappable & snapshot.ready) - set(wanted))
+    return SwapEngine(spare[0], live) if spare else None
 
 
 def _routed(wanted: list[str], snapshot: Snapshot) -> str | None:
-    """The live release once its engine is ready; until then, without an exclusive lease, the one that answers now."""
+    """The live release once its engine is ready; until then, where it need not make room, the one that answers now."""
     if snapshot.live in wanted and snapshot.live in snapshot.ready:
         return snapshot.live
-    keeps = snapshot.live is not None and not snapshot.exclusive and snapshot.routed in snapshot.ready
+    keeps = snapshot.live is not None and not _makes_room(wanted, snapshot) and snapshot.routed in snapshot.ready
     return snapshot.routed if keeps else None
 
 
@@ -376,4 +435,5 @@ def _on_its_way(wanted: list[str], snapshot: Snapshot) -> bool:
     live = snapshot.live
     if live is None or live not in wanted or live in snapshot.resting or snapshot.failures.get(live):
         return False
-    return all(engine.alive and not engine.overdue for engine in snapshot.engines if engine.release == live)
+    own = [engine for engine in snapshot.engines if engine.release == live and not engine.abandoned]
+    return all(engine.alive and not engine.overdue for engine in own if live not in snapshot.stopping_engines)

@@ -48,12 +48,27 @@ class EngineKind(Protocol):
     ready_seconds: float
     """How long a start may take before it counts as failed."""
 
+    reloads: bool
+    """Whether a running process can go on with other weights."""
+
     def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
         ...
 
     async def ready(self, address: str) -> bool:
         """Whether the engine has loaded and answers."""
+        ...
+
+    async def reload(self, address: str, release: Path, name: str) -> None:
+        """Load the weights in `release` in place of those that are served, and answer as model `name`.
+
+        Answers that have not ended break off. Raises ConnectionError where the engine does not answer or fails, and
+        ApplianceError where it refuses; then nobody can say what it serves, until another call succeeds.
+        """
+        ...
+
+    def memory(self, release: Path) -> int:
+        """Bytes of memory that a process for the model files in `release` will take."""
         ...
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand
-from serve.engines.openai_engine import OFFLINE, OpenAIEngine, context_length
+from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, context_length, weights_in_float32
 
 HONOURS = frozenset(
     {
@@ -38,6 +38,10 @@ class TransformersEngine(OpenAIEngine):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+
+    def memory(self, release: Path) -> int:
+        """Bytes of memory that a process for the model files in `release` will take."""
+        return weights_in_float32(release) + int(self._settings.kv_cache_gib * (1 << 30)) + OVERHEAD
 
     def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""

@@ -6,10 +6,12 @@ import math
 import sys
 from pathlib import Path
 
+from appliance.hardware import total_memory
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand
-from serve.engines.openai_engine import OFFLINE, OpenAIEngine, context_length
+from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, context_length, weights_in_float32
 from serve.engines.transformers import HONOURS as COMMON
+from serve.engines.vllm_reload import Reload
 
 # Binding is all that vLLM does for its socket: what a dead process left goes first, and only this user may connect.
 _ON_A_PRIVATE_SOCKET = ["/bin/sh", "-c", 'umask 077; rm -f -- "$0"; exec "$@"']
@@ -38,10 +40,22 @@ class VllmEngine(OpenAIEngine):
         "response_format",
     }
     ready_seconds = 900.0
+    reloads = True
 
     def __init__(self, settings: Settings, gpu: bool) -> None:
         self._settings = settings
         self._gpu = gpu
+
+    @property
+    def _cache_gib(self) -> int:
+        """Key-value cache of a server without a GPU."""
+        return max(1, math.ceil(self._settings.kv_cache_gib))
+
+    def memory(self, release: Path) -> int:
+        """Bytes of memory that a process for the model files in `release` will take: on a GPU its share of all."""
+        if self._gpu:
+            return int(self._settings.gpu_memory_share * total_memory())
+        return weights_in_float32(release) + (self._cache_gib << 30) + OVERHEAD
 
     def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
@@ -57,11 +71,12 @@ class VllmEngine(OpenAIEngine):
         argv = [*_ON_A_PRIVATE_SOCKET, str(socket)]
         argv += [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         argv += [str(part) for option in options.items() for part in option]
+        argv += ["--middleware", f"{Reload.__module__}.{Reload.__qualname__}"]
         argv += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
         environment = dict(_ENVIRONMENT)
         if not self._gpu:
             environment |= {
-                "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(self._settings.kv_cache_gib))),
+                "VLLM_CPU_KVCACHE_SPACE": str(self._cache_gib),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "VLLM_CPU_CI_ENV": "1",
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,30 @@ from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
 
 @dataclass
 class FakeEngine:
-    """`token_ids` is how it renders every prompt; `broken` releases never start."""
+    """`token_ids` is how it renders every prompt; `broken` releases never start, `unloadable` ones are not
+    taken in place of others, `strange` ones answer otherwise when they are, and a load waits for `loading`."""
 
     name: str = "fake"
     honours: frozenset[str] = frozenset({"messages", "model", "stream"})
     ready_seconds: float = 5.0
     token_ids: list[int] = field(default_factory=lambda: [1, 2])
     broken: set[str] = field(default_factory=set)
+    reloads: bool = False
+    loaded: list[str] = field(default_factory=list)
+    unloadable: set[str] = field(default_factory=set)
+    strange: set[str] = field(default_factory=set)
+    loading: asyncio.Event | None = None
+    size: int = 0
+
+    def memory(self, release: Path) -> int:
+        return self.size
+
+    async def reload(self, address: str, release: Path, name: str) -> None:
+        self.loaded.append(name)
+        if self.loading:
+            await self.loading.wait()
+        if name in self.unloadable:
+            raise ConnectionError("no such weights")
 
     def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
         socket.unlink(missing_ok=True)
@@ -30,7 +48,7 @@ class FakeEngine:
         return Path(address.removeprefix("unix:")).exists()
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
-        return ProbeAnswer(self.token_ids, "hello", "stop", 1)
+        return ProbeAnswer(self.token_ids, "hm" if name in self.loaded and name in self.strange else "hello", "stop", 1)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from appliance.supervisor.decide import (
     EndCanary,
     EngineView,
     FailRun,
+    FallBack,
     ForgetWorker,
     Hold,
     KillWorker,
@@ -28,6 +29,7 @@ from appliance.supervisor.decide import (
     StopEngine,
     StopRun,
     StopWorker,
+    SwapEngine,
     WarnOfSilence,
     WorkerView,
     decide,
@@ -39,6 +41,7 @@ A = EngineView("a", alive=True, ready=True)
 R1 = EngineView("r1", alive=True, ready=True)
 B = EngineView("b", alive=True, ready=True)
 WAITING = CanaryView("b", "a", 0.1, Verdict("wait", "waits"))
+SWAPPING = EngineView("b", alive=True, swapping=True)
 
 TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "nothing to do": (Snapshot(), []),
@@ -304,6 +307,74 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "share: serving goes on while training": (
         Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=True),), live="a", engines=(A,), routed="a"),
         [],
+    ),
+    "weights alone differ: requests wait, and the old engine takes them": (
+        Snapshot(live="b", fallback="a", engines=(A,), routed="a", swappable=frozenset("a")),
+        [Hold(True), Route(None), SwapEngine("a", "b")],
+    ),
+    "exclusive: they differ alone there too": (
+        Snapshot(live="b", engines=(A,), routed="a", swappable=frozenset("a"), exclusive=True),
+        [Hold(True), Route(None), SwapEngine("a", "b")],
+    ),
+    "while they are loaded nothing is started or stopped": (
+        Snapshot(live="b", engines=(SWAPPING,), swappable=frozenset("b"), holding=True),
+        [],
+    ),
+    "nor when the operator has changed their mind meanwhile": (
+        Snapshot(live="c", engines=(SWAPPING,), swappable=frozenset("b"), holding=True),
+        [],
+    ),
+    "nor where its process has died, which the exchange will notice": (
+        Snapshot(live="b", engines=(EngineView("b", alive=False, swapping=True),)),
+        [],
+    ),
+    "then the release answers": (
+        Snapshot(live="b", fallback="a", engines=(EngineView("b", alive=True, ready=True),), holding=True),
+        [Hold(False), Route("b")],
+    ),
+    "an exchange that nobody finishes ends the engine, and requests go on waiting": (
+        Snapshot(live="b", engines=(EngineView("b", alive=True, swapping=True, abandoned=True),), holding=True),
+        [StopEngine("b")],
+    ),
+    "an engine that is wanted does not take other weights": (
+        Snapshot(runs=(PROBE,), live="a", engines=(R1,), swappable=frozenset({"r1"}), probing=frozenset({"r1"})),
+        [Hold(True), StartEngine("a")],
+    ),
+    "nor one that does not answer": (
+        Snapshot(live="b", engines=(EngineView("a", alive=True),), swappable=frozenset("a")),
+        [Hold(True), StopEngine("a"), StartEngine("b")],
+    ),
+    "nor one of another kind of release": (
+        Snapshot(live="b", engines=(A,), routed="a"),
+        [StartEngine("b")],
+    ),
+    "a release that does not come up gives way to the one before": (
+        Snapshot(live="b", fallback="a", failures={"b": 1}, resting=frozenset("b"), engines=(A,), routed="a"),
+        [FallBack("a")],
+    ),
+    "one that has answered does not": (
+        Snapshot(live="b", failures={"b": 1}, resting=frozenset("b")),
+        [],
+    ),
+    "nor one that failed before and answers now": (
+        Snapshot(live="r1", fallback="a", failures={"r1": 1}, engines=(R1,)),
+        [Route("r1")],
+    ),
+    "no room: the old engine leaves before the new one starts": (
+        Snapshot(live="b", engines=(A,), routed="a", room=False),
+        [Hold(True), Route(None), StopEngine("a")],
+    ),
+    "no room: nothing leaves where nothing is to start": (
+        Snapshot(runs=(PROBE,), live="a", engines=(A, R1), routed="a", room=False, probing=frozenset({"r1"})),
+        [],
+    ),
+    "no room: a candidate is probed alone": (
+        Snapshot(runs=(PROBE,), live="a", engines=(R1,), room=False),
+        [ProbeRun("r1")],
+    ),
+    "no room: the first engine is tried all the same": (
+        Snapshot(live="a", room=False),
+        [Hold(True), StartEngine("a")],
     ),
 }
 

@@ -7,94 +7,17 @@ import itertools
 import json
 import os
 import signal
-import sqlite3
-import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine, FakeFrontage
+from mortal_daemon import RECIPE, Daemon
 
 from appliance import api
 from appliance.errors import Conflict
-from appliance.home import Home
-from appliance.store.database import open_database
-from appliance.supervisor import processes, trial
-from appliance.supervisor import supervisor as loop
-from appliance.supervisor.supervisor import Supervisor
+from appliance.supervisor import engine_processes, processes, trial
 from appliance.train.events import EventLog
-from appliance.train.recipe import Recipe, SftStage, dump_recipe
-
-WORKER = (sys.executable, str(Path(__file__).parent / "fake_worker.py"))
-RECIPE = Recipe(name="facts", base="tiny", promote=True, stages=(SftStage(method="sft", name="sft", dataset="d1"),))
-
-
-class Daemon:
-    """A supervisor that can be killed (its memory lost, its children left) and started again."""
-
-    def __init__(self, home: Home, exclusive: bool = False) -> None:
-        self.home = home
-        self.exclusive = exclusive
-        self.engine = FakeEngine()
-        self.frontage = FakeFrontage()
-        self.db: sqlite3.Connection = open_database(home.database)
-        self.start()
-
-    def start(self) -> None:
-        self.supervisor = Supervisor(
-            self.home, self.db, self.engine, self.frontage, self.exclusive, worker_command=WORKER
-        )
-        self.task = asyncio.create_task(self.supervisor.serve())
-
-    async def die(self) -> None:
-        for task in (self.task, *self.supervisor._probes.values(), *self.supervisor._stops.values()):
-            task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
-
-    def queue(self, recipe: Recipe = RECIPE, **behaviour: str) -> str:
-        run = self.supervisor.runs.new_id(recipe)
-        directory = self.home.runs / run
-        directory.mkdir()
-        (directory / "recipe.toml").write_text(dump_recipe(recipe))
-        (directory / "behaviour.json").write_text(json.dumps(behaviour))
-        self.supervisor.runs.add(run, recipe)
-        self.supervisor.poke()
-        return run
-
-    async def until(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline, f"{self.supervisor.runs.all()}\n{self.supervisor.engines()}"
-            await asyncio.sleep(0.02)
-
-    async def until_state(self, run: str, state: str) -> None:
-        await self.until(lambda: self.supervisor.runs.get(run).state == state)
-
-    def pid(self, kind: str, owner: str) -> int:
-        return next(row.pid for row in self.supervisor.processes.all() if (row.kind, row.owner) == (kind, owner))
-
-    def running(self, kind: str) -> list[str]:
-        return [row.owner for row in self.supervisor.processes.all() if row.kind == kind]
-
-    def events(self, run: str) -> list[dict[str, Any]]:
-        return EventLog(self.home.runs / run / "events.jsonl").read()
-
-    def starts(self, run: str) -> list[str]:
-        path = self.home.runs / run / "starts.txt"
-        return path.read_text().split() if path.exists() else []
-
-
-@pytest.fixture
-async def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Daemon]:
-    monkeypatch.setattr(loop, "TICK_SECONDS", 0.02)
-    home = Home(tmp_path)
-    home.create()
-    running = Daemon(home)
-    yield running
-    await running.die()
-    await running.supervisor.close(grace=5)
 
 
 async def test_a_run_goes_all_the_way_to_live(daemon: Daemon) -> None:
@@ -312,7 +235,7 @@ async def test_a_dead_engine_is_started_again_and_nobody_is_routed_to_it_meanwhi
 
 
 async def test_a_release_on_which_no_engine_starts_is_given_up(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LONGEST_REST_SECONDS", 0.05)
+    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
     daemon.engine.broken = {"facts-1"}
     run = daemon.queue()
     await daemon.until_state(run, "failed")
@@ -399,7 +322,7 @@ async def test_a_canary_that_fails_goes_back_by_itself(daemon: Daemon) -> None:
 
 
 async def test_a_canary_on_which_no_engine_starts_goes_back(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LONGEST_REST_SECONDS", 0.05)
+    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
     live, other = await two_releases(daemon)
     daemon.engine.broken = {other}
     daemon.supervisor.start_canary(other, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from appliance.errors import InvalidInput
+from appliance.hardware import total_memory
 from appliance.settings import load_settings
 from serve.engines.choose import choose_engine
-from serve.engines.openai_engine import context_length
+from serve.engines.openai_engine import OVERHEAD, context_length
 from serve.engines.transformers import TransformersEngine
 from serve.engines.vllm import VllmEngine
 
@@ -101,6 +103,20 @@ def test_vllms_command(release: Path, gpu: bool, dtype: str, share: str) -> None
     assert command.environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
     assert command.environment["HF_HUB_OFFLINE"] == "1"
     assert command.environment.get("VLLM_CPU_KVCACHE_SPACE") == (None if gpu else "2")
+    module, _, name = given["--middleware"].rpartition(".")
+    assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 6), ("bfloat16", 12), (None, 12)])
+def test_the_memory_that_an_engine_takes(release: Path, dtype: str | None, expected: int) -> None:
+    (release / "config.json").write_text(json.dumps({"dtype": dtype} if dtype else []))
+    for part in "ab":
+        (release / f"{part}.safetensors").write_bytes(b"abc")
+    settings = load_settings({}, kv_cache_gib=1.5)
+    embedded = TransformersEngine(settings).memory(release)
+    assert embedded - OVERHEAD == expected + (3 << 29)
+    assert VllmEngine(settings, gpu=False).memory(release) - OVERHEAD == expected + (2 << 30)
+    assert VllmEngine(settings, gpu=True).memory(release) == int(settings.gpu_memory_share * total_memory())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,287 @@
+"""The engine processes: starting, listening to, exchanging their weights, stopping. Each is a row of the database."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from appliance import api, hardware
+from appliance.errors import ApplianceError, NotFound
+from appliance.home import Home
+from appliance.release.manifest import read_manifest, same_but_for_weights
+from appliance.store.processes import SWAPPING, Processes, ProcessRow
+from appliance.store.releases import Releases
+from appliance.supervisor import processes
+from appliance.supervisor.decide import EngineView
+from appliance.supervisor.engines import EngineKind, Probe
+from appliance.supervisor.trial import CanaryRoutes
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 60.0
+"""How long answers that have begun may go on when their engine is to stop or to change its weights."""
+GRACE_SECONDS = 10.0
+HUNG_SECONDS = 60.0
+"""An engine that was ready and has not answered for so long is restarted."""
+LONGEST_REST_SECONDS = 60.0
+REFERENCE_PROMPTS = 3
+REFERENCE_TOKENS = 8
+"""How much of its recorded answers a release has to repeat after its weights were loaded in place."""
+
+
+class Frontage(CanaryRoutes, Protocol):
+    """The public face, which the supervisor tells who answers."""
+
+    def route(self, release: str | None, address: str) -> None:
+        """Let the engine at `address` answer from now on, or nobody."""
+        ...
+
+    def hold(self, on: bool) -> None:
+        """Let new requests wait while nobody answers, or refuse them at once."""
+        ...
+
+    async def drained(self, address: str, timeout: float) -> None:
+        """Wait until no answer comes from `address` any more, at most `timeout` seconds."""
+        ...
+
+
+class EngineProcesses:
+    """`changed` is called when something has happened that decisions rest on."""
+
+    def __init__(
+        self,
+        home: Home,
+        kind: EngineKind,
+        releases: Releases,
+        records: Processes,
+        frontage: Frontage,
+        changed: Callable[[], None],
+    ) -> None:
+        self.kind = kind
+        self.failures: dict[str, int] = {}
+        """Failures in a row, by release."""
+        self._home = home
+        self._releases = releases
+        self._records = records
+        self._frontage = frontage
+        self._changed = changed
+        self._answered: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
+        self._ready_since: dict[str, float] = {}
+        self._rest_until: dict[str, float] = {}
+        self._stops: dict[str, asyncio.Task[None]] = {}
+        self._swaps: dict[str, asyncio.Task[None]] = {}
+        self._unswappable: set[str] = set()
+
+    def rows(self) -> list[ProcessRow]:
+        return [row for row in self._records.all() if row.kind == "engine"]
+
+    def row(self, release: str) -> ProcessRow:
+        """The process that serves `release`. Raises StopIteration where there is none."""
+        return next(row for row in self.rows() if row.owner == release)
+
+    # Looking
+
+    async def listen(self) -> None:
+        """Ask every engine whether it answers."""
+        rows = [row for row in self.rows() if row.owner not in self._stops and row.stage != SWAPPING]
+        answers = await asyncio.gather(*(self.kind.ready(row.address) for row in rows), return_exceptions=True)
+        for row, answer in zip(rows, answers, strict=True):
+            self._begun.setdefault(row.owner, time.monotonic())
+            if answer is True:
+                self._ready_since.setdefault(row.owner, time.monotonic())
+                self._answered[row.owner] = time.monotonic()
+
+    def views(self) -> tuple[EngineView, ...]:
+        """The engines as decisions see them."""
+        now = time.monotonic()
+        return tuple(
+            EngineView(
+                row.owner,
+                processes.alive(row),
+                row.owner in self._ready_since,
+                self._overdue(row.owner, now),
+                swapping=row.stage == SWAPPING,
+                abandoned=row.stage == SWAPPING and row.owner not in self._swaps,
+            )
+            for row in self.rows()
+        )
+
+    def shown(self) -> tuple[api.Engine, ...]:
+        """The engines as people see them."""
+        rows = {row.owner: row for row in self.rows()}
+        return tuple(
+            api.Engine(
+                release=release,
+                kind=self.kind.name,
+                state="backoff" if release not in rows else "ready" if release in self._ready_since else "starting",
+                pid=rows[release].pid if release in rows else None,
+                restarts=self.failures.get(release, 0),
+            )
+            for release in dict.fromkeys([*rows, *sorted(self.resting)])
+        )
+
+    @property
+    def resting(self) -> frozenset[str]:
+        """Releases whose engine failed a moment ago and is not started again yet."""
+        now = time.monotonic()
+        return frozenset(release for release, until in self._rest_until.items() if until > now)
+
+    @property
+    def stopping(self) -> frozenset[str]:
+        return frozenset(self._stops)
+
+    def swappable(self, live: str | None) -> frozenset[str]:
+        """Releases with an engine that could go on with the live release's weights: nothing else differs."""
+        if not self.kind.reloads or live is None or live in self._unswappable:
+            return frozenset()
+        wanted = self._manifest(live)
+        candidates = {row.owner: self._manifest(row.owner) for row in self.rows() if row.owner != live}
+        return frozenset(release for release, manifest in candidates.items() if same_but_for_weights(manifest, wanted))
+
+    def room(self, releases: Iterable[str]) -> bool:
+        """Whether the memory lets an engine start for the largest of `releases`."""
+        needed = max((self.kind.memory(self.directory(release)) for release in releases), default=0)
+        return needed <= hardware.free_memory()
+
+    def directory(self, release: str) -> Path:
+        """The model files of a release, or of a run's merged model that is to become one."""
+        directory = self._home.releases / release
+        return directory if directory.exists() else self._home.runs / release / "merge" / "model"
+
+    def _overdue(self, release: str, now: float) -> bool:
+        if release in self._answered:
+            return now - self._answered[release] > HUNG_SECONDS
+        return now - self._begun.get(release, now) > self.kind.ready_seconds
+
+    # Acting
+
+    def start(self, release: str) -> None:
+        """Start a process for the release. Raises ApplianceError where that cannot be done."""
+        # A name of its own, because the process may go on with another release's weights while this one starts again.
+        socket = self._home.engines / f"{secrets.token_hex(6)}.sock"
+        command = self.kind.command(self.directory(release), release, socket)
+        self._begun[release] = time.monotonic()
+        row = processes.spawn(
+            "engine",
+            release,
+            "",
+            command.argv,
+            {**os.environ, **command.environment, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            self.log(release),
+            self._home.root,
+            command.address,
+        )
+        self._records.add(row)
+
+    def stop(self, release: str, failed: bool) -> None:
+        """Let its answers end, then its whole process group. `failed`: it rests before it is started again."""
+        if failed:
+            self._count_failure(release)
+        else:
+            self.failures.pop(release, None)
+        self._stops[release] = asyncio.create_task(self._stop(self.row(release)))
+
+    def swap(self, old: str, new: str) -> None:
+        """Let the answers of `old` end, then load the weights of `new` into its process."""
+        before = self.row(old)
+        row = replace(before, owner=new, stage=SWAPPING)
+        self._records.replace(before, row)
+        self._forget(old)
+        self._begun[new] = time.monotonic()
+        self._swaps[new] = asyncio.create_task(self._swap(row, old))
+
+    def give_up(self, release: str, reason: str) -> None:
+        """The release, which was to go live, does not come up: what was live before is so again."""
+        log.warning("%s does not go live: %s", release, reason)
+        self._releases.give_up(release, reason)
+        self.failures.pop(release, None)
+        self._rest_until.pop(release, None)
+
+    def cancel(self) -> None:
+        """End what is under way; the processes stay, and the database says what they are."""
+        for task in (*self._stops.values(), *self._swaps.values()):
+            task.cancel()
+
+    def log(self, release: str) -> Path:
+        return self._home.engines / f"{release}.log"
+
+    async def _stop(self, row: ProcessRow) -> None:
+        try:
+            if processes.alive(row) and row.owner in self._ready_since:
+                await self._frontage.drained(row.address, DRAIN_SECONDS)
+            await processes.stop_group(row, GRACE_SECONDS)
+            Path(row.address.removeprefix("unix:")).unlink(missing_ok=True)
+            self._records.remove(row)
+        finally:
+            self._forget(row.owner)
+            self._stops.pop(row.owner, None)
+            self._changed()
+
+    async def _swap(self, row: ProcessRow, old: str) -> None:
+        """What fails leaves the row marked as swapping: an engine of which nobody can say what it serves."""
+        new = row.owner
+        try:
+            await self._frontage.drained(row.address, DRAIN_SECONDS)
+            if reason := await self._load(row, new):
+                self._unswappable.add(new)
+                fallback = self._releases.fallback() if self._releases.live() == new else None
+                if fallback == old:
+                    self.give_up(new, f"its weights could not be loaded in place: {reason}")
+                    back = replace(row, owner=old)
+                    self._records.replace(row, back)
+                    self._swaps[old] = self._swaps[new]
+                    await self._load(back, old)
+        except Exception:
+            log.exception("the engine of %s could not be swapped to %s", old, new)
+        finally:
+            self._swaps.pop(new, None)
+            self._swaps.pop(old, None)
+            self._changed()
+
+    async def _load(self, row: ProcessRow, release: str) -> str:
+        """Load the weights and see that they are those; why not, where it did not work."""
+        begun = time.monotonic()
+        try:
+            await self.kind.reload(row.address, self.directory(release), release)
+            reference = self._manifest(release).get("reference", {})
+            if reference.get("engine") == self.kind.name:
+                for asked in reference["answers"][:REFERENCE_PROMPTS]:
+                    answer = await self.kind.probe(row.address, release, Probe(asked["messages"], [], REFERENCE_TOKENS))
+                    if not asked["text"].startswith(answer.text.rstrip("\ufffd")):
+                        return f"it answers {answer.text!r}, and answered {asked['text']!r} when it was verified"
+        except (ApplianceError, ConnectionError) as error:
+            log.warning("the weights of %s were not loaded: %s", release, error)
+            return str(error)
+        with open(self.log(release), "a") as file:
+            file.write(f"its weights are served by process {row.pid}, whose log is that of the release it began with\n")
+        log.info("the weights of %s were loaded in %.1f s", release, time.monotonic() - begun)
+        self._records.replace(row, replace(row, stage=""))
+        self._ready_since[release] = self._answered[release] = time.monotonic()
+        return ""
+
+    def _manifest(self, release: str) -> dict[str, Any]:
+        """Empty where the release is not recorded yet, or its manifest cannot be read."""
+        try:
+            return read_manifest(self._home, release)
+        except (NotFound, ValueError):
+            return {}
+
+    def _forget(self, release: str) -> None:
+        for memory in (self._begun, self._ready_since, self._answered):
+            memory.pop(release, None)
+
+    def _count_failure(self, release: str) -> None:
+        """Engines that keep failing are started ever more rarely; one that had served for long starts afresh."""
+        log.warning("the engine of %s failed; see %s", release, self.log(release))
+        served = time.monotonic() - self._ready_since.get(release, time.monotonic())
+        failures = 1 if served > LONGEST_REST_SECONDS else self.failures.get(release, 0) + 1
+        self.failures[release] = failures
+        self._rest_until[release] = time.monotonic() + min(2.0 ** (failures - 1), LONGEST_REST_SECONDS)

@@ -1,0 +1,56 @@
+"""Other weights for a running vLLM server, as ASGI middleware: loading them is vLLM's, the new name ours."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve.engines.openai_engine import RELOAD
+from serve.gateway.asgi import ClientGone, Reply, read_body, read_json
+from serve.gateway.errors import ChatError
+
+log = logging.getLogger("vllm.reload")
+
+_BODY_LIMIT = 1 << 16
+
+
+class Reload:
+    """Adds `POST /reload` {"name", "weights"} to the server of vLLM 0.32.
+
+    Requests that have not ended are aborted. Where it fails, the weights are neither the old nor the new.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != RELOAD:
+            await self._app(scope, receive, send)
+            return
+        reply = Reply(send, {})
+        try:
+            asked = read_json(await read_body(receive, _BODY_LIMIT))
+            await _reload(scope["app"].state, asked["weights"], asked["name"])
+            await reply.json(200, {"model": asked["name"]})
+        except ChatError as error:
+            await reply.error(error)
+        except ClientGone:
+            pass
+        except Exception as error:
+            log.exception("the weights could not be loaded")
+            await reply.error(ChatError(500, f"{type(error).__name__}: {error}", code="reload_failed"))
+
+
+async def _reload(state: Any, weights: str, name: str) -> None:
+    """`state` is that of vLLM's app. No request is scheduled before the cache of the old weights is gone."""
+    engine = state.engine_client
+    await engine.pause_generation(mode="abort", clear_cache=True)
+    try:
+        await engine.collective_rpc("reload_weights", kwargs={"weights_path": weights})
+        if not await engine.reset_prefix_cache():
+            raise RuntimeError("the prefix cache of the old weights is still in use")
+        state.openai_serving_models.base_model_paths[0].name = name
+    finally:
+        await engine.resume_generation()

@@ -1,0 +1,184 @@
+"""Weights that are exchanged in a running engine, and what is live when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+
+import pytest
+from mortal_daemon import Daemon
+
+from appliance.store.processes import SWAPPING
+from appliance.supervisor import engine_processes
+
+
+async def two_releases(daemon: Daemon) -> tuple[str, str]:
+    """The second one is live; from here on, engines take other weights."""
+    first = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    second = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == second)
+    await daemon.until(lambda: daemon.running("engine") == [second])
+    daemon.engine.reloads = True
+    return first, second
+
+
+async def test_the_engine_goes_on_with_the_other_weights(daemon: Daemon) -> None:
+    first, second = await two_releases(daemon)
+    process = daemon.pid("engine", second)
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.pid("engine", first) == process
+    assert daemon.running("engine") == [first]
+    assert daemon.engine.loaded == [first]
+    assert daemon.frontage.routes == [first, second, None, first]
+    assert daemon.frontage.holds[-2:] == [True, False], "requests waited"
+    daemon.supervisor.promote(second)
+    await daemon.until(lambda: daemon.supervisor.routed == second)
+    assert daemon.pid("engine", second) == process
+    assert daemon.supervisor.releases.setback() == ""
+
+
+async def test_a_release_with_another_tokenizer_gets_an_engine_of_its_own(daemon: Daemon) -> None:
+    first, second = await two_releases(daemon)
+    path = daemon.home.releases / first / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"files": {"tokenizer.json": "another"}}))
+    process = daemon.pid("engine", second)
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.pid("engine", first) != process
+    assert daemon.engine.loaded == []
+
+
+@pytest.mark.parametrize("fault", ["unloadable", "strange"])
+async def test_weights_that_do_not_load_leave_the_old_ones_live(daemon: Daemon, fault: str) -> None:
+    first, second = await two_releases(daemon)
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    process = daemon.pid("engine", first)
+    getattr(daemon.engine, fault).add(second)
+    holds = len(daemon.frontage.holds)
+    daemon.supervisor.promote(second)
+    await daemon.until(lambda: daemon.engine.loaded == [first, second, first])
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.pid("engine", first) == process
+    assert daemon.supervisor.releases.live() == first
+    assert f"{second} did not go live: its weights could not be loaded in place" in daemon.supervisor.releases.setback()
+    assert daemon.frontage.holds[holds:] == [True, False], "requests waited all the time"
+
+    daemon.supervisor.promote(second)
+    await daemon.until(lambda: daemon.supervisor.routed == second)
+    assert daemon.pid("engine", second) != process, "the second time it gets an engine of its own"
+    assert daemon.supervisor.releases.setback() == ""
+
+
+async def test_an_engine_that_takes_neither_is_started_again_on_the_old(daemon: Daemon) -> None:
+    first, second = await two_releases(daemon)
+    process = daemon.pid("engine", second)
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    daemon.engine.unloadable = {first, second}
+    daemon.supervisor.promote(second)
+    await daemon.until(lambda: daemon.supervisor.routed is None)
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.pid("engine", first) != process
+
+
+async def test_a_rollback_that_does_not_load_starts_an_engine(daemon: Daemon) -> None:
+    first, second = await two_releases(daemon)
+    process = daemon.pid("engine", second)
+    daemon.engine.unloadable = {first}
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.pid("engine", first) != process
+    assert daemon.running("engine") == [first]
+
+
+async def test_a_daemon_killed_while_weights_are_loaded_trusts_that_engine_no_more(daemon: Daemon) -> None:
+    first, second = await two_releases(daemon)
+    process = daemon.pid("engine", second)
+    daemon.engine.loading = asyncio.Event()
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.engine.loaded == [first])
+    (row,) = (row for row in daemon.supervisor.processes.all() if row.kind == "engine")
+    assert (row.owner, row.stage) == (first, SWAPPING)
+    await daemon.die()
+    daemon.engine.loading = None
+    daemon.frontage.routes.clear()
+    daemon.start()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.frontage.routes == [first], "not before its own engine was ready"
+    assert daemon.pid("engine", first) != process
+
+
+async def test_an_engine_killed_while_it_loads_is_started_again(daemon: Daemon) -> None:
+    first, second = await two_releases(daemon)
+    process = daemon.pid("engine", second)
+    daemon.engine.loading = asyncio.Event()
+    daemon.engine.unloadable = {first}
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.engine.loaded == [first])
+    os.kill(process, signal.SIGKILL)
+    await asyncio.sleep(0.1)
+    assert daemon.supervisor.routed is None
+    daemon.engine.loading.set()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.pid("engine", first) != process
+
+
+async def test_a_change_of_mind_while_weights_are_loaded_is_followed(daemon: Daemon) -> None:
+    first, second = await two_releases(daemon)
+    process = daemon.pid("engine", second)
+    daemon.engine.loading = asyncio.Event()
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.engine.loaded == [first])
+    daemon.supervisor.promote(second)
+    await asyncio.sleep(0.1)
+    assert daemon.running("engine") == [first], "one thing at a time"
+    daemon.engine.loading.set()
+    await daemon.until(lambda: daemon.supervisor.routed == second)
+    assert daemon.pid("engine", second) == process
+    assert daemon.frontage.routes[-1] == second
+
+
+async def test_a_release_whose_engine_does_not_start_gives_way_to_the_one_before(daemon: Daemon) -> None:
+    first, second = await two_releases(daemon)
+    daemon.engine.reloads = False
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.running("engine") == [first])
+    daemon.engine.broken = {second}
+    routes = len(daemon.frontage.routes)
+    daemon.supervisor.promote(second)
+    await daemon.until(lambda: daemon.supervisor.releases.setback())
+    assert daemon.supervisor.releases.live() == first
+    assert "its engine does not start" in daemon.supervisor.releases.setback()
+    assert daemon.frontage.routes[routes:] == [], "the one before has gone on answering"
+    daemon.engine.broken = set()
+    daemon.supervisor.promote(second)
+    await daemon.until(lambda: daemon.supervisor.routed == second)
+
+
+async def test_a_release_that_has_answered_does_not_give_way(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
+    _, second = await two_releases(daemon)
+    daemon.engine.broken = {second}
+    os.kill(daemon.pid("engine", second), signal.SIGKILL)
+    await daemon.until(lambda: daemon.supervisor.engines.failures.get(second, 0) > 2)
+    assert daemon.supervisor.releases.live() == second
+    daemon.engine.broken = set()
+    await daemon.until(lambda: daemon.supervisor.routed == second)
+
+
+async def test_without_room_for_two_the_old_engine_leaves_first(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await two_releases(daemon)
+    daemon.engine.reloads = False
+    daemon.engine.size = 1 << 60
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.supervisor.routed is None)
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    assert daemon.frontage.routes == [first, second, None, first]
+    assert daemon.frontage.holds[-2:] == [True, False]

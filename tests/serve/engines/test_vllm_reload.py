@@ -1,0 +1,148 @@
+"""The exchange of weights inside vLLM's server: the middleware on a stand-in, and the whole on the real engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import httpx
+import pytest
+from engine_process import Served
+from safetensors.torch import load_file, save_file
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from appliance.supervisor.engines import Probe
+from serve.engines.vllm_reload import Reload
+
+ASKED = {"name": "r2", "weights": "/releases/r2"}
+
+
+class EngineClient:
+    """The calls that vLLM's engine client gets, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.cache_is_free = True
+        self.broken = False
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self.calls.append(("pause", mode, clear_cache))
+
+    async def collective_rpc(self, method: str, kwargs: dict[str, str]) -> list[None]:
+        self.calls.append((method, kwargs))
+        if self.broken:
+            raise OSError("no such directory")
+        return [None]
+
+    async def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset")
+        return self.cache_is_free
+
+    async def resume_generation(self) -> None:
+        self.calls.append("resume")
+
+
+@pytest.fixture
+def app() -> Starlette:
+    async def models(request: Request) -> JSONResponse:
+        return JSONResponse(request.app.state.openai_serving_models.base_model_paths[0].name)
+
+    app = Starlette(routes=[Route("/v1/models", models)], middleware=[Middleware(Reload)])
+    app.state.engine_client = EngineClient()
+    app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="r1")])
+    return app
+
+
+def client(app: Starlette) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine")
+
+
+async def test_weights_cache_and_name_change_while_nothing_is_generated(app: Starlette) -> None:
+    async with client(app) as engine:
+        assert (await engine.get("/v1/models")).json() == "r1"
+        answer = await engine.post("/reload", json=ASKED)
+        assert (answer.status_code, answer.json()) == (200, {"model": "r2"})
+        assert (await engine.get("/v1/models")).json() == "r2"
+    assert app.state.engine_client.calls == [
+        ("pause", "abort", True),
+        ("reload_weights", {"weights_path": "/releases/r2"}),
+        "reset",
+        "resume",
+    ]
+
+
+@pytest.mark.parametrize("fault", ["weights", "cache"])
+async def test_what_fails_keeps_the_old_name_and_says_so(app: Starlette, fault: str) -> None:
+    app.state.engine_client.broken = fault == "weights"
+    app.state.engine_client.cache_is_free = fault != "cache"
+    async with client(app) as engine:
+        answer = await engine.post("/reload", json=ASKED)
+        assert answer.status_code == 500
+        assert ("no such directory" if fault == "weights" else "prefix cache") in answer.json()["error"]["message"]
+        assert (await engine.get("/v1/models")).json() == "r1"
+    assert app.state.engine_client.calls[-1] == "resume"
+
+
+async def test_a_request_that_is_no_json(app: Starlette) -> None:
+    async with client(app) as engine:
+        assert (await engine.post("/reload", content=b"{")).status_code == 400
+    assert app.state.engine_client.calls == []
+
+
+@pytest.fixture
+def other(served: Served, tmp_path: Path) -> Path:
+    """A model with other weights in the same files: its layers in reverse order."""
+    if not served.kind.reloads:
+        pytest.skip("this engine cannot take other weights")
+    model = tmp_path / "other"
+    shutil.copytree(served.model, model)
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        layers = json.loads((model / "config.json").read_bytes())["num_hidden_layers"]
+        turned = {}
+        for name, tensor in tensors.items():
+            before, found, after = name.partition("layers.")
+            number, _, rest = after.partition(".")
+            turned[f"{before}layers.{layers - 1 - int(number)}.{rest}" if found else name] = tensor
+        save_file(turned, file, metadata={"format": "pt"})
+    return model
+
+
+async def ask(served: Served, model: str) -> tuple[str, str]:
+    """The answer and the name under which it is given."""
+    connector = aiohttp.UnixConnector(served.address.removeprefix("unix:"))
+    messages = [{"role": "user", "content": "Name three colours."}]
+    body = {"model": model, "messages": messages, "max_tokens": 12, "temperature": 0}
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.post("http://engine/v1/chat/completions", json=body) as response,
+    ):
+        answer = await response.json()
+        assert response.status == 200, answer
+        return answer["choices"][0]["message"]["content"], answer["model"]
+
+
+@pytest.mark.slow
+async def test_a_real_engine_goes_on_with_other_weights_and_back(served: Served, other: Path, tmp_path: Path) -> None:
+    before, name = await ask(served, "r1")
+    assert name == "r1"
+    await served.kind.reload(served.address, other, "r2")
+    try:
+        text, name = await ask(served, "r2")
+        assert name == "r2"
+        assert text != before, "the cache of the old weights is not used"
+        with pytest.raises(ConnectionError, match="could not load other weights"):
+            await served.kind.reload(served.address, tmp_path / "nowhere", "r3")
+    finally:
+        await served.kind.reload(served.address, served.model, "r1")
+    assert await ask(served, "r1") == (before, "r1")
+    probe = Probe([{"role": "user", "content": "Name three colours."}], [], 12)
+    assert (await served.kind.probe(served.address, "r1", probe)).text == before
