@@ -21,7 +21,7 @@ class Room:
     rows: int = sys.maxsize
     tokens: int = PART_TOKENS
     warn: Callable[..., Any] = lambda **_: None
-    """Told the code, the message and the new `part_tokens` whenever the room shrinks."""
+    """Takes the fields of a warning: code, message and the new `part_tokens` whenever the room shrinks."""
     _tried: int = 0
     """Tokens of the largest part of several rows in the last division."""
 

@@ -13,6 +13,9 @@ from appliance.train.recipe import Stage
 Example = dict[str, Any]
 """Columns named as the method's trainer reads them: token ids, and KTO's label."""
 
+IGNORED = -100
+"""The label of a token that the loss leaves out."""
+
 HELD_OUT_ROWS = 64
 """At most so many rows are evaluated, so that evaluation stays a small share of training."""
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from trl import SFTConfig, SFTTrainer
 
 from appliance.data.render import render_conversation
+from appliance.train.packing import can_pack, pack, rows_apart
 from appliance.train.recipe import SftStage
-from appliance.train.rows import Example, require_trained
-from appliance.train.trainer import Given, Method, PartwiseTrainer, build_trainer
-
-IGNORED = -100
-"""The label of a token that the loss leaves out."""
+from appliance.train.rows import IGNORED, Example, require_trained
+from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
 
 
 class _Trainer(PartwiseTrainer, SFTTrainer):
-    pass
+    packs = False
+    """Each part goes through the model as one sequence."""
+
+    def parts(self, inputs: Batch) -> list[tuple[Batch, float]]:
+        parts = super().parts(inputs)
+        return [(pack(part), share) for part, share in parts] if self.packs else parts
+
+    def training_step(self, model: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+        with rows_apart(model) if self.packs else nullcontext():
+            return super().training_step(model, *arguments, **named)
+
+    def prediction_step(self, model: Any, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None, None]:
+        with rows_apart(model) if self.packs else nullcontext():
+            return super().prediction_step(model, *arguments, **named)
 
 
 def example(tokenizer: Any, row: dict[str, Any]) -> Example:
@@ -36,7 +49,10 @@ def length(example: Example) -> int:
 def trainer(stage: SftStage, arguments: dict[str, Any], given: Given) -> Any:
     """TRL's trainer over examples that need no preparation."""
     config = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **arguments)
-    return build_trainer(_Trainer, config, given, length)
+    packs = can_pack(given.model, given.room.warn)
+    built = build_trainer(_Trainer, config, given, length)
+    built.packs = packs
+    return built
 
 
 SFT = Method("messages", example, length, trainer)

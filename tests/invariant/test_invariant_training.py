@@ -20,7 +20,7 @@ from appliance.train.kto import mismatched
 from appliance.train.model import add_adapter, load_adapter, load_model
 from appliance.train.order import epoch_order
 from appliance.train.room import Room
-from appliance.train.sft import IGNORED
+from appliance.train.rows import IGNORED
 from appliance.train.stage import METHODS, _arguments
 from appliance.train.trainer import Given, PartwiseTrainer
 

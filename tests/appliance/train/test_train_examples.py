@@ -15,7 +15,8 @@ from appliance.train.dpo import DPO
 from appliance.train.interruption import Interruption
 from appliance.train.kto import KTO, mismatched
 from appliance.train.room import Room
-from appliance.train.sft import IGNORED, SFT
+from appliance.train.rows import IGNORED
+from appliance.train.sft import SFT
 from appliance.train.trainer import Given, build_trainer
 
 SYSTEM = {"role": "system", "content": "Be brief."}

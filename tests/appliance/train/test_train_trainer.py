@@ -16,7 +16,7 @@ from appliance.train.head import TrainedLogProbs
 from appliance.train.interruption import Interruption
 from appliance.train.model import add_adapter, load_model
 from appliance.train.room import Room
-from appliance.train.sft import IGNORED
+from appliance.train.rows import IGNORED
 from appliance.train.stage import METHODS, _arguments
 from appliance.train.trainer import Batch, Given, PartwiseTrainer
 
