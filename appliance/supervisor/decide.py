@@ -348,12 +348,12 @@ def _canary_ending(canary: CanaryView, snapshot: Snapshot) -> EndCanary | None:
         return EndCanary("promoted", "by hand")
     if snapshot.live != canary.live:
         return EndCanary("rolled back", f"{snapshot.live} went live meanwhile")
-    if snapshot.exclusive:
-        return EndCanary("rolled back", "the lease is exclusive now, and leaves no room for its engine")
+    if snapshot.exclusive or (not snapshot.room and canary.release in _missing([canary.release], snapshot)):
+        return EndCanary("rolled back", "the lease or the memory leaves no room for its engine")
     if (failures := snapshot.failures.get(canary.release, 0)) >= MOST_CANDIDATE_FAILURES:
         return EndCanary("rolled back", f"its engine failed {failures} times")
     match canary.verdict.outcome:
-        case "promote":
+        case "promote" if canary.release in snapshot.ready:
             return EndCanary("promoted", canary.verdict.reason)
         case "rollback":
             return EndCanary("rolled back", canary.verdict.reason)

@@ -126,15 +126,6 @@ def kill_unrecorded(home: Path, rows: Sequence[ProcessRow]) -> int:
     return killed
 
 
-def memory(row: ProcessRow) -> int:
-    """Bytes that the processes of the group hold in memory."""
-    held = 0
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError, psutil.Error):
-            held += psutil.Process(pid).memory_info().rss if _belongs(pid, row) else 0
-    return held
-
-
 def _belongs(pid: int, row: ProcessRow) -> bool:
     """Whether `pid` is a living member of the session that the process of `row` leads or led."""
     try:

@@ -84,7 +84,7 @@ class Supervisor:
         self.processes = Processes(db)
         self.workers = Workers(home, self.runs, self.processes, worker_command)
         self.engines = EngineProcesses(home, engine, self.releases, self.processes, frontage, self.poke)
-        self.trial = Trial(home, Canaries(db), self.releases, self.processes, frontage, Limits(canary_requests))
+        self.trial = Trial(Canaries(db), self.releases, frontage, Limits(canary_requests))
         self.routed: str | None = None
         self._holding = False
         self._frontage = frontage
@@ -154,7 +154,8 @@ class Supervisor:
 
     def start_canary(self, release: str, share: float) -> api.Canary:
         """Let a release answer a share of the conversations. Raises NotFound, and Conflict where it cannot."""
-        canary = self.trial.start(release, share, self.exclusive)
+        present = any(row.owner == release for row in self.engines.rows())
+        canary = self.trial.start(release, share, room=not self.exclusive and (present or self.engines.room([release])))
         self.engines.failures.pop(release, None)
         self.poke()
         return canary

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from appliance import api, hardware
+from appliance import api
 from appliance.canary import Comparison, Limits, judge
 from appliance.errors import Conflict
-from appliance.home import Home
 from appliance.store.canaries import Canaries
-from appliance.store.processes import Processes
 from appliance.store.releases import Releases
-from appliance.supervisor import processes
 from appliance.supervisor.decide import CanaryView
 
 
@@ -32,38 +29,36 @@ class Trial:
 
     def __init__(
         self,
-        home: Home,
         canaries: Canaries,
         releases: Releases,
-        processes_kept: Processes,
         routes: CanaryRoutes,
         limits: Limits,
     ) -> None:
         self.routed: tuple[str, float] | None = None
         """The release that the gateway sends a share to, and the share."""
-        self._home = home
         self._canaries = canaries
         self._releases = releases
-        self._processes = processes_kept
         self._routes = routes
         self._limits = limits
         self._comparison = Comparison("", "")
         self._since = 0.0
 
-    def start(self, release: str, share: float, exclusive: bool) -> api.Canary:
-        """Make a release the canary, or change its share. Raises NotFound, and Conflict where it cannot be one."""
+    def start(self, release: str, share: float, room: bool) -> api.Canary:
+        """Make a release the canary, or change its share. Raises NotFound, and Conflict where it cannot be one.
+
+        `room`: an engine can run for it beside the live release's.
+        """
         live = self._releases.live()
         if self._releases.require_verified(release).live:
             raise Conflict("already_live", f"{release} is live", "see `appliance releases` for another")
         if live is None:
             raise Conflict("nothing_live", "no release is live to compare with", f"`appliance promote {release}`")
-        if exclusive:
+        if not room:
             raise Conflict(
                 "no_room",
-                "a canary needs two engines at once, and the lease is exclusive",
+                "a canary needs an engine beside the live release's, and the lease or the memory leaves no room for it",
                 f"promote it for everybody: `appliance promote {release}`",
             )
-        self._require_room(release, live)
         return self._canaries.start(release, live, share)
 
     def view(self) -> CanaryView | None:
@@ -114,19 +109,3 @@ class Trial:
             self._since = canary.since
             self._comparison = Comparison(canary.live, canary.release)
         return self._comparison
-
-    def _require_room(self, release: str, live: str) -> None:
-        """Raises Conflict where the box cannot take a second engine as large as the live release's."""
-        engines = {row.owner: row for row in self._processes.all() if row.kind == "engine"}
-        if release in engines:
-            return
-        if live not in engines:
-            raise Conflict("not_ready", f"the engine of {live} does not run", "wait until `appliance status` shows it")
-        box, needed = hardware.measure(self._home.root), processes.memory(engines[live])
-        full = any(gpu.memory_used > gpu.memory_total - gpu.memory_used for gpu in box.gpus)
-        if full or needed > box.memory_total - box.memory_used:
-            raise Conflict(
-                "no_room",
-                "a canary needs a second engine as large as the live release's, and there is no memory for it",
-                f"end other programs, or promote it for everybody: `appliance promote {release}`",
-            )

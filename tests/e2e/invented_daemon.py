@@ -31,6 +31,10 @@ class InventedEngine(OpenAIEngine):
     name = "invented"
     honours = frozenset({"model", "messages", "stream"})
     ready_seconds = 30.0
+    reloads = False
+
+    def memory(self, release: Path) -> int:
+        return 0
 
     def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
         return EngineCommand([sys.executable, __file__, str(release), name, str(socket)], {}, f"unix:{socket}")

@@ -266,6 +266,16 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         ),
         [EndCanary("promoted", "good")],
     ),
+    "but not while its engine starts again": (
+        Snapshot(
+            live="a",
+            routed="a",
+            engines=(A, EngineView("b", alive=True)),
+            canary=CanaryView("b", "a", 0.1, Verdict("promote", "good")),
+            failures={"b": 1},
+        ),
+        [],
+    ),
     "then everybody is sent to it": (
         Snapshot(live="b", routed="a", engines=(A, B), routed_canary=("b", 0.1)),
         [RouteCanary(None), Route("b"), StopEngine("a")],
@@ -294,7 +304,15 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "exclusive: a canary has no room": (
         Snapshot(live="a", routed="a", engines=(A,), canary=WAITING, exclusive=True),
-        [EndCanary("rolled back", "the lease is exclusive now, and leaves no room for its engine")],
+        [EndCanary("rolled back", "the lease or the memory leaves no room for its engine")],
+    ),
+    "a canary for whose engine the memory has run out goes back": (
+        Snapshot(live="a", routed="a", engines=(A,), canary=WAITING, room=False),
+        [EndCanary("rolled back", "the lease or the memory leaves no room for its engine")],
+    ),
+    "one whose engine runs needs no more memory": (
+        Snapshot(live="a", routed="a", engines=(A, B), canary=WAITING, routed_canary=("b", 0.1), room=False),
+        [],
     ),
     "a canary goes on beside a run and its candidate": (
         Snapshot(runs=(PROBE,), live="a", routed="a", engines=(A, B, R1), canary=WAITING, routed_canary=("b", 0.1)),

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 from mortal_daemon import RECIPE, Daemon
 
-from appliance import api
 from appliance.errors import Conflict
-from appliance.supervisor import engine_processes, processes, trial
+from appliance.supervisor import engine_processes
 from appliance.train.events import EventLog
 
 
@@ -334,7 +333,7 @@ async def test_a_canary_on_which_no_engine_starts_goes_back(daemon: Daemon, monk
 
 async def test_earlier_failures_of_its_engine_are_not_held_against_a_canary(daemon: Daemon) -> None:
     _, other = await two_releases(daemon)
-    daemon.supervisor._failures[other] = 3
+    daemon.supervisor.engines.failures[other] = 3
     daemon.supervisor.start_canary(other, 0.1)
     await daemon.until(lambda: daemon.frontage.canaries == [(other, 0.1)])
 
@@ -396,16 +395,5 @@ async def test_where_no_canary_can_be(daemon: Daemon, monkeypatch: pytest.Monkey
     daemon.supervisor.exclusive = True
     assert refused(other) == "no_room"
     daemon.supervisor.exclusive = False
-    monkeypatch.setattr(trial.processes, "memory", lambda row: 1 << 60)
+    monkeypatch.setattr("appliance.hardware.free_memory", lambda: -1)
     assert refused(other) == "no_room"
-    monkeypatch.setattr(trial.processes, "memory", lambda row: 0)
-    box = trial.hardware.measure(daemon.home.root)
-    full = api.Gpu(name="gpu", memory_total=80, memory_used=50, utilisation=0)
-    monkeypatch.setattr(trial.hardware, "measure", lambda home: box.model_copy(update={"gpus": (full,)}))
-    assert refused(other) == "no_room"
-
-
-async def test_a_group_of_processes_is_measured(daemon: Daemon) -> None:
-    live, _ = await two_releases(daemon)
-    row = next(row for row in daemon.supervisor.processes.all() if row.owner == live)
-    assert 1 << 20 < processes.memory(row) < 1 << 30
