@@ -191,7 +191,7 @@ class Status(Shape):
     """Release that answers now; None: the endpoint answers 503."""
     canary: Canary | None = None
     """The one under way."""
-    setback: str
+    setback: str = ""
     """Why the last release that was to go live did not, and what was live before is so again; empty: it did."""
     engines: tuple[Engine, ...]
     lease: Literal["share", "exclusive"]
