@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-fast test-vllm lint format docs bench-data bench-gpu bench-merge bench-train bench-forecast clean
+.PHONY: demo test test-fast test-vllm lint format docs bench-data bench-gpu bench-merge bench-train bench-forecast bench-swap clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -58,6 +58,9 @@ bench-forecast: $(READY)
 
 bench-merge: $(READY)
 	@PYTHONPATH=.:bench HF_HUB_OFFLINE=1 $(BIN)/python bench/merge.py
+
+bench-swap: $(VLLM_VENV)/ready
+	@PYTHONPATH=.:tests/e2e HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python bench/swap.py $(ARGUMENTS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .demo .cache
