@@ -69,6 +69,8 @@ def finalise(
     final = home.releases / run_id
     if not final.exists():
         model = home.runs / run_id / "merge" / "model"
+        for left_by_a_kill in model.glob(".*.tmp"):
+            left_by_a_kill.unlink()
         manifest = replace(_manifest(home.runs / run_id, recipe, probe_gates), reference=reference or {})
         card = model_card(manifest, _source(home, recipe.base)).encode()
         write_atomic(model / CARD, card)

@@ -8,9 +8,11 @@ import os
 import signal
 
 import pytest
+from fake_engine import FakeEngine, FakeFrontage
 from mortal_daemon import Daemon
 
-from appliance.store.processes import SWAPPING
+from appliance.store.processes import SWAPPING, Processes
+from appliance.store.releases import Releases
 from appliance.supervisor import engine_processes
 
 
@@ -111,6 +113,54 @@ async def test_a_daemon_killed_while_weights_are_loaded_trusts_that_engine_no_mo
     await daemon.until(lambda: daemon.supervisor.routed == first)
     assert daemon.frontage.routes == [first], "not before its own engine was ready"
     assert daemon.pid("engine", first) != process
+
+
+STEPS = {
+    "before the record": (Processes, "replace"),
+    "before old answers end": (FakeFrontage, "drained"),
+    "before the weights are loaded": (FakeEngine, "reload"),
+    "before the reference is asked": (FakeEngine, "probe"),
+    "before it may answer": (FakeFrontage, "route"),
+    "before it is recorded to answer": (Releases, "mark_answered"),
+}
+
+
+@pytest.mark.parametrize("victim", ["daemon", "engine", "both"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_killed_at_each_step_of_a_swap_one_release_is_live_and_answers(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, step: str, victim: str
+) -> None:
+    first, second = await two_releases(daemon)
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    process = daemon.pid("engine", first)
+    owner, name = STEPS[step]
+    reached = asyncio.Event()
+    original = getattr(owner, name)
+
+    def die(*arguments: object, **named: object) -> object:
+        if reached.is_set():
+            return original(*arguments, **named)
+        reached.set()
+        if victim != "daemon":
+            os.kill(process, signal.SIGKILL)
+        if victim == "engine":
+            return original(*arguments, **named)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(owner, name, die)
+    daemon.supervisor.promote(second)
+    await asyncio.wait_for(reached.wait(), 10)
+    if victim != "engine":
+        await daemon.die()
+        daemon.start()
+    await daemon.until(lambda: daemon.supervisor.routed and daemon.running("engine") == [daemon.supervisor.routed])
+    await daemon.until(lambda: daemon.supervisor.routed == daemon.supervisor.releases.live())
+    live = daemon.supervisor.releases.live()
+    assert live in (first, second)
+    assert bool(daemon.supervisor.releases.setback()) == (live == first)
+    (row,) = (row for row in daemon.supervisor.processes.all() if row.kind == "engine")
+    assert (row.owner, row.stage) == (live, "")
 
 
 async def test_an_engine_killed_while_it_loads_is_started_again(daemon: Daemon) -> None:
