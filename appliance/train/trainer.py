@@ -132,6 +132,12 @@ class PartwiseTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         return LengthSampler(self.row_lengths, self.args.train_batch_size, self.args.seed)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if not optimizer.state:
+            _take_memory(optimizer)
+        return optimizer
+
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: torch.Tensor = super()._clip_grad_norm(model)
         if not torch.isfinite(norm):
@@ -195,6 +201,20 @@ def build_trainer(
         model.delete_adapter("ref")
     trainer.row_lengths = [length(row) for row in train]
     return trainer
+
+
+def _take_memory(optimizer: torch.optim.Optimizer) -> None:
+    """Have AdamW, without weight decay, hold its moments now, by a step that moves nothing and does not count.
+
+    Otherwise they come in the first step, where a lack of memory could not be mended: only passes can be repeated.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 def _table(examples: list[Example]) -> Any:

@@ -8,9 +8,11 @@ from tiny import add_run, events, result, stage, work
 
 from appliance.home import Home
 from appliance.train import forecast
+from appliance.train.events import EventLog
 from appliance.train.forecast import Forecast, Work, forecast_stage
 from appliance.train.recipe import Recipe, parse_recipe
 from appliance.train.room import Room
+from appliance.train.stage import _memory
 
 LENGTHS = [20, 30, 40, 200] * 4
 
@@ -81,3 +83,11 @@ def test_a_run_says_it_first_and_keeps_it_beside_the_peak(home: Home) -> None:
     figures = result(run, "sft")
     assert figures["memory_forecast"] == event["memory"]["total"]
     assert figures["memory_peak"] == max(step["memory"] for step in events(run, "step"))
+
+
+def test_the_peak_kept_is_the_largest_that_a_step_said(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.append("forecast", "sft", memory={"total": 8})
+    for memory in (5, 9, 7):
+        log.append("step", "sft", memory=memory)
+    assert _memory(log, recipe().stages[0]) == {"memory_forecast": 8, "memory_peak": 9}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import FACTS, JUDGEMENTS, PREFERENCES, add_run, read_recipe, stage
+from tiny import FACTS, JUDGEMENTS, PREFERENCES, add_run, events, failure, read_recipe, stage, work
 
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
@@ -17,6 +17,7 @@ from appliance.train.interruption import Interruption
 from appliance.train.model import add_adapter, load_model
 from appliance.train.room import Room
 from appliance.train.rows import IGNORED
+from appliance.train.simulation import _Ledger
 from appliance.train.stage import METHODS, _arguments
 from appliance.train.trainer import Batch, Given, PartwiseTrainer
 
@@ -100,3 +101,31 @@ def test_the_head_sees_the_trained_tokens_only(trainer: PartwiseTrainer, monkeyp
     assert seen[-1] == int(trained[:, 1:].sum())
     trainer.log({"loss": 1.0})
     assert not {"entropy", "mean_token_accuracy", "logits/chosen"} & trainer.state.log_history[-1].keys()
+
+
+def test_the_optimiser_holds_its_memory_before_the_first_step_and_takes_none_in_it(trainer: PartwiseTrainer) -> None:
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.create_optimizer_and_scheduler(1)
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    states = [trainer.optimizer.state[weight] for weight in trained]
+    assert {float(value.abs().sum()) for state in states for value in state.values()} == {0.0}
+    assert {state["exp_avg"].shape == weight.shape for state, weight in zip(states, trained, strict=True)} == {True}
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters())
+    step(trainer)
+    with _Ledger(trainer.model) as ledger:
+        trainer.optimizer.step()
+    assert ledger.peak == 0
+    assert {float(state["step"]) for state in states} == {1.0}
+    assert any(not torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters())
+
+
+def test_no_memory_for_the_optimiser_shows_before_any_pass(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: torch.optim.AdamW, closure: Any = None) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    run = add_run(home, "r", stage("sft", "FACTS"))
+    assert work(run, "sft") == 1
+    assert failure(run, "sft")["code"] == "out_of_memory"
+    assert not events(run, "eval")
+    assert not events(run, "step")
