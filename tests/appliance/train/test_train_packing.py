@@ -141,6 +141,24 @@ def test_a_token_of_one_row_changes_nothing_in_the_loss_of_another(trainer: Part
     assert step(trainer, batch, items)[0] != loss
 
 
+def test_training_and_evaluation_both_go_through_the_kernel(
+    trainer: PartwiseTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+
+    def counted(query: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        used.append(len(query))
+        return kernel(query, *arguments, **named)
+
+    monkeypatch.setattr(packing, "varlen_attn", counted)
+    trainer.packs = True  # type: ignore[attr-defined]  # of sft's trainer
+    step(trainer, *batch_of(trainer))
+    assert used
+    used.clear()
+    trainer.evaluate()
+    assert used
+
+
 @pytest.mark.parametrize("window", [3, 64])
 def test_a_sliding_window_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     monkeypatch.setattr(packing, "varlen_attn", kernel)
