@@ -195,7 +195,7 @@ class Gateway:
                 401, "an API key is needed: send the header 'Authorization: Bearer KEY'", code="missing_api_key"
             )
         caller = self._authenticate(key.strip())
-        if caller is None:
+        if not caller:
             raise ChatError(401, "the API key is wrong or was revoked", code="invalid_api_key")
         return caller
 

@@ -274,7 +274,7 @@ async def _running(served: Served) -> float:
 
 
 async def test_an_engine_that_is_killed_in_a_stream(mortal: Served) -> None:
-    gateway = Gateway(lambda key: key == KEY)
+    gateway = Gateway({KEY: "k1"}.get)
     gateway.route(Route(mortal.address, mortal.name, mortal.kind))
     async with listening(gateway) as url, openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
         fields: dict[str, Any] = {"model": "live", "messages": STORY, "extra_body": {"ignore_eos": True}}
