@@ -11,6 +11,7 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -27,10 +28,10 @@ class Clock(TrainerCallback):
 
     seconds = 0.0
 
-    def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.begun = time.monotonic()
 
-    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if ON_GPU:
             torch.cuda.synchronize()
         self.seconds += time.monotonic() - self.begun

@@ -139,12 +139,12 @@ class EngineProcesses:
         return frozenset(self._stops)
 
     def swappable(self, live: str | None) -> frozenset[str]:
-        """Releases with an engine that could go on with the live release's weights: nothing else differs."""
-        if not self.kind.reloads or live is None or live in self._unswappable:
+        """Releases with an engine that could go on with the weights of the live release, which has none of its own."""
+        owners = {row.owner for row in self.rows()}
+        if not self.kind.reloads or live is None or live in owners | self._unswappable:
             return frozenset()
         wanted = self._manifest(live)
-        candidates = {row.owner: self._manifest(row.owner) for row in self.rows() if row.owner != live}
-        return frozenset(release for release, manifest in candidates.items() if same_but_for_weights(manifest, wanted))
+        return frozenset(owner for owner in owners if same_but_for_weights(self._manifest(owner), wanted))
 
     def room(self, releases: Iterable[str]) -> bool:
         """Whether the memory lets an engine start for the largest of `releases`."""

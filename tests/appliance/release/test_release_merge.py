@@ -10,6 +10,7 @@ import subprocess
 import sys
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ from appliance.train.model import load_adapter, load_model, nf4_round_trip
 IDS = torch.tensor([[1, 40, 60, 80, 100, 2], [1, 5, 15, 25, 35, 45]])
 
 
-def logits(model: object) -> torch.Tensor:
+def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        values: torch.Tensor = model(IDS).logits  # type: ignore[operator]
+        values: torch.Tensor = model(IDS).logits
     return values
 
 
