@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-fast test-vllm lint format docs bench-data bench-gpu bench-merge bench-train bench-forecast bench-swap clean
+.PHONY: demo test test-fast test-vllm lint format docs bench-data bench-gpu bench-merge bench-train bench-forecast bench-swap bench-adapter clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -61,6 +61,9 @@ bench-merge: $(READY)
 
 bench-swap: $(VLLM_VENV)/ready
 	@PYTHONPATH=.:tests/e2e HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python bench/swap.py $(ARGUMENTS)
+
+bench-adapter: $(VLLM_VENV)/ready
+	@PYTHONPATH=.:bench:tests/e2e HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python bench/adapter.py $(ARGUMENTS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .demo .cache

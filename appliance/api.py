@@ -114,6 +114,19 @@ class Canary(Shape):
     limits: tuple[str, ...] = ()
 
 
+class Unmerged(Shape):
+    """The adapter of a run that answers beside the weights of the live release until its own release does.
+
+    `name`: what it is called at the endpoint. `answers`: the engine has loaded it.
+    """
+
+    run: str
+    live: str
+    name: str
+    since: float
+    answers: bool
+
+
 class Release(Shape):
     """Merged weights with their manifest. `id` is that of the run that made it; `canary` is its newest."""
 
@@ -191,6 +204,8 @@ class Status(Shape):
     """Release that answers now; None: the endpoint answers 503."""
     canary: Canary | None = None
     """The one under way."""
+    unmerged: Unmerged | None = None
+    """The adapter that answers in place of the live release, if one does."""
     setback: str = ""
     """Why the last release that was to go live did not, and what was live before is so again; empty: it did."""
     engines: tuple[Engine, ...]

@@ -185,6 +185,10 @@ class Client:
         params |= {"canary": str(canary)} if canary else {}
         return await self._call("POST", f"/v1/releases/{release}/promote", api.Release, params=params)
 
+    async def promote_adapter(self, run: str) -> api.Unmerged:
+        """Let the adapter of a run answer before its release can. Raises Conflict where it cannot."""
+        return await self._call("POST", f"/v1/runs/{run}/promote-adapter", api.Unmerged)
+
     async def rollback(self) -> api.Release:
         """End the canary, or where there is none make the release that was live before the live one live again."""
         return await self._call("POST", "/v1/rollback", api.Release)

@@ -10,7 +10,7 @@ from typing import Any
 
 from appliance import api
 from appliance.errors import InvalidInput, NotFound
-from appliance.home import NAME_PATTERN, Home
+from appliance.home import NAME_PATTERN, Home, hashes
 
 SOURCE = "source.json"
 
@@ -96,6 +96,12 @@ def count_parameters(directory: Path) -> int:
                 "bad_model", f"{path} holds no usable model: {error}", "pull the base model again"
             ) from None
     return count
+
+
+def base_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of the model's files, as they were when it was pulled; computed where nothing says so."""
+    recorded = _read_json(directory / SOURCE).get("files", {})
+    return {name: file["sha256"] for name, file in recorded.items()} or hashes(directory)
 
 
 def _lacking(directory: Path, what: str, next: str) -> InvalidInput:

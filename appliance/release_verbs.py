@@ -79,8 +79,24 @@ def _canary_words(canary: api.Canary | None) -> str:
 @click.argument("release")
 @click.option("--accept", type=click.Choice(["quality"]), help="Accept that this gate alone did not pass.")
 @click.option("--canary", type=_Share(), help="Let it answer this share of the conversations first, such as 10%.")
-def promote(release: str, accept: str | None, canary: float | None) -> None:
-    """Make RELEASE live; with --canary it goes live, or back, by itself on what it shows."""
+@click.option("--adapter", is_flag=True, help="Let the adapter of a run that is still merged or verified answer now.")
+def promote(release: str, accept: str | None, canary: float | None, adapter: bool) -> None:
+    """Make RELEASE live; with --canary it goes live, or back, by itself on what it shows.
+
+    With --adapter RELEASE is a run whose training has ended: its adapter answers at once on the live release's engine,
+    and its merged release takes over when it is verified.
+    """
+    if adapter:
+        if accept or canary:
+            raise click.UsageError("--adapter goes without --accept and --canary")
+        now = ask(lambda client: client.promote_adapter(release))
+        print(now.name)
+        console.say(
+            f"it answers on the engine of {now.live} until {now.run} is verified"
+            if now.answers
+            else f"it will answer when the engine of {now.live} is ready; see `appliance status`"
+        )
+        return
     print(ask(lambda client: client.promote(release, accept, canary)).id)
     if canary:
         console.say(f"it is to answer {console.percent(canary)} of the conversations; see `appliance status`")
@@ -88,7 +104,7 @@ def promote(release: str, accept: str | None, canary: float | None) -> None:
 
 @click.command()
 def rollback() -> None:
-    """End the canary; where there is none, make the release that was live before live again."""
+    """End the canary or the unmerged adapter; where there is none, make the release that was live before live again."""
     print(ask(lambda client: client.rollback()).id)
 
 

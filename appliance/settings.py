@@ -45,6 +45,11 @@ class Settings:
     canary_requests: int = _setting(
         100, "requests to a canary after which it goes live where nothing speaks against it"
     )
+    adapter_rank: int = _setting(
+        0,
+        "largest rank of an adapter that vLLM serves unmerged, for `promote --adapter`; on a live release with an "
+        "adapter of its own the ranks of both count together; 0: none, which saves memory",
+    )
     kv_cache_gib: float = _setting(1.0, "memory of the engine's KV cache on a machine without a GPU, in GiB")
     gpu_memory_share: float = _setting(0.85, "share of the GPU's memory that vLLM may take")
     max_model_len: int = _setting(0, "longest context that is served, in tokens; 0: the model's own, at most 8192")

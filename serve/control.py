@@ -89,6 +89,7 @@ def control_app(
             live=releases.live(),
             routed=supervisor.routed,
             canary=supervisor.trial.status(),
+            unmerged=supervisor.adapter_status(),
             engines=supervisor.engines.shown(),
             setback=releases.setback(),
             lease="exclusive" if supervisor.exclusive else "share",
@@ -176,6 +177,10 @@ def control_app(
         runs.queue_again(id)
         supervisor.poke()
         return runs.get(id)
+
+    @app.post("/v1/runs/{id}/promote-adapter")
+    async def promote_adapter(id: str) -> api.Unmerged:
+        return await supervisor.promote_adapter(id)
 
     @app.get("/v1/runs/{id}/events")
     async def events(id: str, after: int = 0) -> list[dict[str, Any]]:

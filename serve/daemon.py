@@ -107,8 +107,8 @@ class _Frontage:
         self._gateway = gateway
         self._engine = engine
 
-    def route(self, release: str | None, address: str) -> None:
-        self._gateway.route(Route(address, release, self._engine) if release else None)
+    def route(self, model: str | None, address: str) -> None:
+        self._gateway.route(Route(address, model, self._engine) if model else None)
 
     def hold(self, on: bool) -> None:
         self._gateway.hold(on)

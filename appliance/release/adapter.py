@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from appliance.release.weights import Change, layout, not_mergeable, require_fitting
+from appliance.release.peft_format import PREFIX, WEIGHTS, lora_scale, not_mergeable, read_config, unusable
+from appliance.release.weights import Change, layout, require_fitting
 from appliance.train.model import nf4_round_trip, quantised_modules
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-_REFUSED = {
-    "lora_bias": "biases of its own (lora_bias)",
-    "trainable_token_indices": "single trained tokens (trainable_token_indices)",
-    "target_parameters": "adapters on bare parameters (target_parameters)",
-    "layer_replication": "replicated layers (layer_replication)",
-    "use_qalora": "QA-LoRA (use_qalora)",
-    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
-    "alora_invocation_tokens": "activated LoRA, which is on for a part of the text only (alora_invocation_tokens)",
-    "arrow_config": "routed adapters (arrow_config)",
-    "kasa_config": "KaSA (kasa_config)",
-    "monteclora_config": "sampled adapters (monteclora_config)",
-    "megatron_config": "Megatron's layers (megatron_config)",
-}
-"""Settings of a LoRA adapter under which the merged weights would not compute what the adapter does."""
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that alter the base's weights, so that the adapter belongs to weights that are not published."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +93,7 @@ def read_changes(adapter: Path, base: Path) -> dict[str, Change]:
     stored = layout(base)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        module, part = _split(name.removeprefix(_PREFIX))
+        module, part = _split(name.removeprefix(PREFIX))
         parts.setdefault(module, {})[part] = tensor
     by_parameter: dict[str, Change] = {}
     for module, found in parts.items():
@@ -165,30 +145,11 @@ def load_skeleton(base: Path) -> Any:
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Settings and tensors of an adapter that can be merged as far as its settings say."""
+    config = read_config(adapter)
     try:
-        config = dict(json.loads((adapter / CONFIG).read_bytes()))
-        tensors = load_file(adapter / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise not_mergeable(
-            f"the adapter has no usable {CONFIG} and {WEIGHTS}: {error}", "save it with PEFT's save_pretrained"
-        ) from None
-    kind = str(config.get("peft_type", "")).upper()
-    if kind != "LORA":
-        raise not_mergeable(
-            f"the adapter is of PEFT's type {kind or 'none'}, and only LORA can be merged", "train a LoRA adapter"
-        )
-    trained = [what for key, what in _REFUSED.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        trained.append(f"trained biases (bias = {config['bias']})")
-    if trained:
-        raise not_mergeable(f"the adapter has {trained[0]}, which cannot be merged", "train plain LoRA or DoRA")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGE_THE_BASE):
-        raise not_mergeable(
-            f"the adapter was begun with {start}, which changes the base's weights",
-            "save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it",
-        )
-    return config, tensors
+        return config, load_file(adapter / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise unusable(error) from None
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -229,14 +190,8 @@ def _low_rank(skeleton: Any, config: dict[str, Any], name: str, parts: dict[str,
         raise not_mergeable(f"the adapter's settings and its tensors disagree on DoRA for {name}", "save it again")
     a, b = a.float(), b.float()
     left, right = (a.T.contiguous(), b.T.contiguous()) if transposed else (b, a)
-    alpha = _pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-    scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
+    scale = lora_scale(config, name, len(a))
     return LowRank(left, right, scale, None if magnitude is None else magnitude.float(), transposed, start)
-
-
-def _pattern(patterns: dict[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that the module's name ends in, as PEFT matches them."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def _tie_group(skeleton: Any, parameter: str) -> set[str]:

@@ -21,6 +21,8 @@ from appliance.release.gates import GATES, Gate
 from appliance.train.recipe import Recipe
 
 MANIFEST = "manifest.json"
+SIXTEEN_BIT, DEQUANTISED = "16-bit", "dequantised"
+"""The form of the base that an adapter was merged into."""
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 

@@ -12,14 +12,14 @@ from appliance.data.dataset import ROWS
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home, building, hashes, require_space, sha256, write_json
 from appliance.models import SOURCE, model_path
-from appliance.release.adapter import CONFIG, read_changes, rounded_changes
+from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.held_out import score, yardstick
+from appliance.release.manifest import DEQUANTISED, SIXTEEN_BIT
+from appliance.release.peft_format import CONFIG
 from appliance.release.weights import Change, write_weights
 from appliance.train.model import load_adapter, load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
-SIXTEEN_BIT = "16-bit"
-DEQUANTISED = "dequantised"
 OURS = frozenset({"source.json", "generation_config.json", "README.md", "manifest.json"})
 """Files of the base that a release has not, or has of its own."""
 
@@ -39,7 +39,7 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
         _write_generation_config(base, folder)
         figures = {"kept": SIXTEEN_BIT, "losses": {}}
         if recipe.changes_weights:
-            _copy_adapter(last_adapter(run, recipe), folder / "adapter", base)
+            _copy_adapter(recipe.last_adapter(run), folder / "adapter", base)
             figures = _merge(home, run, recipe, base, folder)
         figures["files"] = hashes(folder)
     figures["base_files"] = hashes(base)
@@ -47,20 +47,15 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
     return {**figures, "dataset_rows": rows, "recipe_sha256": sha256(run / "recipe.toml")}
 
 
-def last_adapter(run: Path, recipe: Recipe) -> Path:
-    """The adapter that the run's last training stage has left, or that the run was given."""
-    return (run / recipe.stages[-1].name if recipe.stages else run) / "adapter"
-
-
 def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> dict[str, Any]:
-    changes = read_changes(last_adapter(run, recipe), base)
+    changes = read_changes(recipe.last_adapter(run), base)
     candidates = {SIXTEEN_BIT: changes}
     if recipe.quantised:
         candidates[DEQUANTISED] = rounded_changes(base, changes)
 
     tokenizer = load_tokenizer(base)
     rows = yardstick(home, recipe, tokenizer).render(tokenizer)
-    trained = load_adapter(load_model(base, quantised=recipe.quantised), last_adapter(run, recipe), trainable=False)
+    trained = load_adapter(load_model(base, quantised=recipe.quantised), recipe.last_adapter(run), trainable=False)
     losses = {"adapter": score(trained.eval(), rows).loss}
     del trained
     for candidate, its_changes in candidates.items():

@@ -18,7 +18,8 @@ from appliance.models import model_path
 from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.gates import Gate
 from appliance.release.held_out import Score, Yardstick, conversation, judged_on, score, yardstick
-from appliance.release.merge import DEQUANTISED, OURS, last_adapter
+from appliance.release.manifest import DEQUANTISED
+from appliance.release.merge import OURS
 from appliance.release.weights import layout, pairs
 from appliance.supervisor.engines import Probe
 from appliance.train.events import EventLog
@@ -73,7 +74,7 @@ def judge_structure(run: Path, recipe: Recipe, base: Path, model: Path, kept: st
         if expected.get(name) != found.get(name):
             was, now = expected.get(name, "absent"), found.get(name, "absent")
             return Gate(False, {"tensor": name}, f"{name} is {now} in the release, {was} in the base")
-    changes = read_changes(last_adapter(run, recipe), base) if recipe.changes_weights else {}
+    changes = read_changes(recipe.last_adapter(run), base) if recipe.changes_weights else {}
     must = changes.keys()
     may = rounded_changes(base, changes).keys() if kept == DEQUANTISED else must
     changed = set()

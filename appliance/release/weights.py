@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from appliance.errors import InvalidInput
+from appliance.release.peft_format import not_mergeable
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The types of weights that can be changed."""
@@ -137,11 +138,6 @@ def require_fitting(base: Path, changes: Mapping[str, Change]) -> None:
                 f"{name} has the shape {shape} in the base model, which the adapter does not fit",
                 "merge into the base model that it was trained on",
             )
-
-
-def not_mergeable(reason: str, next: str) -> InvalidInput:
-    """The error of every adapter that cannot be merged."""
-    return InvalidInput("not_mergeable", reason, next)
 
 
 def _write_tensor(base: Path, target: Path, tensor: Stored, change: Change | None) -> None:

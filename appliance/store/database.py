@@ -47,6 +47,14 @@ MIGRATIONS = (
     ALTER TABLE deployments ADD COLUMN failed TEXT NOT NULL DEFAULT '';
     UPDATE deployments SET answered = since;
     """,
+    """
+    CREATE TABLE unmerged (
+        position INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+        live TEXT NOT NULL REFERENCES releases(id) ON DELETE CASCADE, since REAL NOT NULL, ended REAL,
+        reason TEXT NOT NULL DEFAULT ''
+    );
+    CREATE UNIQUE INDEX one_unmerged ON unmerged (ended IS NULL) WHERE ended IS NULL;
+    """,
 )
 
 

@@ -63,6 +63,10 @@ class Runs:
         (promote,) = self._db.execute("SELECT promote FROM runs WHERE id = ?", (id,)).fetchone()
         return bool(promote)
 
+    def set_promotes(self, id: str, promotes: bool) -> None:
+        """Whether the run's release is to go live by itself."""
+        self._db.execute("UPDATE runs SET promote = ? WHERE id = ?", (promotes, id))
+
     def mark_running(self, id: str) -> None:
         self._db.execute(
             "UPDATE runs SET state = 'running', started = coalesce(started, ?) WHERE id = ?",

@@ -2,271 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
-from appliance.canary import Verdict
-
-Outcome = Literal["none", "done", "failed"]
+from appliance.supervisor.actions import (
+    Action,
+    Advance,
+    Conclude,
+    EndCanary,
+    EndUnmerged,
+    FailRun,
+    FallBack,
+    ForgetWorker,
+    Hold,
+    KillWorker,
+    LoadAdapter,
+    ProbeRun,
+    Route,
+    RouteCanary,
+    StartEngine,
+    StartWorker,
+    StopEngine,
+    StopRun,
+    StopWorker,
+    SwapEngine,
+    WarnOfSilence,
+)
+from appliance.supervisor.snapshot import CanaryView, RunView, Snapshot, UnmergedView, WorkerView
 
 MOST_LOSSES = 5
 """A stage whose process dies this often without a result is given up."""
 MOST_CANDIDATE_FAILURES = 3
 """A release whose engine fails this often while it is probed, or is the canary, is given up."""
-
-
-@dataclass(frozen=True)
-class RunView:
-    """An active run. `outcome` is what the files of its present stage say."""
-
-    id: str
-    state: Literal["queued", "running", "stopping"]
-    stage: str
-    outcome: Outcome = "none"
-    losses: int = 0
-    refused: bool = False
-    """Verify has refused it: no engine is needed to say so."""
-
-    @property
-    def needs_engine(self) -> bool:
-        return self.stage == "probe"
-
-
-@dataclass(frozen=True)
-class WorkerView:
-    """A worker process on record: the run it works for, and whether it was asked to end.
-
-    `overdue`: it has had its time to do so. `silent`: it has said nothing for so long that it may hang.
-    """
-
-    run: str
-    alive: bool
-    told_to_stop: bool = False
-    overdue: bool = False
-    silent: bool = False
-
-
-@dataclass(frozen=True)
-class EngineView:
-    """An engine process on record. `overdue`: it has had its time to become ready, or has stopped answering.
-
-    `swapping`: this release's weights take the place of another's. `abandoned`: so it was, and nobody is at it any
-    more, so that it may serve whatever.
-    """
-
-    release: str
-    alive: bool
-    ready: bool = False
-    overdue: bool = False
-    swapping: bool = False
-    abandoned: bool = False
-
-
-@dataclass(frozen=True)
-class CanaryView:
-    """The canary under way: the live release that it is compared with, and what its figures say."""
-
-    release: str
-    live: str
-    share: float
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that decisions rest on. `runs` are the active ones, oldest first."""
-
-    runs: tuple[RunView, ...] = ()
-    workers: tuple[WorkerView, ...] = ()
-    engines: tuple[EngineView, ...] = ()
-    live: str | None = None
-    fallback: str | None = None
-    """What was live before, as long as the live release has never answered."""
-    swappable: frozenset[str] = frozenset()
-    """Releases whose engine could go on with the live release's weights."""
-    room: bool = True
-    """The memory lets one more engine start."""
-    routed: str | None = None
-    canary: CanaryView | None = None
-    routed_canary: tuple[str, float] | None = None
-    """The release that the gateway sends a share of the conversations to, and the share."""
-    holding: bool = False
-    """New requests are told to wait for an engine."""
-    exclusive: bool = False
-    probing: frozenset[str] = frozenset()
-    """Runs whose probe is under way."""
-    stopping_engines: frozenset[str] = frozenset()
-    """Releases whose engine is being stopped."""
-    failures: dict[str, int] = field(default_factory=dict)
-    """Engine failures in a row, by release."""
-    resting: frozenset[str] = frozenset()
-    """Releases whose engine failed a moment ago and is not started again yet."""
-
-    @property
-    def head(self) -> RunView | None:
-        """The run whose turn it is: one that has begun, else the oldest in the queue."""
-        return min(self.runs, key=lambda run: run.state == "queued", default=None)
-
-    @property
-    def ready(self) -> frozenset[str]:
-        """Releases whose engine answers."""
-        return frozenset(
-            engine.release
-            for engine in self.engines
-            if engine.alive and engine.ready and engine.release not in self.stopping_engines
-        )
-
-
-@dataclass(frozen=True)
-class StartWorker:
-    """Start the process of the run's present stage."""
-
-    run: str
-
-
-@dataclass(frozen=True)
-class StopWorker:
-    """Ask it to write a checkpoint and end."""
-
-    run: str
-
-
-@dataclass(frozen=True)
-class KillWorker:
-    """It was asked to end and does not."""
-
-    run: str
-
-
-@dataclass(frozen=True)
-class WarnOfSilence:
-    """Tell people that the worker may hang."""
-
-    run: str
-
-
-@dataclass(frozen=True)
-class ForgetWorker:
-    """Its process is gone. `lost`: it left no result, and nobody had asked it to end."""
-
-    run: str
-    lost: bool
-
-
-@dataclass(frozen=True)
-class Advance:
-    """The present stage is done: go on to the next."""
-
-    run: str
-
-
-@dataclass(frozen=True)
-class FailRun:
-    """`why`: the stage's own failure.json, too many lost processes, or an engine that does not start."""
-
-    run: str
-    why: Literal["stage", "losses", "engine"]
-
-
-@dataclass(frozen=True)
-class StopRun:
-    """It was asked to stop, and nothing of it runs any more."""
-
-    run: str
-
-
-@dataclass(frozen=True)
-class ProbeRun:
-    """Ask the candidate's engine the probes, then conclude."""
-
-    run: str
-
-
-@dataclass(frozen=True)
-class Conclude:
-    """Write the manifest, record the release, finish the run."""
-
-    run: str
-
-
-@dataclass(frozen=True)
-class StartEngine:
-    release: str
-
-
-@dataclass(frozen=True)
-class StopEngine:
-    """End its whole process group and forget it. `failed`: it died, did not become ready in its time, or hangs."""
-
-    release: str
-    failed: bool = False
-
-
-@dataclass(frozen=True)
-class SwapEngine:
-    """Load the weights of `new` into the process that serves `old`, after its last answer."""
-
-    old: str
-    new: str
-
-
-@dataclass(frozen=True)
-class FallBack:
-    """The live release does not come up: `to`, which was live before, is so again."""
-
-    to: str
-
-
-@dataclass(frozen=True)
-class Route:
-    """Let this release's engine answer the endpoint; None: nobody answers."""
-
-    release: str | None
-
-
-@dataclass(frozen=True)
-class RouteCanary:
-    """Let this release's engine answer the share of the conversations; None: the live one answers all."""
-
-    release: str | None
-    share: float = 0.0
-
-
-@dataclass(frozen=True)
-class EndCanary:
-    """Record what became of the canary; `promoted` makes it live."""
-
-    outcome: Literal["promoted", "rolled back"]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Hold:
-    """Whether new requests wait while nobody answers: an engine is on its way that has not failed yet."""
-
-    on: bool
-
-
-Action = (
-    StartWorker
-    | StopWorker
-    | KillWorker
-    | WarnOfSilence
-    | ForgetWorker
-    | Advance
-    | FailRun
-    | StopRun
-    | ProbeRun
-    | Conclude
-    | StartEngine
-    | StopEngine
-    | SwapEngine
-    | FallBack
-    | Route
-    | RouteCanary
-    | EndCanary
-    | Hold
-)
 
 
 def decide(snapshot: Snapshot) -> list[Action]:
@@ -287,7 +51,7 @@ def decide(snapshot: Snapshot) -> list[Action]:
         action = _run_action(head, snapshot)
         if action is not None:
             actions.append(action)
-    return actions + _canary_actions(snapshot) + _engine_actions(head, snapshot)
+    return actions + _canary_actions(snapshot) + _adapter_actions(snapshot) + _engine_actions(head, snapshot)
 
 
 def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
@@ -361,6 +125,37 @@ def _canary_ending(canary: CanaryView, snapshot: Snapshot) -> EndCanary | None:
             return None
 
 
+def _adapter_actions(snapshot: Snapshot) -> list[Action]:
+    unmerged = snapshot.unmerged
+    if unmerged is None:
+        return []
+    if reason := _adapter_ending(unmerged, snapshot):
+        return [EndUnmerged(reason)]
+    engine = next((one for one in snapshot.engines if one.release == unmerged.live), None)
+    if engine is None or engine.release not in snapshot.ready or engine.adapter == unmerged.run or engine.loading:
+        return []
+    return [LoadAdapter(unmerged.live, unmerged.run)]
+
+
+def _adapter_ending(unmerged: UnmergedView, snapshot: Snapshot) -> str:
+    """Why the adapter answers no longer: its release does, another was promoted, or there will be none."""
+    if snapshot.live == unmerged.run:
+        return "its release answers" if snapshot.routed == unmerged.run else ""
+    if snapshot.live != unmerged.live:
+        return f"{snapshot.live} went live"
+    active = any(run.id == unmerged.run for run in snapshot.runs)
+    return "" if active else f"{unmerged.run} ended, and its release did not go live"
+
+
+def _routed_adapter(routed: str | None, snapshot: Snapshot) -> str | None:
+    """The adapter with which the routed engine answers."""
+    unmerged = snapshot.unmerged
+    if unmerged is None or routed != unmerged.live:
+        return None
+    loaded = any(engine.release == routed and engine.adapter == unmerged.run for engine in snapshot.engines)
+    return unmerged.run if loaded else None
+
+
 def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
     if snapshot.live not in snapshot.ready and snapshot.fallback and snapshot.failures.get(snapshot.live or ""):
         return [FallBack(snapshot.fallback)]
@@ -369,8 +164,9 @@ def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
     routed = None if swap else _routed(wanted, snapshot)
     coming = routed is None and _on_its_way(wanted, snapshot)
     actions: list[Action] = [Hold(coming)] if coming != snapshot.holding else []
-    if routed != snapshot.routed:
-        actions.append(Route(routed))
+    adapter = _routed_adapter(routed, snapshot)
+    if (routed, adapter) != (snapshot.routed, snapshot.routed_adapter):
+        actions.append(Route(routed, adapter))
     for engine in snapshot.engines:
         if engine.release in snapshot.stopping_engines or (engine.swapping and not engine.abandoned):
             continue

@@ -19,8 +19,8 @@ from appliance.release.manifest import read_manifest, same_but_for_weights
 from appliance.store.processes import SWAPPING, Processes, ProcessRow
 from appliance.store.releases import Releases
 from appliance.supervisor import processes
-from appliance.supervisor.decide import EngineView
 from appliance.supervisor.engines import EngineKind, Probe
+from appliance.supervisor.snapshot import EngineView
 from appliance.supervisor.trial import CanaryRoutes
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ REFERENCE_TOKENS = 8
 class Frontage(CanaryRoutes, Protocol):
     """The public face, which the supervisor tells who answers."""
 
-    def route(self, release: str | None, address: str) -> None:
-        """Let the engine at `address` answer from now on, or nobody."""
+    def route(self, model: str | None, address: str) -> None:
+        """Let the engine at `address` answer as `model` from now on, or nobody."""
         ...
 
     def hold(self, on: bool) -> None:
@@ -78,6 +78,8 @@ class EngineProcesses:
         self._rest_until: dict[str, float] = {}
         self._stops: dict[str, asyncio.Task[None]] = {}
         self._swaps: dict[str, asyncio.Task[None]] = {}
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._adapters: dict[str, str] = {}
         self._unswappable: set[str] = set()
 
     def rows(self) -> list[ProcessRow]:
@@ -110,6 +112,8 @@ class EngineProcesses:
                 self._overdue(row.owner, now),
                 swapping=row.stage == SWAPPING,
                 abandoned=row.stage == SWAPPING and row.owner not in self._swaps,
+                adapter=self._adapters.get(row.owner),
+                loading=row.owner in self._loads,
             )
             for row in self.rows()
         )
@@ -198,6 +202,11 @@ class EngineProcesses:
         self._begun[new] = time.monotonic()
         self._swaps[new] = asyncio.create_task(self._swap(row, old))
 
+    def load_adapter(self, release: str, run: str, files: Path, name: str, failed: Callable[[str], None]) -> None:
+        """Give the engine of `release` the adapter of `run` as model `name`. `failed` is told why that did not work."""
+        task = asyncio.create_task(self._load_adapter(self.row(release), run, files, name, failed))
+        self._loads[release] = task
+
     def give_up(self, release: str, reason: str) -> None:
         """The release, which was to go live, does not come up: what was live before is so again."""
         log.warning("%s does not go live: %s", release, reason)
@@ -207,7 +216,7 @@ class EngineProcesses:
 
     def cancel(self) -> None:
         """End what is under way; the processes stay, and the database says what they are."""
-        for task in (*self._stops.values(), *self._swaps.values()):
+        for task in (*self._stops.values(), *self._swaps.values(), *self._loads.values()):
             task.cancel()
 
     def log(self, release: str) -> Path:
@@ -267,6 +276,28 @@ class EngineProcesses:
         self._ready_since[release] = self._answered[release] = time.monotonic()
         return ""
 
+    async def _load_adapter(
+        self, row: ProcessRow, run: str, files: Path, name: str, failed: Callable[[str], None]
+    ) -> None:
+        """An engine that dies meanwhile is started again, and asked again."""
+        begun = time.monotonic()
+        try:
+            await self.kind.load_adapter(row.address, files, name)
+            await self.kind.probe(row.address, name, Probe([{"role": "user", "content": "Hello"}], [], 1))
+            if row in self.rows():
+                self._adapters[row.owner] = run
+                log.info("the adapter of %s was loaded in %.1f s", run, time.monotonic() - begun)
+        except ConnectionError as error:
+            log.warning("the adapter of %s was not loaded: %s", run, error)
+            if processes.alive(row):
+                failed(str(error))
+        except Exception as error:
+            log.exception("the adapter of %s was not loaded", run)
+            failed(error.message if isinstance(error, ApplianceError) else f"{type(error).__name__}: {error}")
+        finally:
+            self._loads.pop(row.owner, None)
+            self._changed()
+
     def _manifest(self, release: str) -> dict[str, Any]:
         """Empty where the release is not recorded yet, or its manifest cannot be read."""
         try:
@@ -275,7 +306,7 @@ class EngineProcesses:
             return {}
 
     def _forget(self, release: str) -> None:
-        for memory in (self._begun, self._ready_since, self._answered):
+        for memory in (self._begun, self._ready_since, self._answered, self._adapters):
             memory.pop(release, None)
 
     def _count_failure(self, release: str) -> None:

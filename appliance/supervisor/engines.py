@@ -51,6 +51,9 @@ class EngineKind(Protocol):
     reloads: bool
     """Whether a running process can go on with other weights."""
 
+    adapter_rank: int
+    """Largest rank of an adapter that a process can serve beside its release's weights; 0: it serves none."""
+
     def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
         ...
@@ -64,6 +67,14 @@ class EngineKind(Protocol):
 
         Answers that have not ended break off. Raises ConnectionError where the engine does not answer or fails, and
         ApplianceError where it refuses; then nobody can say what it serves, until another call succeeds.
+        """
+        ...
+
+    async def load_adapter(self, address: str, adapter: Path, name: str) -> None:
+        """Answer as model `name` with the adapter in directory `adapter` on the weights that are served.
+
+        Answers that have begun go on. Safe to repeat. Raises ConnectionError where the engine does not answer or fails,
+        and ApplianceError where it refuses.
         """
         ...
 

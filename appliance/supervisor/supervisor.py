@@ -15,7 +15,7 @@ from typing import Any
 
 from appliance import api
 from appliance.canary import Limits
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, Conflict
 from appliance.home import Home, disk_error
 from appliance.release.gates import Gate, judge_parity, judge_stopping, load_probes
 from appliance.release.manifest import finalise
@@ -23,25 +23,24 @@ from appliance.store.canaries import Canaries
 from appliance.store.processes import Processes
 from appliance.store.releases import Releases
 from appliance.store.runs import Runs
+from appliance.store.unmerged import UnmergedAdapters
 from appliance.supervisor import processes
-from appliance.supervisor.decide import (
-    MOST_CANDIDATE_FAILURES,
-    MOST_LOSSES,
+from appliance.supervisor.actions import (
     Action,
     Advance,
     Conclude,
     EndCanary,
+    EndUnmerged,
     FailRun,
     FallBack,
     ForgetWorker,
     Hold,
     KillWorker,
-    Outcome,
+    LoadAdapter,
     ProbeRun,
     Route,
     RouteCanary,
-    RunView,
-    Snapshot,
+    RunAction,
     StartEngine,
     StartWorker,
     StopEngine,
@@ -49,11 +48,13 @@ from appliance.supervisor.decide import (
     StopWorker,
     SwapEngine,
     WarnOfSilence,
-    decide,
 )
+from appliance.supervisor.decide import MOST_CANDIDATE_FAILURES, MOST_LOSSES, decide
 from appliance.supervisor.engine_processes import EngineProcesses, Frontage
 from appliance.supervisor.engines import EngineKind
+from appliance.supervisor.snapshot import Outcome, RunView, Snapshot
 from appliance.supervisor.trial import Trial
+from appliance.supervisor.unmerged import Unmerged, served_name
 from appliance.supervisor.workers import Workers
 from appliance.train.events import EventLog
 from appliance.train.recipe import Recipe, parse_recipe
@@ -61,6 +62,8 @@ from appliance.train.recipe import Recipe, parse_recipe
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
+ADAPTER_SECONDS = 60.0
+"""How long a promotion of an adapter waits to see it answer; it goes on where an engine takes longer."""
 
 
 class Supervisor:
@@ -85,7 +88,9 @@ class Supervisor:
         self.workers = Workers(home, self.runs, self.processes, worker_command)
         self.engines = EngineProcesses(home, engine, self.releases, self.processes, frontage, self.poke)
         self.trial = Trial(Canaries(db), self.releases, frontage, Limits(canary_requests))
+        self.unmerged = Unmerged(home, UnmergedAdapters(db), self.releases)
         self.routed: str | None = None
+        self.routed_adapter: str | None = None
         self._holding = False
         self._frontage = frontage
         self._on_tick = on_tick
@@ -104,7 +109,15 @@ class Supervisor:
         return promoted
 
     def rollback(self) -> api.Release:
-        """End the canary, or else make the release live that was before. Raises Conflict where there is none."""
+        """End the canary or the unmerged adapter, or else make the release live that was before.
+
+        Raises Conflict where there is none of them.
+        """
+        if unmerged := self.adapter_status():
+            self.runs.set_promotes(unmerged.run, False)
+            self.unmerged.end("by hand")
+            self.poke()
+            return self.releases.get(unmerged.live)
         if canary := self.trial.status():
             self.trial.end("rolled back", "by hand")
             self.poke()
@@ -113,6 +126,45 @@ class Supervisor:
         self.engines.failures.pop(release.id, None)
         self.poke()
         return release
+
+    async def promote_adapter(self, run_id: str) -> api.Unmerged:
+        """Let the adapter of a run answer now, and its release as soon as it is verified.
+
+        Raises NotFound; Conflict and InvalidInput where that cannot be, or the engine does not take the adapter.
+        """
+        run, recipe = self.runs.get(run_id), self.recipe(run_id)
+        if not self.engines.kind.adapter_rank:
+            raise Conflict(
+                "no_adapters",
+                f"the engine {self.engines.kind.name} serves merged weights only",
+                "start with vLLM and APPLIANCE_ADAPTER_RANK=32 (or the adapter's own rank), or wait for the release",
+            )
+        if self.exclusive:
+            raise Conflict(
+                "no_room",
+                "the lease is exclusive: no engine runs while an adapter is merged and verified",
+                "set APPLIANCE_LEASE=share where the memory allows, or wait for the release",
+            )
+        if canary := self.trial.view():
+            raise Conflict("canary_under_way", f"{canary.release} is the canary", "wait until it has ended, or end it")
+        live = self.unmerged.require_possible(run, recipe)
+        await asyncio.to_thread(self.unmerged.write, run_id, live, recipe, self.engines.kind.adapter_rank)
+        self.unmerged.start(run_id, live)
+        started = self.unmerged.status(answers=False)
+        self.runs.set_promotes(run_id, True)
+        self.poke()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ADAPTER_SECONDS):
+                while self.routed_adapter != run_id and not self.unmerged.ended_because(run_id):
+                    await asyncio.sleep(0.02)
+        now = self.adapter_status() or (started if self.releases.live() == run_id else None)
+        if now is None:
+            raise Conflict("not_loaded", self.unmerged.ended_because(run_id), f"see {self.engines.log(live)}")
+        return now
+
+    def adapter_status(self) -> api.Unmerged | None:
+        """The adapter that answers, or is about to, before its release can."""
+        return self.unmerged.status(answers=self.routed_adapter is not None)
 
     async def serve(self) -> None:
         """Tick until cancelled. A tick that fails is logged, and the next one tries again."""
@@ -154,6 +206,12 @@ class Supervisor:
 
     def start_canary(self, release: str, share: float) -> api.Canary:
         """Let a release answer a share of the conversations. Raises NotFound, and Conflict where it cannot."""
+        if unmerged := self.adapter_status():
+            raise Conflict(
+                "adapter_under_way",
+                f"the adapter of {unmerged.run} answers, unmerged",
+                "wait until its release is live, or end it: `appliance rollback`",
+            )
         present = any(row.owner == release for row in self.engines.rows())
         canary = self.trial.start(release, share, room=not self.exclusive and (present or self.engines.room([release])))
         self.engines.failures.pop(release, None)
@@ -182,6 +240,8 @@ class Supervisor:
             swappable=self.engines.swappable(live),
             room=not present or self.engines.room(to_start - present),
             routed=self.routed,
+            routed_adapter=self.routed_adapter,
+            unmerged=self.unmerged.view(),
             canary=canary,
             routed_canary=self.trial.routed,
             holding=self._holding,
@@ -213,9 +273,7 @@ class Supervisor:
         try:
             self._perform(action)
         except Exception as error:
-            if isinstance(
-                action, StartEngine | StopEngine | SwapEngine | FallBack | Route | RouteCanary | EndCanary | Hold
-            ):
+            if not isinstance(action, RunAction):
                 raise
             self._give_up(action.run, error)
 
@@ -251,13 +309,18 @@ class Supervisor:
                 self.engines.stop(release, failed)
             case SwapEngine(old, new):
                 self.engines.swap(old, new)
+            case LoadAdapter(release, run):
+                files, name = self.unmerged.files(run), served_name(run)
+                self.engines.load_adapter(release, run, files, name, failed=self.unmerged.end)
+            case EndUnmerged(reason):
+                self.unmerged.end(reason)
             case FallBack():
                 failing = str(self.releases.live())
                 self.engines.give_up(failing, f"its engine does not start; see {self.engines.log(failing)}")
-            case Route(release):
+            case Route(release, adapter):
                 address = self.engines.row(release).address if release else ""
-                self.routed = release
-                self._frontage.route(release, address)
+                self.routed, self.routed_adapter = release, adapter
+                self._frontage.route(served_name(adapter) if adapter else release, address)
                 if release and release == self.releases.live():
                     self.releases.mark_answered()
             case RouteCanary(release, share):

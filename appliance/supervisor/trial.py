@@ -9,7 +9,7 @@ from appliance.canary import Comparison, Limits, judge
 from appliance.errors import Conflict
 from appliance.store.canaries import Canaries
 from appliance.store.releases import Releases
-from appliance.supervisor.decide import CanaryView
+from appliance.supervisor.snapshot import CanaryView
 
 
 class CanaryRoutes(Protocol):

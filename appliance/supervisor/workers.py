@@ -13,7 +13,7 @@ from appliance.home import Home
 from appliance.store.processes import Processes, ProcessRow
 from appliance.store.runs import Runs
 from appliance.supervisor import processes
-from appliance.supervisor.decide import WorkerView
+from appliance.supervisor.snapshot import WorkerView
 from appliance.supervisor.watch import LEAST_SILENCE_SECONDS, explain_death, last_lines, longest_silence
 from appliance.train.events import EventLog
 from appliance.train.interruption import ENDING

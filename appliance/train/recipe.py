@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -248,6 +249,10 @@ class Recipe(_Section):
     def pipeline(self) -> tuple[str, ...]:
         """Names of all stages of a run in order: training, then merge, verify and probe."""
         return (*(stage.name for stage in self.stages), *AFTER_TRAINING)
+
+    def last_adapter(self, run: Path) -> Path:
+        """The adapter that the last training stage leaves in the directory of a run, or that the run was given."""
+        return (run / self.stages[-1].name if self.stages else run) / "adapter"
 
     def previous(self, name: str) -> str | None:
         """Name of the training stage before `name`, whose adapter it starts from."""

@@ -32,6 +32,7 @@ class OpenAIEngine:
     """Asks an engine process whether it is ready, gives it other weights, and probes it."""
 
     reloads = False
+    adapter_rank = 0
 
     async def ready(self, address: str) -> bool:
         """Whether the engine has loaded and answers."""
@@ -52,6 +53,18 @@ class OpenAIEngine:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine could not load other weights: {error}") from error
 
+    async def load_adapter(self, address: str, adapter: Path, name: str) -> None:
+        """Answer as model `name` with the adapter in directory `adapter` on the weights that are served.
+
+        Raises ConnectionError where the engine does not answer or fails, and InvalidInput where it refuses.
+        """
+        asked = {"lora_name": name, "lora_path": str(adapter), "load_inplace": True}
+        try:
+            async with _connect(address, _RELOAD_TIMEOUT) as engine:
+                await _post(engine, "/v1/load_lora_adapter", asked)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ConnectionError(f"the engine could not load the adapter: {error}") from error
+
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
         """Render and answer one probe greedily.
 
@@ -60,10 +73,9 @@ class OpenAIEngine:
         prompt = {"model": name, "messages": probe.messages}
         try:
             async with _connect(address, _PROBE_TIMEOUT) as engine:
-                rendered = await _post(engine, "/tokenize", {**prompt, "add_generation_prompt": True})
-                answer = await _post(
-                    engine, "/v1/chat/completions", {**prompt, "max_tokens": probe.max_tokens, "temperature": 0}
-                )
+                asked = {**prompt, "max_tokens": probe.max_tokens, "temperature": 0}
+                rendered = json.loads(await _post(engine, "/tokenize", {**prompt, "add_generation_prompt": True}))
+                answer = json.loads(await _post(engine, "/v1/chat/completions", asked))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine at {address} does not answer: {error}") from error
         choice = answer["choices"][0]
@@ -105,17 +117,16 @@ def _connect(address: str, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSess
     return aiohttp.ClientSession(connector=aiohttp.UnixConnector(address.removeprefix("unix:")), timeout=timeout)
 
 
-async def _post(engine: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
+async def _post(engine: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> bytes:
     async with engine.post(f"http://engine{path}", json=body) as response:
         if 400 <= response.status < 500:
             raise InvalidInput(
-                "probe_refused",
-                f"the engine refuses a probe: {_reason(await response.text())}",
-                "a prompt of the probes may be longer than APPLIANCE_MAX_MODEL_LEN allows",
+                "engine_refused",
+                f"the engine refuses {path}: {_reason(await response.text())}",
+                "see the engine's log; a prompt of the probes may be longer than APPLIANCE_MAX_MODEL_LEN allows",
             )
         response.raise_for_status()
-        answer: dict[str, Any] = await response.json()
-        return answer
+        return await response.read()
 
 
 def _reason(refusal: str) -> str:

@@ -6,12 +6,16 @@ import math
 import sys
 from pathlib import Path
 
+from appliance.errors import InvalidInput
 from appliance.hardware import total_memory
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand
 from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, context_length, weights_in_float32
 from serve.engines.transformers import HONOURS as COMMON
 from serve.engines.vllm_reload import Reload
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can make room for."""
 
 # Binding is all that vLLM does for its socket: what a dead process left goes first, and only this user may connect.
 _ON_A_PRIVATE_SOCKET = ["/bin/sh", "-c", 'umask 077; rm -f -- "$0"; exec "$@"']
@@ -45,6 +49,7 @@ class VllmEngine(OpenAIEngine):
     def __init__(self, settings: Settings, gpu: bool) -> None:
         self._settings = settings
         self._gpu = gpu
+        self.adapter_rank = _room_for_rank(settings.adapter_rank)
 
     @property
     def _cache_gib(self) -> int:
@@ -74,6 +79,11 @@ class VllmEngine(OpenAIEngine):
         argv += ["--middleware", f"{Reload.__module__}.{Reload.__qualname__}"]
         argv += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
         environment = dict(_ENVIRONMENT)
+        if self.adapter_rank:
+            # One adapter answers; the one before it may still finish, so that both stay in the machine's memory.
+            argv += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2"]
+            argv += ["--max-lora-rank", str(self.adapter_rank)]
+            environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if not self._gpu:
             environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(self._cache_gib),
@@ -81,3 +91,14 @@ class VllmEngine(OpenAIEngine):
                 "VLLM_CPU_CI_ENV": "1",
             }
         return EngineCommand(argv, environment, f"unix:{socket}")
+
+
+def _room_for_rank(wanted: int) -> int:
+    """The least rank from `wanted` on that vLLM can make room for; 0 for 0. Raises InvalidInput above the largest."""
+    if not 0 <= wanted <= _RANKS[-1]:
+        raise InvalidInput(
+            "bad_setting",
+            f"APPLIANCE_ADAPTER_RANK={wanted} is not between 0 and {_RANKS[-1]}",
+            "set it to the rank of the recipes' adapters, or twice that",
+        )
+    return next(rank for rank in (0, *_RANKS) if rank >= wanted)

@@ -19,7 +19,8 @@ _BODY_LIMIT = 1 << 16
 class Reload:
     """Adds `POST /reload` {"name", "weights"} to the server of vLLM 0.32.
 
-    Requests that have not ended are aborted. Where it fails, the weights are neither the old nor the new.
+    Requests that have not ended are aborted, and adapters on the old weights forgotten. Where it fails, the weights are
+    neither the old nor the new.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -51,6 +52,8 @@ async def _reload(state: Any, weights: str, name: str) -> None:
         await engine.collective_rpc("reload_weights", kwargs={"weights_path": weights})
         if not await engine.reset_prefix_cache():
             raise RuntimeError("the prefix cache of the old weights is still in use")
-        state.openai_serving_models.base_model_paths[0].name = name
+        models = state.openai_serving_models
+        models.lora_requests.clear()
+        models.base_model_paths[0].name = name
     finally:
         await engine.resume_generation()

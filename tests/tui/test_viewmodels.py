@@ -70,6 +70,7 @@ CANARY = api.Canary(
     ),
     limits=("goes live after 11",),
 )
+UNMERGED = api.Unmerged(run="b", live="a", name="b+adapter", since=0, answers=True)
 ENDED = CANARY.model_copy(update={"ended": 1.0, "outcome": "rolled back", "reason": "it failed", "limits": ()})
 
 
@@ -365,10 +366,22 @@ class TestPermits:
         assert permits.why_not_promote(release()) is None
         assert permits.why_not_promote(release(live=True))
         assert "gate 2" in str(permits.why_not_promote(release(state="refused", reason="gate 2")))
-        assert permits.why_not_roll_back((release(live=True), release(id="b"))) is None
-        assert permits.why_not_roll_back((release(live=True), release(id="b", state="refused")))
-        assert permits.why_not_roll_back((release(),))
-        assert permits.why_not_roll_back((release(live=True), release(id="b", state="refused", canary=CANARY))) is None
+        status = TestStatusLine().status()
+        refused = release(id="b", state="refused")
+        assert permits.why_not_roll_back((release(live=True), release(id="b")), status) is None
+        assert permits.why_not_roll_back((release(live=True), refused), status)
+        assert permits.why_not_roll_back((release(),), status)
+        tried = release(id="b", state="refused", canary=CANARY)
+        assert permits.why_not_roll_back((release(live=True), tried), status) is None
+        unmerged = status.model_copy(update={"unmerged": UNMERGED})
+        assert permits.why_not_roll_back((release(live=True), refused), unmerged) is None
+
+    def test_an_adapter_before_its_release(self) -> None:
+        status = TestStatusLine().status
+        assert permits.why_not_serve_adapter(run("running"), status(live="a-1")) is None
+        assert "no release is live" in str(permits.why_not_serve_adapter(run("running"), status(live=None)))
+        assert "finished" in str(permits.why_not_serve_adapter(run("finished"), status(live="a-1")))
+        assert permits.why_not_serve_adapter(None, status(live="a-1"))
 
     def test_canary(self) -> None:
         status = TestStatusLine().status

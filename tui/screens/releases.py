@@ -10,6 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
+from appliance import api
 from tui.link import PROBLEMS, explain
 from tui.screens.page import RecordPage
 from tui.viewmodels.box import Box
@@ -109,15 +110,21 @@ class ReleasesPage(RecordPage):
 
     def action_roll_back(self) -> None:
         box = self.appliance.box
-        if self.appliance.refused(why_not_roll_back(box.releases if box else ())):
+        if self.appliance.refused(why_not_roll_back(box.releases if box else (), box.status if box else None)):
             return
-        canary = box.status.canary if box else None
-        before = f"The release that was live before {box.status.live if box else ''} answers again."
         self.appliance.confirm(
             "Roll back?",
-            f"The canary {canary.release} ends; {canary.live} answers all." if canary else before,
+            _what_comes_back(box.status) if box else "",
             "Roll back",
             lambda: self.appliance.perform(
                 self.appliance.client.rollback(), lambda release: f"{release.id} answers again"
             ),
         )
+
+
+def _what_comes_back(status: api.Status) -> str:
+    if unmerged := status.unmerged:
+        return f"The adapter of {unmerged.run} answers no longer, and its release does not go live by itself."
+    if canary := status.canary:
+        return f"The canary {canary.release} ends; {canary.live} answers all."
+    return f"The release that was live before {status.live} answers again."

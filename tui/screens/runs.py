@@ -22,7 +22,7 @@ from tui.streams import run_events, run_log
 from tui.viewmodels.box import Box
 from tui.viewmodels.history import event_line
 from tui.viewmodels.log_text import LogText
-from tui.viewmodels.permits import why_not_resume, why_not_stop
+from tui.viewmodels.permits import why_not_resume, why_not_serve_adapter, why_not_stop
 from tui.viewmodels.records import run_entry
 from tui.viewmodels.states import ACTIVE
 from tui.viewmodels.trace import RunTrace
@@ -54,6 +54,13 @@ class RunsPage(RecordPage):
         Binding("n", "new", "New run", tooltip="Choose a shipped recipe and train it", id="run.new"),
         Binding("s", "stop", "Stop", tooltip="Write a checkpoint and stop the run", id="run.stop"),
         Binding("r", "resume", "Resume", tooltip="Go on from the last checkpoint", id="run.resume"),
+        Binding(
+            "a",
+            "serve_adapter",
+            "Adapter live",
+            tooltip="Let its adapter answer while it is merged and verified",
+            id="run.serve_adapter",
+        ),
     ]
 
     def __init__(self) -> None:
@@ -162,6 +169,19 @@ class RunsPage(RecordPage):
             "Stop",
             lambda: self.appliance.perform(
                 self.appliance.client.stop(run.id), lambda stopped: f"{stopped.id} is {stopped.state}"
+            ),
+        )
+
+    def action_serve_adapter(self) -> None:
+        run, box = self._chosen_run(), self.appliance.box
+        if self.appliance.refused(why_not_serve_adapter(run, box.status if box else None)) or run is None:
+            return
+        self.appliance.confirm(
+            f"Let the adapter of {run.id} answer?",
+            "It is not verified yet. It answers on the live release's engine until its own release goes live.",
+            "Adapter live",
+            lambda: self.appliance.perform(
+                self.appliance.client.promote_adapter(run.id), lambda unmerged: f"{unmerged.name} answers"
             ),
         )
 

@@ -53,7 +53,8 @@ def _serving(status: api.Status, room: int) -> Content:
     engine = next((engine for engine in status.engines if engine.release == release), None)
     look = ENGINES[engine.state] if engine else NO_ENGINE
     canary = f" {CANARY.glyph} {100 * status.canary.share:.3g}%" if status.canary else ""
-    name = fit(release, max(8, room - len(look.word) - 5 - len(canary)))
+    adapter = status.unmerged.name if status.unmerged and status.unmerged.answers else ""
+    name = fit(adapter or release, max(8, room - len(look.word) - 5 - len(canary)))
     return Content.assemble((f"{LIVE.glyph} {name} ", LIVE.style), look.label(), (canary, CANARY.style))
 
 

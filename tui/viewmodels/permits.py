@@ -26,6 +26,17 @@ def why_not_resume(run: api.Run | None) -> str | None:
     return None
 
 
+def why_not_serve_adapter(run: api.Run | None, status: api.Status | None) -> str | None:
+    """Why a run's adapter cannot answer before its release can, as far as can be seen from here."""
+    if run is None:
+        return "there is no run whose adapter could answer"
+    if run.state != "running":
+        return f"{run.id} is {run.state}; an adapter answers while its run merges and verifies it"
+    if status is None or status.live is None:
+        return "no release is live whose engine could serve it; wait for the release"
+    return None
+
+
 def why_not_promote(release: api.Release | None) -> str | None:
     if release is None:
         return "there is no release to promote"
@@ -49,8 +60,8 @@ def why_not_try(release: api.Release | None, status: api.Status | None) -> str |
     return None
 
 
-def why_not_roll_back(releases: tuple[api.Release, ...]) -> str | None:
-    if any(is_canary(release) for release in releases):
+def why_not_roll_back(releases: tuple[api.Release, ...], status: api.Status | None) -> str | None:
+    if (status and status.unmerged) or any(is_canary(release) for release in releases):
         return None
     if not any(release.live for release in releases):
         return "nothing is live, so there is nothing to roll back from"

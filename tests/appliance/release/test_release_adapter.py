@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from appliance.errors import InvalidInput
 from appliance.release import weights
-from appliance.release.adapter import CONFIG, WEIGHTS, read_changes, rounded_changes
+from appliance.release.adapter import read_changes, rounded_changes
+from appliance.release.peft_format import CONFIG, WEIGHTS
 from appliance.release.weights import layout, write_weights
 from appliance.train.model import nf4_round_trip
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from appliance.canary import Comparison
+from appliance.errors import InvalidInput
 from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
 
 
 @dataclass
 class FakeEngine:
     """`token_ids` is how it renders every prompt; `broken` releases never start, `unloadable` ones are not
-    taken in place of others, `strange` ones answer otherwise when they are, and a load waits for `loading`."""
+    taken in place of others, `strange` ones answer otherwise when they are, and a load waits for `loading`.
+    `refusal`: why it takes no adapter."""
 
     name: str = "fake"
     honours: frozenset[str] = frozenset({"messages", "model", "stream"})
@@ -27,6 +29,9 @@ class FakeEngine:
     strange: set[str] = field(default_factory=set)
     loading: asyncio.Event | None = None
     size: int = 0
+    adapter_rank: int = 0
+    adapters: list[str] = field(default_factory=list)
+    refusal: str = ""
 
     def memory(self, release: Path) -> int:
         return self.size
@@ -37,6 +42,11 @@ class FakeEngine:
             await self.loading.wait()
         if name in self.unloadable:
             raise ConnectionError("no such weights")
+
+    async def load_adapter(self, address: str, adapter: Path, name: str) -> None:
+        if self.refusal:
+            raise InvalidInput("engine_refused", self.refusal, "")
+        self.adapters.append(name)
 
     def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
         socket.unlink(missing_ok=True)
@@ -60,8 +70,8 @@ class FakeFrontage:
     canaries: list[tuple[str, float] | None] = field(default_factory=list)
     comparison: Comparison = field(default_factory=lambda: Comparison("", ""))
 
-    def route(self, release: str | None, address: str) -> None:
-        self.routes.append(release)
+    def route(self, model: str | None, address: str) -> None:
+        self.routes.append(model)
 
     def hold(self, on: bool) -> None:
         self.holds.append(on)

@@ -18,6 +18,9 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 match behaviour:
     case "hang":
         time.sleep(60)
+    case "wait":
+        while not (run / "go").exists():
+            time.sleep(0.01)
     case "defy":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)

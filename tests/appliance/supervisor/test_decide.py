@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from appliance.canary import Verdict
-from appliance.supervisor.decide import (
-    MOST_CANDIDATE_FAILURES,
-    MOST_LOSSES,
+from appliance.supervisor.actions import (
     Action,
     Advance,
-    CanaryView,
     Conclude,
     EndCanary,
-    EngineView,
+    EndUnmerged,
     FailRun,
     FallBack,
     ForgetWorker,
     Hold,
     KillWorker,
+    LoadAdapter,
     ProbeRun,
     Route,
     RouteCanary,
-    RunView,
-    Snapshot,
     StartEngine,
     StartWorker,
     StopEngine,
@@ -31,9 +29,9 @@ from appliance.supervisor.decide import (
     StopWorker,
     SwapEngine,
     WarnOfSilence,
-    WorkerView,
-    decide,
 )
+from appliance.supervisor.decide import MOST_CANDIDATE_FAILURES, MOST_LOSSES, decide
+from appliance.supervisor.snapshot import CanaryView, EngineView, RunView, Snapshot, UnmergedView, WorkerView
 
 SFT = RunView("r1", "running", "sft")
 PROBE = RunView("r1", "running", "probe")
@@ -41,6 +39,10 @@ A = EngineView("a", alive=True, ready=True)
 R1 = EngineView("r1", alive=True, ready=True)
 B = EngineView("b", alive=True, ready=True)
 WAITING = CanaryView("b", "a", 0.1, Verdict("wait", "waits"))
+MERGE = RunView("r1", "running", "merge")
+MERGING = WorkerView("r1", alive=True)
+UNMERGED = UnmergedView("r1", "a")
+ADAPTED = EngineView("a", alive=True, ready=True, adapter="r1")
 SWAPPING = EngineView("b", alive=True, swapping=True)
 
 TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
@@ -214,6 +216,85 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "exclusive: the live engine comes back after the run": (
         Snapshot(live="a", exclusive=True),
         [Hold(True), StartEngine("a")],
+    ),
+    "an adapter is given to the live release's engine": (
+        Snapshot(runs=(MERGE,), workers=(MERGING,), live="a", routed="a", engines=(A,), unmerged=UNMERGED),
+        [LoadAdapter("a", "r1")],
+    ),
+    "once": (
+        Snapshot(
+            runs=(MERGE,),
+            workers=(MERGING,),
+            live="a",
+            routed="a",
+            engines=(replace(A, loading=True),),
+            unmerged=UNMERGED,
+        ),
+        [],
+    ),
+    "and not before that is ready": (
+        Snapshot(
+            runs=(MERGE,),
+            workers=(MERGING,),
+            live="a",
+            engines=(EngineView("a", alive=True),),
+            unmerged=UNMERGED,
+            holding=True,
+        ),
+        [],
+    ),
+    "an adapter that is loaded answers": (
+        Snapshot(runs=(MERGE,), workers=(MERGING,), live="a", routed="a", engines=(ADAPTED,), unmerged=UNMERGED),
+        [Route("a", "r1")],
+    ),
+    "until its own release can": (
+        Snapshot(
+            live="r1",
+            routed="a",
+            routed_adapter="r1",
+            engines=(ADAPTED, EngineView("r1", alive=True)),
+            unmerged=UNMERGED,
+        ),
+        [],
+    ),
+    "which then does": (
+        Snapshot(live="r1", routed="a", routed_adapter="r1", engines=(ADAPTED, R1), unmerged=UNMERGED),
+        [Route("r1"), StopEngine("a")],
+    ),
+    "and takes its place": (
+        Snapshot(live="r1", routed="r1", engines=(R1,), unmerged=UNMERGED),
+        [EndUnmerged("its release answers")],
+    ),
+    "its release's weights may take the place of the ones it answered on": (
+        Snapshot(
+            live="r1",
+            routed="a",
+            routed_adapter="r1",
+            engines=(ADAPTED,),
+            unmerged=UNMERGED,
+            swappable=frozenset({"a"}),
+        ),
+        [Hold(True), Route(None), SwapEngine("a", "r1")],
+    ),
+    "an adapter whose run has failed answers no longer": (
+        Snapshot(live="a", routed="a", routed_adapter="r1", engines=(ADAPTED,), unmerged=UNMERGED),
+        [EndUnmerged("r1 ended, and its release did not go live")],
+    ),
+    "and the live release does again": (
+        Snapshot(live="a", routed="a", routed_adapter="r1", engines=(ADAPTED,)),
+        [Route("a")],
+    ),
+    "an adapter beside which another release went live has ended": (
+        Snapshot(
+            runs=(MERGE,),
+            workers=(MERGING,),
+            live="b",
+            routed="a",
+            routed_adapter="r1",
+            engines=(ADAPTED, EngineView("b", alive=True)),
+            unmerged=UNMERGED,
+        ),
+        [EndUnmerged("b went live")],
     ),
     "a canary gets an engine beside the live one": (
         Snapshot(live="a", routed="a", engines=(A,), canary=WAITING),

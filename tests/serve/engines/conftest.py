@@ -56,7 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings() -> Settings:
     """By APPLIANCE_ENGINE, the embedded engine where it says nothing; a short context so that overflow is cheap."""
     engine = os.environ.get("APPLIANCE_ENGINE", "transformers")
-    return load_settings({}, engine=engine, max_model_len=512, kv_cache_gib=0.25)
+    return load_settings({}, engine=engine, max_model_len=512, kv_cache_gib=0.25, adapter_rank=16)
 
 
 @pytest.fixture(scope="session")

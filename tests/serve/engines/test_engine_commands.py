@@ -143,3 +143,18 @@ def test_a_model_without_a_readable_config(tmp_path: Path, text: str | None) -> 
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(InvalidInput):
         context_length(tmp_path, 0)
+
+
+@pytest.mark.parametrize(("wanted", "room"), [(0, None), (1, "8"), (24, "32"), (64, "64"), (512, "512")])
+def test_vllm_makes_room_for_an_adapter_only_where_it_is_told_to(release: Path, wanted: int, room: str | None) -> None:
+    kind = VllmEngine(load_settings({}, adapter_rank=wanted), gpu=True)
+    command = kind.command(release, "r1", release / "engine.sock")
+    assert options(command.argv).get("--max-lora-rank") == room
+    assert ("--enable-lora" in command.argv) == (room is not None) == bool(kind.adapter_rank)
+    assert command.environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") == (room and "1")
+
+
+@pytest.mark.parametrize("wanted", [-1, 513])
+def test_a_rank_that_vllm_cannot_make_room_for(wanted: int) -> None:
+    with pytest.raises(InvalidInput, match="APPLIANCE_ADAPTER_RANK"):
+        VllmEngine(load_settings({}, adapter_rank=wanted), gpu=True)

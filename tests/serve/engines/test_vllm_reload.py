@@ -57,7 +57,9 @@ def app() -> Starlette:
 
     app = Starlette(routes=[Route("/v1/models", models)], middleware=[Middleware(Reload)])
     app.state.engine_client = EngineClient()
-    app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="r1")])
+    app.state.openai_serving_models = SimpleNamespace(
+        base_model_paths=[SimpleNamespace(name="r1")], lora_requests={"r0+adapter": object()}
+    )
     return app
 
 
@@ -71,6 +73,7 @@ async def test_weights_cache_and_name_change_while_nothing_is_generated(app: Sta
         answer = await engine.post("/reload", json=ASKED)
         assert (answer.status_code, answer.json()) == (200, {"model": "r2"})
         assert (await engine.get("/v1/models")).json() == "r2"
+    assert app.state.openai_serving_models.lora_requests == {}, "adapters belong to the weights before"
     assert app.state.engine_client.calls == [
         ("pause", "abort", True),
         ("reload_weights", {"weights_path": "/releases/r2"}),

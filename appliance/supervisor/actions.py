@@ -1,0 +1,180 @@
+"""What the supervisor can do, one class for each action."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    """Start the process of the run's present stage."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class StopWorker:
+    """Ask it to write a checkpoint and end."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class KillWorker:
+    """It was asked to end and does not."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class WarnOfSilence:
+    """Tell people that the worker may hang."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class ForgetWorker:
+    """Its process is gone. `lost`: it left no result, and nobody had asked it to end."""
+
+    run: str
+    lost: bool
+
+
+@dataclass(frozen=True)
+class Advance:
+    """The present stage is done: go on to the next."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class FailRun:
+    """`why`: the stage's own failure.json, too many lost processes, or an engine that does not start."""
+
+    run: str
+    why: Literal["stage", "losses", "engine"]
+
+
+@dataclass(frozen=True)
+class StopRun:
+    """It was asked to stop, and nothing of it runs any more."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """Ask the candidate's engine the probes, then conclude."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class Conclude:
+    """Write the manifest, record the release, finish the run."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class StartEngine:
+    release: str
+
+
+@dataclass(frozen=True)
+class StopEngine:
+    """End its whole process group and forget it. `failed`: it died, did not become ready in its time, or hangs."""
+
+    release: str
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class SwapEngine:
+    """Load the weights of `new` into the process that serves `old`, after its last answer."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class LoadAdapter:
+    """Give the engine of `release` the adapter of `run`."""
+
+    release: str
+    run: str
+
+
+@dataclass(frozen=True)
+class EndUnmerged:
+    """The adapter answers no longer."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class FallBack:
+    """The live release does not come up: `to`, which was live before, is so again."""
+
+    to: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """Let this release's engine answer the endpoint; None: nobody answers. `adapter`: with the adapter of this run."""
+
+    release: str | None
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class RouteCanary:
+    """Let this release's engine answer the share of the conversations; None: the live one answers all."""
+
+    release: str | None
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class EndCanary:
+    """Record what became of the canary; `promoted` makes it live."""
+
+    outcome: Literal["promoted", "rolled back"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Whether new requests wait while nobody answers: an engine is on its way that has not failed yet."""
+
+    on: bool
+
+
+RunAction = (
+    StartWorker
+    | StopWorker
+    | KillWorker
+    | WarnOfSilence
+    | ForgetWorker
+    | Advance
+    | FailRun
+    | StopRun
+    | ProbeRun
+    | Conclude
+)
+"""What concerns one run, `run`, and no other."""
+Action = (
+    RunAction
+    | StartEngine
+    | StopEngine
+    | SwapEngine
+    | LoadAdapter
+    | EndUnmerged
+    | FallBack
+    | Route
+    | RouteCanary
+    | EndCanary
+    | Hold
+)

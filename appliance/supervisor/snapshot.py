@@ -1,0 +1,126 @@
+"""What decisions rest on: the runs, the processes and the routes at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from appliance.canary import Verdict
+
+Outcome = Literal["none", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """An active run. `outcome` is what the files of its present stage say."""
+
+    id: str
+    state: Literal["queued", "running", "stopping"]
+    stage: str
+    outcome: Outcome = "none"
+    losses: int = 0
+    refused: bool = False
+    """Verify has refused it: no engine is needed to say so."""
+
+    @property
+    def needs_engine(self) -> bool:
+        return self.stage == "probe"
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """A worker process on record: the run it works for, and whether it was asked to end.
+
+    `overdue`: it has had its time to do so. `silent`: it has said nothing for so long that it may hang.
+    """
+
+    run: str
+    alive: bool
+    told_to_stop: bool = False
+    overdue: bool = False
+    silent: bool = False
+
+
+@dataclass(frozen=True)
+class EngineView:
+    """An engine process on record. `overdue`: it has had its time to become ready, or has stopped answering.
+
+    `swapping`: this release's weights take the place of another's. `abandoned`: so it was, and nobody is at it any
+    more, so that it may serve whatever. `adapter`: the run whose adapter it can answer with; `loading`: it is being
+    given one.
+    """
+
+    release: str
+    alive: bool
+    ready: bool = False
+    overdue: bool = False
+    swapping: bool = False
+    abandoned: bool = False
+    adapter: str | None = None
+    loading: bool = False
+
+
+@dataclass(frozen=True)
+class CanaryView:
+    """The canary under way: the live release that it is compared with, and what its figures say."""
+
+    release: str
+    live: str
+    share: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class UnmergedView:
+    """The adapter of `run` that is to answer on the engine of the release `live` until its own release does."""
+
+    run: str
+    live: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that decisions rest on. `runs` are the active ones, oldest first."""
+
+    runs: tuple[RunView, ...] = ()
+    workers: tuple[WorkerView, ...] = ()
+    engines: tuple[EngineView, ...] = ()
+    live: str | None = None
+    fallback: str | None = None
+    """What was live before, as long as the live release has never answered."""
+    swappable: frozenset[str] = frozenset()
+    """Releases whose engine could go on with the live release's weights."""
+    room: bool = True
+    """The memory lets one more engine start."""
+    routed: str | None = None
+    routed_adapter: str | None = None
+    """The run whose adapter answers there."""
+    unmerged: UnmergedView | None = None
+    canary: CanaryView | None = None
+    routed_canary: tuple[str, float] | None = None
+    """The release that the gateway sends a share of the conversations to, and the share."""
+    holding: bool = False
+    """New requests are told to wait for an engine."""
+    exclusive: bool = False
+    probing: frozenset[str] = frozenset()
+    """Runs whose probe is under way."""
+    stopping_engines: frozenset[str] = frozenset()
+    """Releases whose engine is being stopped."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Engine failures in a row, by release."""
+    resting: frozenset[str] = frozenset()
+    """Releases whose engine failed a moment ago and is not started again yet."""
+
+    @property
+    def head(self) -> RunView | None:
+        """The run whose turn it is: one that has begun, else the oldest in the queue."""
+        return min(self.runs, key=lambda run: run.state == "queued", default=None)
+
+    @property
+    def ready(self) -> frozenset[str]:
+        """Releases whose engine answers."""
+        return frozenset(
+            engine.release
+            for engine in self.engines
+            if engine.alive and engine.ready and engine.release not in self.stopping_engines
+        )
