@@ -31,7 +31,7 @@ def adapter(served: Served, tmp_path: Path) -> tuple[Path, list[int]]:
     model: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj"]))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.02)
+            torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     tokenizer: Any = AutoTokenizer.from_pretrained(served.model)
     prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
