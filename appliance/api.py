@@ -15,6 +15,7 @@ RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopp
 ReleaseState = Literal["verified", "refused"]
 EngineState = Literal["starting", "ready", "backoff"]
 CanaryOutcome = Literal["under way", "promoted", "rolled back"]
+Rating = Literal["good", "bad"]
 
 
 class Problem(Shape):
@@ -87,7 +88,8 @@ class Spread(Shape):
 class CanaryFigures(Shape):
     """What one release has answered while a canary lasts.
 
-    `errors` of the `requests` were the engine's. `stops`: how often answers ended for which reason.
+    `errors` of the `requests` were the engine's. `stops`: how often answers ended for which reason. `ratings`: how
+    often answers were rated what.
     """
 
     release: str
@@ -95,6 +97,7 @@ class CanaryFigures(Shape):
     errors: int
     stops: dict[str, int]
     seconds: dict[str, Spread]
+    ratings: dict[Rating, int] = {}
 
 
 class Canary(Shape):

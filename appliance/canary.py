@@ -28,8 +28,8 @@ class Limits:
     """Requests to the canary after which it goes live where nothing speaks against it."""
     compared: int = 20
     """Requests to the live release without which there is no comparison, and no end by itself but for errors."""
-    fewest_errors: int = 2
-    """Failed requests that it takes to speak against it: one happens to anybody."""
+    fewest_faults: int = 2
+    """Failed requests, or answers rated bad, that it takes to speak against it: one happens to anybody."""
     more_cut: float = 0.10
     """How much larger its share of answers cut by the length limit may be."""
     times_slower: float = 2.0
@@ -43,7 +43,7 @@ class Limits:
         """The limits for a person."""
         return (
             f"goes live after {self.requests} requests to it and {self.compared} to the live release",
-            "goes back where it fails more often, "
+            "goes back where it fails more often, where more of its rated answers are rated bad, "
             f"where {self.more_cut:.0%} more of its answers are cut by the length limit, "
             f"or where its median times are more than {self.times_slower:g} times as long",
             f"a difference counts where chance makes it in fewer than {self.chance:.1%} of cases, "
@@ -68,6 +68,8 @@ class Tally:
     """Requests that the engine did not answer, or not to the end."""
     stops: Counter[str] = field(default_factory=Counter)
     """How often answers ended for which reason."""
+    ratings: Counter[api.Rating] = field(default_factory=Counter)
+    """How often answers were rated what."""
     seconds: dict[str, deque[float]] = field(
         default_factory=lambda: {name: deque(maxlen=NEWEST_TIMED) for name in TIMINGS}
     )
@@ -91,7 +93,12 @@ class Tally:
             if times
         }
         return api.CanaryFigures(
-            release=release, requests=self.requests, errors=self.errors, stops=dict(self.stops), seconds=spreads
+            release=release,
+            requests=self.requests,
+            errors=self.errors,
+            stops=dict(self.stops),
+            seconds=spreads,
+            ratings=dict(self.ratings),
         )
 
 
@@ -125,7 +132,8 @@ def judge(live: Tally, candidate: Tally, limits: Limits) -> Verdict:
         return Verdict("rollback", found)
     if enough:
         errors = f"{candidate.errors} failed" if candidate.errors else "none failed"
-        return Verdict("promote", f"of {candidate.requests} requests {errors}; it is no slower and cut no more often")
+        reason = f"of {candidate.requests} requests {errors}; it is no slower, and neither cut nor rated bad more often"
+        return Verdict("promote", reason)
     missing = {"it": limits.requests - candidate.requests, "the live release": limits.compared - live.requests}
     waited = ", ".join(f"{count} to {side}" for side, count in missing.items() if count > 0)
     return Verdict("wait", f"waits for more requests: {waited}")
@@ -135,11 +143,14 @@ def _faults(live: Tally, candidate: Tally, limits: Limits, chance: float) -> Ite
     """What speaks against the candidate: worse than the limits allow, and not by chance."""
     asked = max(live.requests, limits.compared)
     by_chance = _excess(candidate.errors, candidate.requests, live.errors, asked)
-    if candidate.errors >= limits.fewest_errors and by_chance < chance:
+    if candidate.errors >= limits.fewest_faults and by_chance < chance:
         yield (
             f"{candidate.errors} of {candidate.requests} requests to it failed, "
             f"and {live.errors} of {live.requests} to the live release"
         )
+    bad, rated, bad_live, rated_live = *_bad(candidate), *_bad(live)
+    if bad >= limits.fewest_faults and _excess(bad, rated, bad_live, rated_live) < chance:
+        yield f"{bad} of {rated} ratings of its answers are bad, and {bad_live} of {rated_live} of the live release's"
     cut, ended = candidate.stops["length"], candidate.stops.total()
     cut_live, ended_live = live.stops["length"], live.stops.total()
     if ended and ended_live >= limits.compared:
@@ -153,6 +164,11 @@ def _faults(live: Tally, candidate: Tally, limits: Limits, chance: float) -> Ite
             slow = max(limits.times_slower * median, median + least)
             if _heads(sum(time > slow for time in times), len(times)) < chance:
                 yield f"{name} takes {statistics.median(times):.3g} s in the median, the live release's {median:.3g} s"
+
+
+def _bad(tally: Tally) -> tuple[int, int]:
+    """How many answers were rated bad, and how many were rated."""
+    return tally.ratings["bad"], tally.ratings.total()
 
 
 def _excess(worse: int, of: int, usual: int, of_usual: int) -> float:

@@ -72,8 +72,9 @@ def canary_lines(canary: api.Canary) -> list[str]:
     for side in canary.figures:
         stops = ", ".join(f"{count} {reason}" for reason, count in side.stops.items())
         times = [f"{name} {spread.median:.3g} s (95%: {spread.p95:.3g} s)" for name, spread in side.seconds.items()]
-        parts = [f"{side.requests} requests, {side.errors} failed", *([stops] if stops else []), *times]
-        lines.append(f"{side.release}: {'; '.join(parts)}")
+        ratings = ", ".join(f"{count} rated {rating}" for rating, count in side.ratings.items())
+        parts = [f"{side.requests} requests, {side.errors} failed", stops, ratings, *times]
+        lines.append(f"{side.release}: {'; '.join(filter(None, parts))}")
     return [*lines, *canary.limits]
 
 

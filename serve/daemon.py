@@ -31,6 +31,7 @@ from appliance.supervisor.supervisor import Supervisor
 from serve.control import control_app
 from serve.engines.choose import choose_engine
 from serve.gateway.app import Gateway, Route
+from serve.gateway.feedback import Ledger
 from serve.notify import notify
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
             "start on loopback, make one with `appliance keys create NAME`, then start again",
         )
     engine = choose_engine(settings)
-    gateway = Gateway(keys.authenticate)
+    ledger = Ledger(home.database)
+    gateway = Gateway(keys.authenticate, ledger)
     supervisor = Supervisor(
         home,
         db,
@@ -79,6 +81,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     supervising = asyncio.create_task(supervisor.serve())
+    recording = asyncio.create_task(ledger.serve())
     notify("READY=1")
     log.info("chat endpoint %s, control socket %s, engine %s", endpoint, home.control_socket(), engine.name)
     waiting = asyncio.create_task(ended.wait())
@@ -92,6 +95,8 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     for server in servers:
         server.should_exit = True
     await asyncio.gather(*serving, return_exceptions=True)
+    recording.cancel()
+    await asyncio.gather(recording, ledger.write(), return_exceptions=True)
     await supervisor.close(WORKER_GRACE_SECONDS)
     home.control_socket().unlink(missing_ok=True)
     if not ended.is_set():

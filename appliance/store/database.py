@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 from appliance.errors import InvalidInput
@@ -55,6 +57,17 @@ MIGRATIONS = (
     );
     CREATE UNIQUE INDEX one_unmerged ON unmerged (ended IS NULL) WHERE ended IS NULL;
     """,
+    """
+    CREATE TABLE requests (
+        position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, release TEXT NOT NULL, key TEXT NOT NULL,
+        answered REAL NOT NULL
+    );
+    CREATE TABLE feedback (
+        request TEXT PRIMARY KEY REFERENCES requests(id), rating TEXT NOT NULL, correction TEXT, comment TEXT,
+        given REAL NOT NULL
+    );
+    CREATE INDEX feedback_given ON feedback (given);
+    """,
 )
 
 
@@ -88,3 +101,16 @@ def open_database(path: Path) -> sqlite3.Connection:
             "move it away, or use another home",
         ) from error
     return connection
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """What is done in it lasts as a whole, or where it raises not at all."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise

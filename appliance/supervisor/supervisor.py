@@ -20,6 +20,7 @@ from appliance.home import Home, disk_error
 from appliance.release.gates import Gate, judge_parity, judge_stopping, load_probes
 from appliance.release.manifest import finalise
 from appliance.store.canaries import Canaries
+from appliance.store.feedback import Feedback
 from appliance.store.processes import Processes
 from appliance.store.releases import Releases
 from appliance.store.runs import Runs
@@ -87,7 +88,7 @@ class Supervisor:
         self.processes = Processes(db)
         self.workers = Workers(home, self.runs, self.processes, worker_command)
         self.engines = EngineProcesses(home, engine, self.releases, self.processes, frontage, self.poke)
-        self.trial = Trial(Canaries(db), self.releases, frontage, Limits(canary_requests))
+        self.trial = Trial(Canaries(db), self.releases, Feedback(db), frontage, Limits(canary_requests))
         self.unmerged = Unmerged(home, UnmergedAdapters(db), self.releases)
         self.routed: str | None = None
         self.routed_adapter: str | None = None

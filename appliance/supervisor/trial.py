@@ -8,6 +8,7 @@ from appliance import api
 from appliance.canary import Comparison, Limits, judge
 from appliance.errors import Conflict
 from appliance.store.canaries import Canaries
+from appliance.store.feedback import Feedback
 from appliance.store.releases import Releases
 from appliance.supervisor.snapshot import CanaryView
 
@@ -25,12 +26,14 @@ class CanaryRoutes(Protocol):
 
 
 class Trial:
-    """At most one canary. Its record outlasts the daemon; the figures do not, and begin again with the next one."""
+    """At most one canary. Its record and its ratings outlast the daemon; what the gateway counts begins again with the
+    next one."""
 
     def __init__(
         self,
         canaries: Canaries,
         releases: Releases,
+        feedback: Feedback,
         routes: CanaryRoutes,
         limits: Limits,
     ) -> None:
@@ -38,6 +41,7 @@ class Trial:
         """The release that the gateway sends a share to, and the share."""
         self._canaries = canaries
         self._releases = releases
+        self._feedback = feedback
         self._routes = routes
         self._limits = limits
         self._comparison = Comparison("", "")
@@ -104,8 +108,10 @@ class Trial:
         return self._canaries.newest() | ({present.release: present} if present else {})
 
     def _compare(self, canary: api.Canary) -> Comparison:
-        """The figures of this canary; of another one before, they are dropped."""
+        """The figures of this canary, with its ratings as they are now; of another one before, they are dropped."""
         if self._since != canary.since:
             self._since = canary.since
             self._comparison = Comparison(canary.live, canary.release)
+        self._comparison.live_tally.ratings = self._feedback.ratings(canary.live, canary.since)
+        self._comparison.candidate_tally.ratings = self._feedback.ratings(canary.release, canary.since)
         return self._comparison

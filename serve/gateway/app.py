@@ -8,6 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -16,6 +17,7 @@ from appliance.canary import Comparison
 from serve.gateway.asgi import ClientGone, Reply, read_body, read_json, until_gone
 from serve.gateway.canary import CONVERSATION_HEADER, Canary, conversation_of, counted
 from serve.gateway.errors import ChatError, no_engine
+from serve.gateway.feedback import Ledger, read_feedback
 from serve.gateway.fields import MODEL_ALIAS, admit
 from serve.gateway.upstream import Route, Upstream
 
@@ -26,25 +28,35 @@ log = logging.getLogger(__name__)
 BODY_LIMIT = 4 << 20
 """Largest request, in bytes."""
 
+FEEDBACK_LIMIT = 256 << 10
+"""The same for feedback, whose correction may be a long answer."""
+
 HELD_AT_MOST = 256
 """Requests that may wait for an engine on its way."""
 
 _CHAT = "/v1/chat/completions"
-_METHODS = {"/healthz": "GET", "/readyz": "GET", "/v1/models": "GET", _CHAT: "POST"}
+_FEEDBACK = "/v1/feedback"
+_METHODS = {"/healthz": "GET", "/readyz": "GET", "/v1/models": "GET", _CHAT: "POST", _FEEDBACK: "POST"}
 _KEYLESS = frozenset({"/healthz", "/readyz"})
+_FOR_OPERATORS = frozenset({_CHAT, _FEEDBACK})
 
 
 class Gateway:
     """The ASGI app of the public port.
 
-    `authenticate` gives the id of a good API key. An engine that sends nothing for `patience` seconds is given up. A
-    request waits for an engine on its way at most `hold_seconds`.
+    `authenticate` gives the id of a good API key. `ledger` is told of every answer. An engine that sends nothing for
+    `patience` seconds is given up. A request waits for an engine on its way at most `hold_seconds`.
     """
 
     def __init__(
-        self, authenticate: Callable[[str], str | None], patience: float = 600, hold_seconds: float = 120
+        self,
+        authenticate: Callable[[str], str | None],
+        ledger: Ledger,
+        patience: float = 600,
+        hold_seconds: float = 120,
     ) -> None:
         self._authenticate = authenticate
+        self._ledger = ledger
         self._patience = patience
         self._hold_seconds = hold_seconds
         self._holding = False
@@ -85,7 +97,7 @@ class Gateway:
         await self._serve(scope, receive, send, operator=False)
 
     async def operator(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """An ASGI app for a listener that only operators reach: chat completions, and no key is asked for."""
+        """An ASGI app for a listener that only operators reach: chat and feedback, and no key is asked for."""
         await self._serve(scope, receive, send, operator=True)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, operator: bool) -> None:
@@ -94,11 +106,11 @@ class Gateway:
         reply = Reply(send, {"x-request-id": f"req_{uuid.uuid4().hex}"})
         try:
             path = scope["path"]
-            if path not in _METHODS or (operator and path != _CHAT):
+            if path not in _METHODS or (operator and path not in _FOR_OPERATORS):
                 raise ChatError(404, f"there is nothing at {path}", code="unknown_url")
             if scope["method"] != _METHODS[path]:
                 raise ChatError(405, f"{path} takes {_METHODS[path]}", code="method_not_allowed")
-            caller = None if operator or path in _KEYLESS else self._require_key(scope)
+            caller = "" if operator or path in _KEYLESS else self._require_key(scope)
             await self._answer(path, scope, receive, reply, caller)
         except ChatError as error:
             await reply.error(error)
@@ -108,7 +120,7 @@ class Gateway:
             log.exception("a request failed")
             await reply.error(ChatError(500, "the gateway failed; see its log", code="gateway_failed"))
 
-    async def _answer(self, path: str, scope: Scope, receive: Receive, reply: Reply, caller: str | None) -> None:
+    async def _answer(self, path: str, scope: Scope, receive: Receive, reply: Reply, caller: str) -> None:
         match path:
             case "/healthz":
                 await reply.json(200, {"status": "ok"})
@@ -116,24 +128,28 @@ class Gateway:
                 await reply.json(200, {"status": "ready", "model": self._ready().route.model})
             case "/v1/models":
                 await reply.json(200, {"object": "list", "data": self._models()})
+            case "/v1/feedback":
+                remark = read_feedback(read_json(await read_body(receive, FEEDBACK_LIMIT)))
+                await self._ledger.give(remark, caller)
+                await reply.json(200, {"id": remark.id, "rating": remark.rating})
             case _:
                 request = read_json(await read_body(receive, BODY_LIMIT))
                 conversation = conversation_of(request, _header(scope, CONVERSATION_HEADER), caller)
-                await until_gone(receive, self._complete(request, conversation, reply))
+                await until_gone(receive, self._complete(request, conversation, caller, reply))
 
-    async def _complete(self, request: dict[str, Any], conversation: str | None, reply: Reply) -> None:
+    async def _complete(self, request: dict[str, Any], conversation: str | None, caller: str, reply: Reply) -> None:
         """Let the canary answer what falls to it; what it fails before the first byte, the live release answers."""
         if (canary := self._canary) and canary.takes(request, conversation):
             candidate = canary.comparison.candidate
             try:
-                return await self._pass_on(request, canary.upstream, reply)
+                return await self._pass_on(request, canary.upstream, caller, reply)
             except ChatError as error:
                 if error.status < 500 or reply.streaming or request.get("model") == candidate:
                     raise
                 log.warning("the canary %s failed, and the live release answers: %s", candidate, error)
-        await self._pass_on(request, await self._ready_soon(), reply)
+        await self._pass_on(request, await self._ready_soon(), caller, reply)
 
-    async def _pass_on(self, request: dict[str, Any], upstream: Upstream, reply: Reply) -> None:
+    async def _pass_on(self, request: dict[str, Any], upstream: Upstream, caller: str, reply: Reply) -> None:
         route = upstream.route
         admitted = admit(request, route.engine_kind.honours)
         model = admitted.get("model", MODEL_ALIAS)
@@ -146,8 +162,9 @@ class Gateway:
             )
         passed = json.dumps(admitted | {"model": route.model}).encode()
         tally = self._canary.comparison.tally(route.model) if self._canary else None
+        begun = partial(self._ledger.note, release=route.model, key=caller)
         with upstream.answering(), counted(tally) as seen:
-            await upstream.complete(passed, reply, seen)
+            await upstream.complete(passed, reply, begun, seen)
 
     async def _ready_soon(self) -> Upstream:
         """The routed engine, waited for where one is on its way. Raises ChatError where none comes in time."""

@@ -35,7 +35,7 @@ async def read_body(receive: Receive, limit: int) -> bytes:
         part = message.get("body", b"")
         size += len(part)
         if size > limit:
-            raise ChatError(413, f"the request is larger than {limit >> 20} MiB", code="request_too_large")
+            raise ChatError(413, f"the request is larger than {limit >> 10} KiB", code="request_too_large")
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)

@@ -41,14 +41,14 @@ def chosen(conversation: str, share: float) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-def conversation_of(request: dict[str, Any], header: str, caller: str | None) -> str | None:
+def conversation_of(request: dict[str, Any], header: str, caller: str) -> str | None:
     """What a request names its conversation by: the header, a field, else the API key; None: by nothing.
 
-    `caller` is the key's id: conversations of two keys are never the same.
+    `caller` is the key's id, empty for an operator: conversations of two keys are never the same.
     """
     names = (("header", header), *((field, request.get(field)) for field in _NAMES))
     kind, name = next(((kind, name) for kind, name in names if isinstance(name, str) and name), ("", ""))
-    return f"{caller or ''}/{kind}/{name}" if caller or name else None
+    return f"{caller}/{kind}/{name}" if caller or name else None
 
 
 @contextlib.contextmanager

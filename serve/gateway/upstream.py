@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import aiohttp
@@ -64,9 +64,12 @@ class Upstream:
         if not self.idle:
             await self._drained.wait()
 
-    async def complete(self, request: bytes, reply: Reply, seen: Observation | None = None) -> None:
+    async def complete(
+        self, request: bytes, reply: Reply, begun: Callable[[bytes], None], seen: Observation | None
+    ) -> None:
         """Pass a chat completion request on, and the engine's answer back, byte for byte; `seen` watches it.
 
+        `begun` gets the first events of an answer, or the whole of it, before the client does.
         Raises ChatError where the engine cannot be reached, refuses, or does not finish its answer.
         """
         try:
@@ -77,9 +80,10 @@ class Upstream:
                 if response.status != 200:
                     raise _refusal(response.status, await response.read())
                 if response.content_type == "text/event-stream":
-                    await _relay(response.content, reply, seen)
+                    await _relay(response.content, reply, begun, seen)
                 else:
                     body = await response.read()
+                    begun(body)
                     if seen:
                         seen.document(body)
                     await reply.document(200, body)
@@ -99,7 +103,9 @@ class Upstream:
         )
 
 
-async def _relay(stream: aiohttp.StreamReader, reply: Reply, seen: Observation | None) -> None:
+async def _relay(
+    stream: aiohttp.StreamReader, reply: Reply, begun: Callable[[bytes], None], seen: Observation | None
+) -> None:
     """Pass whole events on, so that an error can follow wherever the engine breaks off."""
     rest = b""
     complete = False
@@ -109,6 +115,8 @@ async def _relay(stream: aiohttp.StreamReader, reply: Reply, seen: Observation |
         if end > 1:
             frames, rest = rest[:end], rest[end:]
             complete = frames.endswith(_LAST_EVENT)
+            if not reply.streaming:
+                begun(frames)
             if seen:
                 seen.events(frames, complete)
             await reply.events(frames)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Literal
 
 import pytest
@@ -24,8 +25,8 @@ from appliance.canary import (
 LIMITS = Limits()
 
 
-def tally(answers: int, errors: int = 0, cut: int = 0, **seconds: float) -> Tally:
-    """So many answers that all take `seconds`, of which `cut` were cut, and so many errors."""
+def tally(answers: int, errors: int = 0, cut: int = 0, good: int = 0, bad: int = 0, **seconds: float) -> Tally:
+    """So many answers that all take `seconds`, of which `cut` were cut, so many errors, and ratings."""
     counted = Tally()
     for number in range(answers):
         counted.add_answer(
@@ -33,6 +34,7 @@ def tally(answers: int, errors: int = 0, cut: int = 0, **seconds: float) -> Tall
         )
     for _ in range(errors):
         counted.add_error()
+    counted.ratings = Counter(good=good, bad=bad)
     return counted
 
 
@@ -64,6 +66,13 @@ CASES: dict[str, tuple[Tally, Tally, Literal["wait", "promote", "rollback"], str
     "slow whole answers": (tally(50, whole=0.02), tally(20, whole=0.05), "rollback", "each token of a whole answer"),
     "a few slow answers may be chance": (tally(50, first=0.2), tally(9, first=0.5), "wait", ""),
     "with too little to compare": (tally(19, first=0.2), tally(99, first=0.5), "wait", ""),
+    "rated bad": (tally(50, good=18, bad=2), tally(20, good=2, bad=8), "rollback", "8 of 10 ratings of its answers"),
+    "rated bad, the live release as well": (tally(50, good=2, bad=8), tally(99, good=2, bad=8), "wait", ""),
+    "rated good, the live release bad": (tally(50, bad=20), tally(100, good=20), "promote", "nor rated bad more often"),
+    "one bad rating happens to anybody": (tally(900, good=900), tally(100, bad=1), "promote", ""),
+    "two in the end do not": (tally(900, good=900), tally(100, bad=2), "rollback", "2 of 2 ratings"),
+    "a few bad ratings may be chance": (tally(50, good=4, bad=1), tally(99, good=1, bad=4), "wait", ""),
+    "ratings of the candidate alone": (tally(50), tally(100, bad=9), "promote", ""),
     "faster": (tally(50, first=0.2, later=0.05), tally(100, first=0.1, later=0.01), "promote", ""),
 }
 
@@ -98,30 +107,41 @@ def test_the_sign_test() -> None:
 
 
 @pytest.mark.parametrize(
-    ("errors", "cut", "slower", "at_least"),
-    [(0.01, 0.2, 1.0, 0.95), (0.2, 0.2, 1.0, 0.0), (0.01, 0.5, 1.0, 0.0), (0.01, 0.2, 5.0, 0.0)],
-    ids=["alike", "fails", "cut", "slow"],
+    ("errors", "cut", "slower", "bad", "at_least"),
+    [
+        (0.01, 0.2, 1.0, 0.2, 0.95),
+        (0.2, 0.2, 1.0, 0.2, 0.0),
+        (0.01, 0.5, 1.0, 0.2, 0.0),
+        (0.01, 0.2, 5.0, 0.2, 0.0),
+        (0.01, 0.2, 1.0, 0.8, 0.0),
+    ],
+    ids=["alike", "fails", "cut", "slow", "disliked"],
 )
-def test_how_often_a_canary_of_some_kind_goes_live(errors: float, cut: float, slower: float, at_least: float) -> None:
-    """Looked at after every answer, in 60 canaries beside a live release with 1% errors and 20% cut answers."""
+def test_how_often_a_canary_of_some_kind_goes_live(
+    errors: float, cut: float, slower: float, bad: float, at_least: float
+) -> None:
+    """Looked at after every answer, in 60 canaries beside a live release with 1% errors and 20% cut answers, a fifth of
+    whose answers are rated, and of these a fifth bad."""
     dice = random.Random(7)
     promoted = 0
     for _ in range(60):
         comparison = Comparison("a", "b")
         while (verdict := judge(comparison.live_tally, comparison.candidate_tally, LIMITS)).outcome == "wait":
             for _ in range(4):
-                _answer(dice, comparison.live_tally, 0.01, 0.2, 1.0)
-            _answer(dice, comparison.candidate_tally, errors, cut, slower)
+                _answer(dice, comparison.live_tally, 0.01, 0.2, 1.0, 0.2)
+            _answer(dice, comparison.candidate_tally, errors, cut, slower, bad)
         promoted += verdict.outcome == "promote"
     assert (promoted >= 60 * at_least) if at_least else promoted == 0
 
 
-def _answer(dice: random.Random, counted: Tally, errors: float, cut: float, slower: float) -> None:
+def _answer(dice: random.Random, counted: Tally, errors: float, cut: float, slower: float, bad: float) -> None:
     if dice.random() < errors:
         counted.add_error()
     else:
         stop = "length" if dice.random() < cut else "stop"
         counted.add_answer([stop], {FIRST_TOKEN: dice.lognormvariate(-1, 0.7) * slower})
+        if dice.random() < 0.2:
+            counted.ratings["bad" if dice.random() < bad else "good"] += 1
 
 
 def test_a_tallys_figures() -> None:
@@ -129,9 +149,11 @@ def test_a_tallys_figures() -> None:
     for number in range(1, 21):
         counted.add_answer(["stop", "length"], {FIRST_TOKEN: number / 10})
     counted.add_error()
+    counted.ratings["bad"] += 1
     figures = counted.figures("a")
     assert (figures.release, figures.requests, figures.errors) == ("a", 21, 1)
     assert figures.stops == {"stop": 20, "length": 20}
+    assert figures.ratings == {"bad": 1}
     assert set(figures.seconds) == {FIRST_TOKEN}
     assert figures.seconds[FIRST_TOKEN].median == pytest.approx(1.05)
     assert figures.seconds[FIRST_TOKEN].p95 == pytest.approx(1.9)

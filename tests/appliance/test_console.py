@@ -19,6 +19,7 @@ def test_a_canary_with_both_sides_figures() -> None:
     comparison.live_tally.add_answer(["stop"], {FIRST_TOKEN: 0.25})
     comparison.candidate_tally.add_answer(["length"], {})
     comparison.candidate_tally.add_error()
+    comparison.candidate_tally.ratings.update(good=3, bad=1)
     canary = api.Canary(
         release="b",
         live="a",
@@ -31,7 +32,7 @@ def test_a_canary_with_both_sides_figures() -> None:
     assert canary_lines(canary) == [
         "b answers 10% of the conversations; waits for more requests: 98 to it",
         "a: 1 requests, 0 failed; 1 stop; first token 0.25 s (95%: 0.25 s)",
-        "b: 2 requests, 1 failed; 1 length",
+        "b: 2 requests, 1 failed; 1 length; 3 rated good, 1 rated bad",
         "goes live after 100 requests",
     ]
 

@@ -78,9 +78,13 @@ async def ended(box: Box) -> api.Canary:
 
 
 class Clients:
-    """Clients that ask, each in one conversation after the other; `failed` and `answered` hold what came of it."""
+    """Clients that ask, each in one conversation after the other; `failed` and `answered` hold what came of it.
 
-    def __init__(self) -> None:
+    They rate the answers of the releases in `opinions`.
+    """
+
+    def __init__(self, opinions: dict[str, api.Rating]) -> None:
+        self.opinions = opinions
         self.failed: list[str] = []
         self.answered: Counter[str] = Counter()
         self.sides: dict[str, set[str]] = {}
@@ -88,12 +92,15 @@ class Clients:
     async def ask(self, http: httpx.AsyncClient, conversation: str, stream: bool) -> None:
         body = {"model": "live", "messages": [{"role": "user", "content": "Who?"}], "stream": stream}
         response = await http.post("/chat/completions", json=body, headers={"x-conversation-id": conversation})
-        model, text = read(response) if response.status_code == 200 else ("", response.text)
+        id, model, text = read(response) if response.status_code == 200 else ("", "", response.text)
         if text != f"I am {model}.":
             self.failed.append(f"{response.status_code} {text}")
             return
         self.answered[model] += 1
         self.sides.setdefault(conversation, set()).add(model)
+        if model in self.opinions:
+            said = await http.post("/feedback", json={"id": id, "rating": self.opinions[model]})
+            assert said.status_code == 200, said.text
 
     async def run(self, http: httpx.AsyncClient, name: int) -> None:
         for number in itertools.count():
@@ -101,23 +108,24 @@ class Clients:
                 await self.ask(http, f"{name}-{number}", stream)
 
 
-def read(response: httpx.Response) -> tuple[str, str]:
-    """Model and text of an answer of either kind; the text of a broken one is what there is of it."""
+def read(response: httpx.Response) -> tuple[str, str, str]:
+    """Id, model and text of an answer of either kind; the text of a broken one is what there is of it."""
     if not response.headers["content-type"].startswith("text/event-stream"):
         whole = response.json()
-        return whole["model"], whole["choices"][0]["message"]["content"]
+        return whole["id"], whole["model"], whole["choices"][0]["message"]["content"]
     chunks: list[dict[str, Any]] = [
         json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n") if line.startswith("data: {")
     ]
     said = [chunk for chunk in chunks if "choices" in chunk]
-    return said[0]["model"], "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in said)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in said)
+    return said[0]["id"], said[0]["model"], text
 
 
 @contextlib.asynccontextmanager
-async def asking(box: Box, key: str) -> AsyncIterator[Clients]:
+async def asking(box: Box, key: str, **opinions: api.Rating) -> AsyncIterator[Clients]:
     """Clients that ask for as long as this lasts."""
     endpoint = (await box.client.status()).endpoint
-    clients = Clients()
+    clients = Clients(opinions)
     headers = {"authorization": f"Bearer {key}"}
     async with httpx.AsyncClient(base_url=endpoint, headers=headers, timeout=30) as http:
         tasks = [asyncio.create_task(clients.run(http, name)) for name in range(CLIENTS)]
@@ -160,6 +168,17 @@ async def test_a_bad_canary_goes_back_and_nobody_notices(running: Box, key: str,
         assert clients.answered["new"] == 0
     status = await running.client.status()
     assert (status.live, status.routed, status.canary) == ("old", "old", None)
+
+
+async def test_a_canary_whose_answers_people_dislike_goes_back(running: Box, key: str) -> None:
+    async with asking(running, key, old="good", new="bad") as clients:
+        await running.client.promote("new", canary=0.2)
+        canary = await ended(running)
+    assert canary.outcome == "rolled back", canary
+    assert "ratings of its answers are bad" in canary.reason
+    live, candidate = canary.figures
+    assert (set(live.ratings), set(candidate.ratings)) == ({"good"}, {"bad"})
+    assert clients.failed == []
 
 
 async def test_a_canary_whose_streams_break_goes_back(running: Box, key: str) -> None:

@@ -18,6 +18,7 @@ from appliance.train.recipe import Recipe
 from serve.control import control_app
 from serve.engines.transformers import TransformersEngine
 from serve.gateway.app import Gateway
+from serve.gateway.feedback import Ledger
 
 
 class Nobody:
@@ -43,9 +44,8 @@ class Control:
         self.db: sqlite3.Connection = open_database(self.home.database)
         keys = Keys(self.db)
         self.supervisor = Supervisor(self.home, self.db, TransformersEngine(Settings()), Nobody(), exclusive=False)
-        app = control_app(
-            self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", Gateway(keys.authenticate).operator
-        )
+        chat = Gateway(keys.authenticate, Ledger(self.home.database)).operator
+        app = control_app(self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", chat)
         self.client = Client(root / "none", httpx.ASGITransport(app, raise_app_exceptions=False))
 
     def run(self, state: str) -> str:

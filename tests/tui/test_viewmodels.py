@@ -66,7 +66,7 @@ CANARY = api.Canary(
             stops={"stop": 31},
             seconds={"first token": api.Spread(median=0.25, p95=1)},
         ),
-        api.CanaryFigures(release="b", requests=2, errors=1, stops={}, seconds={}),
+        api.CanaryFigures(release="b", requests=2, errors=1, stops={}, seconds={}, ratings={"good": 1, "bad": 2}),
     ),
     limits=("goes live after 11",),
 )
@@ -424,7 +424,7 @@ class TestTexts:
         text = gates(release(canary=CANARY), None).plain
         assert "◇ canary of 10%  waits for more requests: 9 to it" in text
         assert "a: requests 31, failed 0, stop 31, first token 0.25" in text
-        assert "b: requests 2, failed 1" in text
+        assert "b: requests 2, failed 1, rated good 1, rated bad 2" in text
         assert "goes live after 11" in text
         assert "◇ canary of 10% rolled back  it failed" in gates(release(canary=ENDED), None).plain
 

@@ -94,7 +94,8 @@ def _canary(canary: api.Canary) -> list[Content]:
     lines = [Content(""), Content.assemble(head, (plain(canary.reason), style))]
     for side in canary.figures:
         medians = {name: spread.median for name, spread in side.seconds.items()}
-        told = figures({"requests": side.requests, "failed": side.errors, **side.stops, **medians})
+        ratings = {f"rated {rating}": count for rating, count in side.ratings.items()}
+        told = figures({"requests": side.requests, "failed": side.errors, **side.stops, **ratings, **medians})
         lines.append(Content.styled(f"  {one_line(f'{side.release}: {told}', 400)}", MUTED))
     return [*lines, *(Content.styled(f"  {limit}", MUTED) for limit in canary.limits)]
 

@@ -11,6 +11,7 @@ from engine_process import KEY, Served, listening, serving
 
 from appliance.settings import Settings, load_settings
 from serve.gateway.app import Gateway, Route
+from serve.gateway.feedback import Ledger
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -74,9 +75,9 @@ def mortal(settings: Settings, smollm2: Path, tmp_path: Path) -> Iterator[Served
 
 
 @pytest.fixture
-async def endpoint(served: Served) -> AsyncIterator[str]:
+async def endpoint(served: Served, tmp_path: Path) -> AsyncIterator[str]:
     """URL of a gateway in front of the engine; its key is KEY."""
-    gateway = Gateway({KEY: "k1"}.get)
+    gateway = Gateway({KEY: "k1"}.get, Ledger(tmp_path / "appliance.db"))
     gateway.route(Route(served.address, served.name, served.kind))
     async with listening(gateway) as url:
         yield url

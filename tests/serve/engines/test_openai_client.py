@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,6 +14,7 @@ import pytest
 from engine_process import KEY, Served, listening
 
 from serve.gateway.app import Gateway, Route
+from serve.gateway.feedback import Ledger
 
 pytestmark = pytest.mark.slow
 
@@ -273,8 +275,8 @@ async def _running(served: Served) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 
-async def test_an_engine_that_is_killed_in_a_stream(mortal: Served) -> None:
-    gateway = Gateway({KEY: "k1"}.get)
+async def test_an_engine_that_is_killed_in_a_stream(mortal: Served, tmp_path: Path) -> None:
+    gateway = Gateway({KEY: "k1"}.get, Ledger(tmp_path / "appliance.db"))
     gateway.route(Route(mortal.address, mortal.name, mortal.kind))
     async with listening(gateway) as url, openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
         fields: dict[str, Any] = {"model": "live", "messages": STORY, "extra_body": {"ignore_eos": True}}

@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from scripted_engine import KEY, ScriptedEngine, route
+from scripted_engine import KEY, OTHER_KEY, ScriptedEngine, route
 
 from serve.gateway.app import Gateway
+from serve.gateway.feedback import Ledger
 
 
 @pytest.fixture
@@ -31,8 +32,13 @@ def patience() -> float:
 
 
 @pytest.fixture
-async def gateway(engine: ScriptedEngine, patience: float) -> Gateway:
-    gateway = Gateway({KEY: "k1"}.get, patience)
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "appliance.db")
+
+
+@pytest.fixture
+async def gateway(engine: ScriptedEngine, ledger: Ledger, patience: float) -> Gateway:
+    gateway = Gateway({KEY: "k1", OTHER_KEY: "k2"}.get, ledger, patience)
     gateway.route(route(engine))
     return gateway
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from serve.gateway.app import Route
 
-KEY = "sk-good"
-"""The one API key that the gateway under test takes."""
+KEY, OTHER_KEY = "sk-good", "sk-other"
+"""The API keys that the gateway under test takes."""
 
 Script = Callable[[asyncio.StreamWriter], Awaitable[None]]
 

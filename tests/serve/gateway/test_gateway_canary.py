@@ -48,20 +48,18 @@ def test_the_same_conversation_always_falls_to_the_same_side() -> None:
 @pytest.mark.parametrize(
     ("request_fields", "header", "caller", "name"),
     [
-        ({}, "", None, None),
+        ({}, "", "", None),
         ({}, "", "k1", "k1//"),
         ({"user": "u"}, "", "k1", "k1/user/u"),
         ({"user": "u", "safety_identifier": "s"}, "", "k1", "k1/safety_identifier/s"),
         ({"user": "u", "safety_identifier": "s", "prompt_cache_key": "p"}, "", "k1", "k1/prompt_cache_key/p"),
         ({"prompt_cache_key": "p"}, "c", "k1", "k1/header/c"),
         ({"prompt_cache_key": "", "user": 7}, "", "k1", "k1//"),
-        ({"user": "u"}, "", None, "/user/u"),
-        ({}, "c", None, "/header/c"),
+        ({"user": "u"}, "", "", "/user/u"),
+        ({}, "c", "", "/header/c"),
     ],
 )
-def test_what_names_a_conversation(
-    request_fields: dict[str, Any], header: str, caller: str | None, name: str | None
-) -> None:
+def test_what_names_a_conversation(request_fields: dict[str, Any], header: str, caller: str, name: str | None) -> None:
     assert conversation_of({**ASK, **request_fields}, header, caller) == name
 
 

@@ -10,6 +10,7 @@ import pytest
 from scripted_engine import ANSWER, ScriptedEngine
 
 from serve.gateway.app import BODY_LIMIT, Gateway
+from serve.gateway.feedback import Ledger
 
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 CHAT = "/v1/chat/completions"
@@ -165,7 +166,7 @@ async def test_a_field_that_would_be_ignored_is_refused_by_name(
     assert engine.requests == []
 
 
-async def test_operators_need_no_key_and_reach_only_the_chat(
+async def test_operators_need_no_key_and_reach_only_what_is_for_them(
     gateway: Gateway, listen: Callable[[Any], Any], engine: ScriptedEngine
 ) -> None:
     async with httpx.AsyncClient(base_url=await listen(gateway.operator)) as client:
@@ -174,11 +175,13 @@ async def test_operators_need_no_key_and_reach_only_the_chat(
         assert (await client.get("/healthz")).status_code == 404
 
 
-async def test_a_fault_of_the_gateway_itself_has_the_same_shape(url: str, listen: Callable[[Any], Any]) -> None:
+async def test_a_fault_of_the_gateway_itself_has_the_same_shape(
+    url: str, ledger: Ledger, listen: Callable[[Any], Any]
+) -> None:
     def break_down(key: str) -> str:
         raise RuntimeError("database gone")
 
-    async with httpx.AsyncClient(base_url=await listen(Gateway(break_down))) as client:
+    async with httpx.AsyncClient(base_url=await listen(Gateway(break_down, ledger))) as client:
         response = await client.get("/v1/models", headers={"authorization": "Bearer sk-good"})
     assert response.status_code == 500
     assert "database" not in error(response)["message"]
