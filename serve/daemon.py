@@ -26,6 +26,7 @@ from appliance.home import Home
 from appliance.settings import Settings
 from appliance.store.database import open_database
 from appliance.store.keys import Keys
+from appliance.store.releases import Releases
 from appliance.supervisor.engines import EngineKind
 from appliance.supervisor.supervisor import Supervisor
 from serve.control import control_app
@@ -58,7 +59,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
         )
     engine = choose_engine(settings)
     ledger = Ledger(home.database)
-    gateway = Gateway(keys.authenticate, ledger)
+    gateway = Gateway(keys.authenticate, ledger, Releases(db).wanted)
     supervisor = Supervisor(
         home,
         db,

@@ -102,13 +102,13 @@ class Releases:
             )
         return release
 
+    def wanted(self) -> set[str]:
+        """Those that are to answer: the live release and the canary."""
+        return self._newest_and_canary(1)
+
     def needed(self) -> set[str]:
         """The live release, the one that a rollback returns to, and the canary."""
-        rows = self._db.execute(
-            f"SELECT release FROM (SELECT release FROM {_COUNTING} LIMIT 2)"
-            " UNION SELECT release FROM canaries WHERE ended IS NULL"
-        )
-        return {str(row["release"]) for row in rows}
+        return self._newest_and_canary(2)
 
     def remove(self, id: str) -> None:
         """Forget a release that is not needed, and that it was ever live."""
@@ -137,6 +137,14 @@ class Releases:
             )
         self._db.execute("DELETE FROM deployments WHERE position >= ?", (rows[0]["position"],))
         return self.get(rows[1]["release"])
+
+    def _newest_and_canary(self, count: int) -> set[str]:
+        rows = self._db.execute(
+            f"SELECT release FROM (SELECT release FROM {_COUNTING} LIMIT ?)"
+            " UNION SELECT release FROM canaries WHERE ended IS NULL",
+            (count,),
+        )
+        return {str(row["release"]) for row in rows}
 
     def _deploy(self, id: str) -> None:
         self._db.execute("INSERT INTO deployments (release, since) VALUES (?, ?)", (id, time.time()))

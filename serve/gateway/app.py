@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 from typing import Any
 
@@ -44,19 +44,22 @@ _FOR_OPERATORS = frozenset({_CHAT, _FEEDBACK})
 class Gateway:
     """The ASGI app of the public port.
 
-    `authenticate` gives the id of a good API key. `ledger` is told of every answer. An engine that sends nothing for
-    `patience` seconds is given up. A request waits for an engine on its way at most `hold_seconds`.
+    `authenticate` gives the id of a good API key. `ledger` is told of every answer. `wanted` names the releases that
+    are to answer, with or without an engine now. An engine that sends nothing for `patience` seconds is given up. A
+    request waits for an engine on its way at most `hold_seconds`.
     """
 
     def __init__(
         self,
         authenticate: Callable[[str], str | None],
         ledger: Ledger,
+        wanted: Callable[[], Set[str]] = frozenset,
         patience: float = 600,
         hold_seconds: float = 120,
     ) -> None:
         self._authenticate = authenticate
         self._ledger = ledger
+        self._wanted = wanted
         self._patience = patience
         self._hold_seconds = hold_seconds
         self._holding = False
@@ -154,6 +157,8 @@ class Gateway:
         admitted = admit(request, route.engine_kind.honours)
         model = admitted.get("model", MODEL_ALIAS)
         if model not in (MODEL_ALIAS, route.model):
+            if model in self._wanted():
+                raise no_engine(f"the engine of '{model}' is away; try again in a few seconds")
             raise ChatError(
                 404,
                 f"the model '{model}' does not answer here; use '{MODEL_ALIAS}' or '{route.model}'",

@@ -65,7 +65,10 @@ def test_a_release_that_was_a_canary_twice_is_known_by_the_newest(db: sqlite3.Co
 def test_a_canary_is_needed_and_goes_with_its_release(db: sqlite3.Connection) -> None:
     canaries, releases = Canaries(db), Releases(db)
     canaries.start("b", "a", 0.1)
-    assert releases.needed() == {"a", "b"}
+    releases.promote("c")
+    assert (releases.wanted(), releases.needed()) == ({"b", "c"}, {"a", "b", "c"})
+    releases.rollback()
+    assert releases.wanted() == releases.needed() == {"a", "b"}
     canaries.end("rolled back", "", ())
     assert releases.needed() == {"a"}
     releases.remove("b")

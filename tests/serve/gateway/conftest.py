@@ -37,8 +37,14 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 @pytest.fixture
-async def gateway(engine: ScriptedEngine, ledger: Ledger, patience: float) -> Gateway:
-    gateway = Gateway({KEY: "k1", OTHER_KEY: "k2"}.get, ledger, patience)
+def wanted() -> set[str]:
+    """Releases that are to answer; a test may add to them."""
+    return {"r1"}
+
+
+@pytest.fixture
+async def gateway(engine: ScriptedEngine, ledger: Ledger, wanted: set[str], patience: float) -> Gateway:
+    gateway = Gateway({KEY: "k1", OTHER_KEY: "k2"}.get, ledger, lambda: wanted, patience)
     gateway.route(route(engine))
     return gateway
 

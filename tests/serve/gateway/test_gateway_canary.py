@@ -140,6 +140,19 @@ async def test_a_release_that_is_asked_for_by_name_answers(
     assert response.json()["model"] == (answers or {"live": "r1", "canary": "r2"}[side])
 
 
+async def test_a_canary_whose_engine_is_away_is_to_be_asked_again(
+    http: httpx.AsyncClient, gateway: Gateway, engine: ScriptedEngine, wanted: set[str], comparison: Comparison
+) -> None:
+    gateway.end_canary()
+    assert (await http.post(CHAT, json={**ASK, "model": "r2"})).status_code == 404
+    wanted.add("r2")
+    response = await http.post(CHAT, json={**ASK, "model": "r2"})
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) > 0
+    assert response.json()["error"]["code"] == "engine_unavailable"
+    assert engine.requests == []
+
+
 async def test_models_name_the_canary(http: httpx.AsyncClient, gateway: Gateway, comparison: Comparison) -> None:
     listed = (await http.get("/v1/models")).json()["data"]
     assert [model["id"] for model in listed] == ["live", "r1", "r2"]
