@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import tomllib
@@ -10,7 +9,9 @@ from collections.abc import Set
 from pathlib import Path
 
 from appliance import api
+from appliance.errors import ApplianceError
 from appliance.home import Home
+from appliance.release.manifest import read_manifest
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Releases
 from appliance.store.runs import Runs
@@ -69,15 +70,24 @@ def remove_garbage(home: Home, garbage: api.Garbage) -> None:
 
 
 def dataset_users(home: Home, runs: Runs) -> dict[str, str]:
-    """What needs each dataset: a run that has not finished, or a release. Recipes of whatever version are read."""
+    """What needs each dataset: a run that has not finished, or a release. Recipes of whatever version are read.
+
+    For a release whose manifest is damaged, the recipe of its run speaks.
+    """
     users: dict[str, str] = {}
-    for path in home.releases.glob("*/manifest.json"):
-        for dataset in json.loads(path.read_bytes())["datasets"].values():
-            users.setdefault(dataset, f"release {path.parent.name}")
+    damaged: set[str] = set()
+    for release in (path.parent.name for path in home.releases.glob("*/manifest.json")):
+        try:
+            needed = read_manifest(home, release)["datasets"].values()
+        except ApplianceError:
+            damaged.add(release)
+            continue
+        for dataset in needed:
+            users.setdefault(dataset, f"release {release}")
     states: dict[str, str] = {run.id: run.state for run in runs.all()}
     for path in home.runs.glob("*/recipe.toml"):
         state = states.get(path.parent.name, "new")
-        if state != "finished":
+        if state != "finished" or path.parent.name in damaged:
             recipe = tomllib.loads(path.read_text())
             for part in (*recipe.get("stages", ()), recipe.get("given", {})):
                 users.setdefault(part.get("dataset", ""), f"run {path.parent.name} ({state})")

@@ -7,13 +7,13 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from appliance import __version__
-from appliance.errors import Conflict, NotFound
+from appliance.errors import ApplianceError, Conflict, NotFound
 from appliance.home import Home, fsync_directory, write_atomic, write_json
 from appliance.models import SOURCE
 from appliance.release.card import CARD, model_card
@@ -57,6 +57,9 @@ class Manifest:
     """What the engine that was probed answered greedily: its kind (`engine`), and `answers` to `messages`."""
     accepted: dict[str, float] = field(default_factory=dict)
     """Gates that did not pass and that the operator accepted by name, and when."""
+
+
+_REQUIRED = {each.name for each in fields(Manifest) if each.default_factory is MISSING}
 
 
 def finalise(
@@ -107,12 +110,25 @@ def accept_quality(home: Home, release_id: str) -> Manifest:
 
 
 def read_manifest(home: Home, release_id: str) -> dict[str, Any]:
-    """The manifest of a release as it is on disk. Raises NotFound."""
+    """The manifest of a release as it is on disk. Raises NotFound, and ApplianceError for one that is damaged."""
     try:
         manifest: dict[str, Any] = json.loads((home.releases / release_id / MANIFEST).read_bytes())
+        missing = _REQUIRED - set(manifest)
     except FileNotFoundError:
         raise NotFound("no_such_release", f"there is no release {release_id}", "see `appliance releases`") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(release_id, str(error)) from None
+    if missing:
+        raise _damaged(release_id, f"it lacks '{min(missing)}'")
     return manifest
+
+
+def _damaged(release_id: str, why: str) -> ApplianceError:
+    return ApplianceError(
+        "bad_manifest",
+        f"the manifest of release {release_id} cannot be read: {why}",
+        "make or import the release again; what it was is not proven any more",
+    )
 
 
 def same_but_for_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from appliance import api, hardware
-from appliance.errors import ApplianceError, NotFound
+from appliance.errors import ApplianceError
 from appliance.home import Home
 from appliance.release.manifest import read_manifest, same_but_for_weights
 from appliance.store.processes import SWAPPING, Processes, ProcessRow
@@ -302,7 +302,7 @@ class EngineProcesses:
         """Empty where the release is not recorded yet, or its manifest cannot be read."""
         try:
             return read_manifest(self._home, release)
-        except (NotFound, ValueError):
+        except ApplianceError:
             return {}
 
     def _forget(self, release: str) -> None:

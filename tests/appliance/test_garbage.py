@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from appliance.errors import Conflict
 from appliance.garbage import LEFTOVER_SECONDS, find_garbage, forget_garbage, remove_garbage
 from appliance.home import Home
+from appliance.release.manifest import Manifest
 from appliance.store.canaries import Canaries
 from appliance.store.database import open_database
 from appliance.store.datasets import Datasets
@@ -31,7 +33,8 @@ class Box:
     def release(self, *ids: str, dataset: str = "") -> None:
         for id in ids:
             (self.home.releases / id).mkdir()
-            manifest = {"datasets": {"sft": dataset} if dataset else {}}
+            manifest = {each.name: {} for each in fields(Manifest)}
+            manifest["datasets"] = {"sft": dataset} if dataset else {}
             (self.home.releases / id / "manifest.json").write_text(json.dumps(manifest))
             self.releases.add(id, "tiny", "verified", "", {}, promote=False)
 
@@ -126,6 +129,20 @@ def test_datasets_stay_while_a_name_a_run_or_a_release_refers_to_them(box: Box) 
     age(*(path for path in box.home.datasets.iterdir() if path.name != "new"))
     assert box.collect()[1] == {"old"}
     assert {path.name for path in box.home.datasets.iterdir()} == {"named", "by-run", "by-given", "by-release", "new"}
+
+
+def test_a_release_with_a_damaged_manifest_needs_the_datasets_of_its_recipe(box: Box) -> None:
+    box.release("r-1", "r-2")
+    box.runs.add("r-1", Recipe(name="r", base="tiny"))
+    box.runs.finish("r-1", "finished")
+    box.dataset("trained-on")
+    box.dataset("old")
+    (box.home.runs / "r-1").mkdir()
+    (box.home.runs / "r-1" / "recipe.toml").write_text('[[stages]]\ndataset = "trained-on"\n')
+    (box.home.releases / "r-1" / "manifest.json").write_text('{"files": ')
+    age(*box.home.datasets.iterdir())
+    assert box.collect(keep=2)[1] == {"old"}
+    assert box.collect(keep=1)[0] == {"r-1"}
 
 
 def test_old_leftovers_of_kills_go(box: Box) -> None:

@@ -82,6 +82,19 @@ async def test_a_refused_release_is_inspected_and_not_served(box: Box, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+async def test_a_damaged_manifest_stands_in_the_way_of_its_release_alone(box: Box, tmp_path: Path) -> None:
+    box.release("r-1")
+    (box.release("r-2") / "manifest.json").write_bytes(b'{"files": ')
+    assert [release.id for release in await box.client.releases()] == ["r-2", "r-1"]
+    assert (await box.client.status()).live is None
+    assert (await box.client.gc(keep=2)).releases == ()
+    for attempt in (box.client.manifest("r-2"), box.client.export("r-2", tmp_path / "out")):
+        with pytest.raises(ApplianceError, match="manifest of release r-2 cannot be read"):
+            await attempt
+    assert not (tmp_path / "out").exists()
+    await box.client.export("r-1", tmp_path / "out")
+
+
 async def test_quality_alone_can_be_accepted_by_name(box: Box) -> None:
     box.release("r-1", "quality")
     with pytest.raises(Conflict, match="quality"):

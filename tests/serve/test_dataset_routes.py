@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 from appliance.client import Client
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
 from appliance.home import building, write_json
+from appliance.release.manifest import Manifest
 from appliance.sources import SourceFile, find_sources
 from appliance.train.recipe import dump_recipe, parse_recipe
 from serve import datasets as routes
@@ -142,7 +144,8 @@ async def test_what_a_release_was_made_from_stays(control: Control, tmp_path: Pa
     id = await imported(control, write(tmp_path / "one.jsonl", range(3)), "one")
     run = refer(control, id, "finished")
     with building(control.home.releases / run) as directory:
-        write_json(directory / "manifest.json", {"datasets": {"sft": id}})
+        manifest = {each.name: {} for each in fields(Manifest)} | {"datasets": {"sft": id}}
+        write_json(directory / "manifest.json", manifest)
     with pytest.raises(Conflict, match=f"needed by release {run}"):
         await control.client.remove_dataset("one")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import read_recipe, work
 
-from appliance.errors import Conflict, NotFound
+from appliance.errors import ApplianceError, Conflict, NotFound
 from appliance.home import Home, hashes
 from appliance.release.gates import GATES, Gate
 from appliance.release.manifest import Manifest, accept_quality, finalise, read_manifest
@@ -156,6 +156,16 @@ def test_a_release_of_the_base_itself(home: Home) -> None:
     manifest = finish(home, id="base")
     assert manifest.state == "verified"
     assert manifest.datasets == manifest.stages == {}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"release": "r-1", "fi', b"[]", b"7", b"\xff", b'{"files": {}}', None])
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "releases" / "r-1" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ApplianceError, match="the manifest of release r-1 cannot be read: ") as caught:
+        read_manifest(Home(tmp_path), "r-1")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_release_is_not_found(tmp_path: Path) -> None:
