@@ -17,7 +17,8 @@ from typing import Any
 import gguf
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from appliance.errors import ApplianceError, Exit, InvalidInput
 from appliance.home import disk_error, replacing
@@ -43,6 +44,8 @@ _TYPES = {
     "F32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
 }
 
+_F32 = gguf.GGMLQuantizationType.F32
+_ROPE_FACTORS = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
 _WIDTHS = {gguf.GGMLQuantizationType.BF16: 2, gguf.GGMLQuantizationType.F16: 2, gguf.GGMLQuantizationType.F32: 4}
 
 
@@ -53,11 +56,9 @@ def write_gguf(folder: Path, target: Path) -> None:
     """
     config = json.loads((folder / "config.json").read_bytes())
     architecture = _ARCHITECTURES.get(config["model_type"])
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if architecture is None:
         raise _unknown(f"models of type {config['model_type']}")
-    if rope.get("rope_type", "default") != "default":
-        raise _unknown(f"rope of type {rope['rope_type']}")
+    rope_theta, rope_factors = _rope(folder, architecture)
     tensors = layout(folder)
     stored = {dtype for _, shape, dtype in tensors.values() if len(shape) > 1}
     if len(stored) != 1 or not stored <= _TYPES.keys():
@@ -70,19 +71,38 @@ def write_gguf(folder: Path, target: Path) -> None:
 
     with replacing(target) as file:
         writer = gguf.GGUFWriter(file.name, gguf.MODEL_ARCH_NAMES[architecture])
-        _describe(writer, folder, config, rope, file_type)
+        _describe(writer, folder, config, rope_theta, file_type)
+        if rope_factors is not None:
+            writer.add_tensor_info(_ROPE_FACTORS, rope_factors.shape, None, rope_factors.nbytes, raw_dtype=_F32)
         for name, (_, shape, _) in tensors.items():
-            its_kind, width = (gguf.GGMLQuantizationType.F32, 4) if len(shape) == 1 else (kind, _WIDTHS[kind])
+            its_kind, width = (_F32, 4) if len(shape) == 1 else (kind, _WIDTHS[kind])
             writer.add_tensor_info(renamed[name], shape, None, width * math.prod(shape), raw_dtype=its_kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        if rope_factors is not None:
+            writer.write_tensor_data(rope_factors.numpy())
         for value in _values(folder, config, architecture):
             writer.write_tensor_data(value.contiguous().view(torch.uint8).numpy())
         writer.close()
 
 
-def _describe(writer: Any, folder: Path, config: dict[str, Any], rope: dict[str, Any], file_type: int) -> None:
+def _rope(folder: Path, architecture: Any) -> tuple[float, torch.Tensor | None]:
+    """The rotary base, and by what llama.cpp divides each pair's frequency, where it does. Raises InvalidInput."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # Transformers brings what older files say, under other names, to this form.
+    rope = config.rope_parameters
+    kind = rope.get("rope_type")
+    if kind == "default":
+        return float(rope["rope_theta"]), None
+    if kind != "llama3" or architecture != gguf.MODEL_ARCH.LLAMA:
+        raise _unknown(f"rope of type {kind}")
+    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** -(torch.arange(len(scaled)) / len(scaled))
+    return float(rope["rope_theta"]), plain / scaled
+
+
+def _describe(writer: Any, folder: Path, config: dict[str, Any], rope_theta: float, file_type: int) -> None:
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_name(folder.name)
@@ -97,7 +117,7 @@ def _describe(writer: Any, folder: Path, config: dict[str, Any], rope: dict[str,
     writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(head_size)
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
+    writer.add_rope_freq_base(rope_theta)
     writer.add_vocab_size(config["vocab_size"])
     _add_tokenizer(writer, folder, config["vocab_size"])
 

@@ -80,7 +80,43 @@ def test_tokenizer_and_template_go_along(tmp_path: Path) -> None:
     assert [words[id] for id, kind in enumerate(types) if kind == 3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-@pytest.mark.parametrize("fault", ["models of type gpt2", "rope of type yarn", "way of splitting", "type Unigram"])
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def test_llama_3_divides_its_frequencies_as_transformers_does(tmp_path: Path) -> None:
+    """llama.cpp turns pair i of d by position / theta^(2i/d) / factor i."""
+    rope = {**LLAMA3, "original_max_position_embeddings": 64, "rope_theta": 500.0}
+    folder = save(tmp_path / "model", rope_parameters=rope)
+    write_gguf(folder, tmp_path / "model.gguf")
+    reader = GGUFReader(tmp_path / "model.gguf")
+    theta = reader.fields["llama.rope.freq_base"].contents()
+    dimensions = reader.fields["llama.rope.dimension_count"].contents()
+    (factors,) = (torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    assert 1.0 == factors.min() < factors.max() == 8.0
+    turned = theta ** -(torch.arange(0, dimensions, 2) / dimensions) / factors
+    wanted = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq
+    assert torch.allclose(turned, wanted, rtol=1e-5, atol=0)
+    others = {name.name: name.data for name in reader.tensors if name.name != "rope_freqs.weight"}
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_bytes()) | {"rope_parameters": {"rope_theta": 500.0}})
+    )
+    write_gguf(folder, tmp_path / "plain.gguf")
+    plain = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "plain.gguf").tensors}
+    assert plain.keys() == others.keys()
+    assert all((plain[name] == others[name]).all() for name in plain), "the other tensors are where they belong"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "models of type gpt2",
+        "rope of type yarn",
+        "rope of type linear",
+        "rope of type llama3",
+        "way of splitting",
+        "type Unigram",
+    ],
+)
 def test_what_is_not_known_is_refused_by_name_and_leaves_nothing(tmp_path: Path, fault: str) -> None:
     folder = save(tmp_path / "model")
     config = json.loads((folder / "config.json").read_bytes())
@@ -89,7 +125,13 @@ def test_what_is_not_known_is_refused_by_name_and_leaves_nothing(tmp_path: Path,
         case "models of type gpt2":
             config["model_type"] = "gpt2"
         case "rope of type yarn":
-            config["rope_parameters"] = {"rope_type": "yarn"}
+            config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+        case "rope of type linear":
+            del config["rope_parameters"]
+            config["rope_scaling"] = {"type": "linear", "factor": 2.0}
+        case "rope of type llama3":
+            config["model_type"] = "qwen2"
+            config["rope_parameters"] = {**LLAMA3, "original_max_position_embeddings": 64, "rope_theta": 500.0}
         case "way of splitting":
             tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
         case "type Unigram":
