@@ -86,14 +86,17 @@ class Box:
         event: dict[str, Any] = await self.until(f"{kind} of {stage}", seen, seconds, run)
         return event
 
+    async def until_answers(self, release: str, seconds: float = 60, run: str | None = None) -> None:
+        """Wait until the endpoint's answers are those of `release`."""
+
+        async def routed() -> bool:
+            return (await self.client.status()).routed == release
+
+        await self.until(f"{release} answering", routed, seconds, run)
+
     async def until_live(self, run: str, seconds: float) -> api.Release:
         """Wait until the run's release is verified, live and answering."""
-
-        async def answering() -> api.Status | None:
-            status = await self.client.status()
-            return status if status.routed == run else None
-
-        await self.until(f"{run} live", answering, seconds, run)
+        await self.until_answers(run, seconds, run)
         release = next(release for release in await self.client.releases() if release.id == run)
         assert release.live
         assert release.state == "verified"

@@ -1,11 +1,13 @@
 """A real daemon whose engines invent their answers: `python invented_daemon.py`. Settings come from the environment.
 
 An engine is this file too. It answers with its release's name, unless the release's directory has a file `behaviour`
-that says: refuse (an error), break (an answer ends in the middle), die (the process ends), cut (by the length limit).
+that says: refuse (an error), break (an answer ends in the middle), stall (it stops there and never ends), die (the
+process ends), cut (by the length limit).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
@@ -66,6 +68,8 @@ def engine(release: Path, name: str) -> Starlette:
                 yield answer.chunks(piece)
                 if behaviour == "break":
                     raise RuntimeError("broken off")
+                if behaviour == "stall":
+                    await asyncio.Event().wait()
             yield answer.last_chunks()
 
         return StreamingResponse(events(), media_type="text/event-stream")

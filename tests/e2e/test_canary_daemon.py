@@ -6,13 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import json
-import shutil
-import signal
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,50 +15,10 @@ import pytest
 from box import Box
 
 from appliance import api
-from appliance.home import Home
-from appliance.store.database import open_database
-from appliance.store.releases import Releases
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-SERVE = (sys.executable, str(Path(__file__).parent / "invented_daemon.py"))
 CLIENTS = 4
-
-
-@pytest.fixture
-async def running(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Box]:
-    """A daemon with the releases old, which answers, and new."""
-    monkeypatch.setenv("APPLIANCE_CANARY_REQUESTS", "40")
-    monkeypatch.setenv("APPLIANCE_LEASE", "share")
-    home = Home(Path(tempfile.mkdtemp(prefix="box-")))
-    home.create()
-    with contextlib.closing(open_database(home.database)) as db:
-        for id in ("old", "new"):
-            (home.releases / id).mkdir()
-            Releases(db).add(id, "tiny", "verified", "", {}, promote=id == "old")
-    box = Box(home, SERVE)
-    box.start()
-    try:
-        await answering(box, "old")
-        yield box
-    finally:
-        await box.client.close()
-        assert box.daemon is not None
-        box.daemon.send_signal(signal.SIGTERM)
-        box.daemon.wait(60)
-        shutil.rmtree(home.root)
-
-
-@pytest.fixture
-async def key(running: Box) -> str:
-    return (await running.client.create_key("test")).key
-
-
-async def answering(box: Box, release: str) -> None:
-    async def routed() -> bool:
-        return (await box.client.status()).routed == release
-
-    await box.until(f"{release} answers", routed, 60)
 
 
 async def ended(box: Box) -> api.Canary:
@@ -142,7 +97,7 @@ async def test_a_good_canary_goes_live_and_nobody_notices(running: Box, key: str
     async with asking(running, key) as clients:
         await running.client.promote("new", canary=0.2)
         canary = await ended(running)
-        await answering(running, "new")
+        await running.until_answers("new")
         await asyncio.sleep(0.5)
     assert canary.outcome == "promoted", canary
     assert clients.failed == []
@@ -150,7 +105,7 @@ async def test_a_good_canary_goes_live_and_nobody_notices(running: Box, key: str
     assert candidate.requests >= 40
     assert 0.1 < candidate.requests / (live.requests + candidate.requests) < 0.35
     assert (await running.client.rollback()).id == "old"
-    await answering(running, "old")
+    await running.until_answers("old")
 
 
 @pytest.mark.parametrize("behaviour", ["refuse", "die", "cut"])
@@ -207,12 +162,12 @@ async def test_a_canary_outlasts_kill_9_of_the_daemon(running: Box, key: str) ->
     engine = running.pid("engine", "new")
     running.kill_daemon()
     running.start()
-    await answering(running, "old")
+    await running.until_answers("old")
     await running.until("the canary again", at_work, 60)
     assert running.pid("engine", "new") == engine
     async with asking(running, key) as again:
         assert (await ended(running)).outcome == "promoted"
-        await answering(running, "new")
+        await running.until_answers("new")
     assert again.failed == []
     moved = [name for name, sides in clients.sides.items() if len(sides | again.sides.get(name, sides)) > 1]
     assert moved == [], "conversations stay on their side"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import pkgutil
 import shutil
 import signal
 import subprocess
 import sys
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +163,26 @@ def test_a_full_disk_is_said_before_anything_is_written(home: Home, monkeypatch:
     assert failure(run, "merge")["code"] == "no_space"
 
 
-def test_a_disk_that_fills_while_weights_are_written_loses_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("call", "calls"),
+    [("appliance.release.weights._write", 5), ("shutil.copyfile", 2), ("os.fsync", 4), ("os.rename", 0)],
+)
+def test_a_disk_that_fills_in_the_middle_loses_nothing(
+    home: Home, monkeypatch: pytest.MonkeyPatch, call: str, calls: int
+) -> None:
+    """It fills at a call after so many; what the failed merge then gives back is room for the reason."""
     run = home.runs / "lora"
     whole = hashes(run / "merge" / "model")
     (run / "merge" / "result.json").unlink()
-    left = iter(range(5))
+    real = pkgutil.resolve_name(call)
+    done = itertools.count()
 
-    def write(target: FileIO, data: memoryview) -> None:
-        if next(left, None) is None:
+    def fill(*arguments: Any, **named: Any) -> Any:
+        if next(done) == calls:
             raise OSError(errno.ENOSPC, "No space left on device")
-        target.write(data)
+        return real(*arguments, **named)
 
-    monkeypatch.setattr("appliance.release.weights._write", write)
+    monkeypatch.setattr(call, fill)
     assert work(run, "merge") == Exit.FAILED
     assert failure(run, "merge")["code"] == "no_space"
     assert list((run / "merge").iterdir()) == [run / "merge" / "failure.json"]

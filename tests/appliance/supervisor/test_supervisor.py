@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +232,27 @@ async def test_a_dead_engine_is_started_again_and_nobody_is_routed_to_it_meanwhi
     await daemon.until(lambda: daemon.supervisor.routed == run)
     assert daemon.pid("engine", run) != killed
     assert daemon.frontage.routes == [run, None, run]
+
+
+async def test_an_engine_that_keeps_dying_rests_ever_longer(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    await daemon.die()
+    now = 1000.0
+    monkeypatch.setattr(engine_processes, "time", SimpleNamespace(monotonic=lambda: now))
+    engines = daemon.supervisor.engines
+
+    def rest() -> int:
+        """Seconds that it is not started again after it has died once more."""
+        nonlocal now
+        begun = now
+        engines._count_failure("r-1")
+        while "r-1" in engines.resting:
+            now += 1
+        return int(now - begun)
+
+    assert [rest() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    engines._ready_since["r-1"] = now
+    now += engine_processes.LONGEST_REST_SECONDS + 1
+    assert rest() == 1, "it had served for long"
 
 
 async def test_a_release_on_which_no_engine_starts_is_given_up(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
