@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "train"))
+sys.path.append(str(Path(__file__).parents[2] / "serve"))
 
 from tiny import add_run, make_model, read_recipe, stage, work
 
