@@ -166,7 +166,7 @@ def test_files_with_another_name_free_nothing(box: Box) -> None:
     (box.home.releases / "a" / "model.safetensors").hardlink_to(box.home.models / "m" / "model.safetensors")
     garbage = find_garbage(box.home, box.releases, box.runs, box.datasets, frozenset(), keep=1)
     assert garbage.releases == ("a",)
-    assert garbage.bytes < 100
+    assert garbage.bytes < 1000
 
 
 def test_stopped_halfway_it_goes_on_the_next_time(box: Box) -> None:
