@@ -50,6 +50,11 @@ class Settings:
         "largest rank of an adapter that vLLM serves unmerged, for `promote --adapter`; on a live release with an "
         "adapter of its own the ranks of both count together; 0: none, which saves memory",
     )
+    drain_seconds: float = _setting(
+        60.0,
+        "how long answers that have begun may go on when their engine is to stop or to change its weights, in seconds; "
+        "new requests wait meanwhile, a minute longer at most",
+    )
     kv_cache_gib: float = _setting(1.0, "memory of the engine's KV cache on a machine without a GPU, in GiB")
     gpu_memory_share: float = _setting(0.85, "share of the GPU's memory that vLLM may take")
     max_model_len: int = _setting(0, "longest context that is served, in tokens; 0: the model's own, at most 8192")

@@ -2,9 +2,10 @@
 
     python bench/adapter.py [--rounds N] [--clients N] [--base DIRECTORY]
 
-On vLLM, with clients that stream without pause. The live release has an adapter of its own merged in, so that what is
-served is the difference of the two. Times are taken from the promotion to the first token of a new request. The last
-line is one JSON object.
+On vLLM. The live release has an adapter of its own merged in, so that what is served is the difference of the two.
+Times are taken from the promotion to the answer that the adapter is live, and to the first token of a new request,
+while the merge works beside. From then on clients stream without pause until its release has taken over. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ async def _one(
         return (await running.client.run(run)).stage == "merge"
 
     await running.until("the end of training", trained, 900, run)
-    done = asyncio.Event()
-    tasks = [asyncio.create_task(stream_without_pause(asker, each, expected, load, done)) for each in range(clients)]
     begun, at = time.monotonic(), list[float]()
     name = (await running.client.promote_adapter(run)).name
+    live = time.monotonic() - begun
     model, _ = await asker.ask(QUESTIONS[0], at)
     assert model == name, f"{model} answers in place of {name}"
+    done = asyncio.Event()
+    tasks = [asyncio.create_task(stream_without_pause(asker, each, expected, load, done)) for each in range(clients)]
     said = [await asker.ask(question, []) for question in QUESTIONS]
 
     async def taken_over() -> bool:
@@ -84,6 +86,7 @@ async def _one(
     assert {model for model, _ in says} == {run}
     same = sum(one == other for (_, one), (_, other) in zip(said, says, strict=True))
     return {
+        "live_s": round(live, 3),
         "adapter_s": round(at[0] - begun, 3),
         "release_s": round(merged[0] - begun, 3),
         "same_answers": same / len(QUESTIONS),

@@ -59,7 +59,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
         )
     engine = choose_engine(settings)
     ledger = Ledger(home.database)
-    gateway = Gateway(keys.authenticate, ledger, Releases(db).wanted)
+    gateway = Gateway(keys.authenticate, ledger, Releases(db).wanted, hold_seconds=settings.drain_seconds + 60)
     supervisor = Supervisor(
         home,
         db,
@@ -68,6 +68,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
         exclusive=settings.lease == "exclusive" or (settings.lease == "auto" and hardware.has_gpu()),
         on_tick=_watchdog(),
         canary_requests=settings.canary_requests,
+        drain_seconds=settings.drain_seconds,
     )
     public = _listen_tcp(settings.host, settings.port)
     control = _listen_unix(home.control_socket())

@@ -25,8 +25,6 @@ from appliance.supervisor.trial import CanaryRoutes
 
 log = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 60.0
-"""How long answers that have begun may go on when their engine is to stop or to change its weights."""
 GRACE_SECONDS = 10.0
 HUNG_SECONDS = 60.0
 """An engine that was ready and has not answered for so long is restarted."""
@@ -53,7 +51,10 @@ class Frontage(CanaryRoutes, Protocol):
 
 
 class EngineProcesses:
-    """`changed` is called when something has happened that decisions rest on."""
+    """`changed` is called when something has happened that decisions rest on.
+
+    Answers that have begun may go on for `drain_seconds` when their engine is to stop or to change its weights.
+    """
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class EngineProcesses:
         releases: Releases,
         records: Processes,
         frontage: Frontage,
+        drain_seconds: float,
         changed: Callable[[], None],
     ) -> None:
         self.kind = kind
@@ -71,6 +73,7 @@ class EngineProcesses:
         self._releases = releases
         self._records = records
         self._frontage = frontage
+        self._drain_seconds = drain_seconds
         self._changed = changed
         self._answered: dict[str, float] = {}
         self._begun: dict[str, float] = {}
@@ -225,7 +228,7 @@ class EngineProcesses:
     async def _stop(self, row: ProcessRow) -> None:
         try:
             if processes.alive(row) and row.owner in self._ready_since:
-                await self._frontage.drained(row.address, DRAIN_SECONDS)
+                await self._frontage.drained(row.address, self._drain_seconds)
             await processes.stop_group(row, GRACE_SECONDS)
             Path(row.address.removeprefix("unix:")).unlink(missing_ok=True)
             self._records.remove(row)
@@ -238,7 +241,7 @@ class EngineProcesses:
         """What fails leaves the row marked as swapping: an engine of which nobody can say what it serves."""
         new = row.owner
         try:
-            await self._frontage.drained(row.address, DRAIN_SECONDS)
+            await self._frontage.drained(row.address, self._drain_seconds)
             if reason := await self._load(row, new):
                 self._unswappable.add(new)
                 fallback = self._releases.fallback() if self._releases.live() == new else None
@@ -283,7 +286,6 @@ class EngineProcesses:
         begun = time.monotonic()
         try:
             await self.kind.load_adapter(row.address, files, name)
-            await self.kind.probe(row.address, name, Probe([{"role": "user", "content": "Hello"}], [], 1))
             if row in self.rows():
                 self._adapters[row.owner] = run
                 log.info("the adapter of %s was loaded in %.1f s", run, time.monotonic() - begun)

@@ -19,6 +19,7 @@ from appliance.errors import ApplianceError, Conflict
 from appliance.home import Home, disk_error
 from appliance.release.gates import Gate, judge_parity, judge_stopping, load_probes
 from appliance.release.manifest import finalise
+from appliance.settings import Settings
 from appliance.store.canaries import Canaries
 from appliance.store.feedback import Feedback
 from appliance.store.processes import Processes
@@ -79,6 +80,7 @@ class Supervisor:
         exclusive: bool,
         on_tick: Callable[[], None] = lambda: None,
         canary_requests: int = Limits.requests,
+        drain_seconds: float = Settings.drain_seconds,
         worker_command: tuple[str, ...] = (sys.executable, "-m", "appliance.worker"),
     ) -> None:
         self.home = home
@@ -87,7 +89,7 @@ class Supervisor:
         self.releases = Releases(db)
         self.processes = Processes(db)
         self.workers = Workers(home, self.runs, self.processes, worker_command)
-        self.engines = EngineProcesses(home, engine, self.releases, self.processes, frontage, self.poke)
+        self.engines = EngineProcesses(home, engine, self.releases, self.processes, frontage, drain_seconds, self.poke)
         self.trial = Trial(Canaries(db), self.releases, Feedback(db), frontage, Limits(canary_requests))
         self.unmerged = Unmerged(home, UnmergedAdapters(db), self.releases)
         self.routed: str | None = None

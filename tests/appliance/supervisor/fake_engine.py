@@ -67,6 +67,7 @@ class FakeFrontage:
 
     routes: list[str | None] = field(default_factory=list)
     holds: list[bool] = field(default_factory=list)
+    drains: list[float] = field(default_factory=list)
     canaries: list[tuple[str, float] | None] = field(default_factory=list)
     comparison: Comparison = field(default_factory=lambda: Comparison("", ""))
 
@@ -84,4 +85,4 @@ class FakeFrontage:
         self.canaries.append(None)
 
     async def drained(self, address: str, timeout: float) -> None:
-        pass
+        self.drains.append(timeout)

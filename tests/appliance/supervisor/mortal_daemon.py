@@ -36,7 +36,7 @@ class Daemon:
 
     def start(self) -> None:
         self.supervisor = Supervisor(
-            self.home, self.db, self.engine, self.frontage, self.exclusive, worker_command=WORKER
+            self.home, self.db, self.engine, self.frontage, self.exclusive, drain_seconds=7, worker_command=WORKER
         )
         self.task = asyncio.create_task(self.supervisor.serve())
 

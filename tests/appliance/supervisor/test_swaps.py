@@ -37,6 +37,7 @@ async def test_the_engine_goes_on_with_the_other_weights(daemon: Daemon) -> None
     assert daemon.engine.loaded == [first]
     assert daemon.frontage.routes == [first, second, None, first]
     assert daemon.frontage.holds[-2:] == [True, False], "requests waited"
+    assert daemon.frontage.drains[-1] == 7, "for answers that had begun"
     daemon.supervisor.promote(second)
     await daemon.until(lambda: daemon.supervisor.routed == second)
     assert daemon.pid("engine", second) == process
