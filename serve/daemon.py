@@ -114,8 +114,8 @@ class _Frontage:
         self._gateway = gateway
         self._engine = engine
 
-    def route(self, model: str | None, address: str) -> None:
-        self._gateway.route(Route(address, model, self._engine) if model else None)
+    def route(self, model: str | None, address: str, beneath: str | None) -> None:
+        self._gateway.route(Route(address, model, self._engine, beneath) if model else None)
 
     def hold(self, on: bool) -> None:
         self._gateway.hold(on)

@@ -37,8 +37,11 @@ REFERENCE_TOKENS = 8
 class Frontage(CanaryRoutes, Protocol):
     """The public face, which the supervisor tells who answers."""
 
-    def route(self, model: str | None, address: str) -> None:
-        """Let the engine at `address` answer as `model` from now on, or nobody."""
+    def route(self, model: str | None, address: str, beneath: str | None) -> None:
+        """Let the engine at `address` answer as `model` from now on, or nobody.
+
+        Where `model` is an adapter, `beneath` is the release on whose weights it is.
+        """
         ...
 
     def hold(self, on: bool) -> None:

@@ -323,7 +323,10 @@ class Supervisor:
             case Route(release, adapter):
                 address = self.engines.row(release).address if release else ""
                 self.routed, self.routed_adapter = release, adapter
-                self._frontage.route(served_name(adapter) if adapter else release, address)
+                if adapter:
+                    self._frontage.route(served_name(adapter), address, beneath=release)
+                else:
+                    self._frontage.route(release, address, beneath=None)
                 if release and release == self.releases.live():
                     self.releases.mark_answered()
             case RouteCanary(release, share):

@@ -156,7 +156,8 @@ class Gateway:
         route = upstream.route
         admitted = admit(request, route.engine_kind.honours)
         model = admitted.get("model", MODEL_ALIAS)
-        if model not in (MODEL_ALIAS, route.model):
+        model = route.model if model == MODEL_ALIAS else model
+        if model not in (route.model, route.beneath):
             if model in self._wanted():
                 raise no_engine(f"the engine of '{model}' is away; try again in a few seconds")
             raise ChatError(
@@ -165,9 +166,9 @@ class Gateway:
                 code="model_not_found",
                 param="model",
             )
-        passed = json.dumps(admitted | {"model": route.model}).encode()
-        tally = self._canary.comparison.tally(route.model) if self._canary else None
-        begun = partial(self._ledger.note, release=route.model, key=caller)
+        passed = json.dumps(admitted | {"model": model}).encode()
+        tally = self._canary.comparison.tally(model) if self._canary else None
+        begun = partial(self._ledger.note, release=model, key=caller)
         with upstream.answering(), counted(tally) as seen:
             await upstream.complete(passed, reply, begun, seen)
 

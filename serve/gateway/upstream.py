@@ -22,11 +22,15 @@ _LAST_EVENT = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Route:
-    """Where requests go: the engine at `address` (`unix:PATH`), which serves the release `model`."""
+    """Where requests go: the engine at `address` (`unix:PATH`), which serves the release `model`.
+
+    Where `model` is an adapter, `beneath` is the release on whose weights it is, for who asks for that by its name.
+    """
 
     address: str
     model: str
     engine_kind: EngineKind
+    beneath: str | None = None
 
 
 class Upstream:

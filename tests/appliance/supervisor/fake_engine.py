@@ -71,7 +71,7 @@ class FakeFrontage:
     canaries: list[tuple[str, float] | None] = field(default_factory=list)
     comparison: Comparison = field(default_factory=lambda: Comparison("", ""))
 
-    def route(self, model: str | None, address: str) -> None:
+    def route(self, model: str | None, address: str, beneath: str | None) -> None:
         self.routes.append(model)
 
     def hold(self, on: bool) -> None:

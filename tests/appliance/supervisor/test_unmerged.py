@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from mortal_daemon import Daemon
 
 from appliance.errors import ApplianceError, Conflict
 from appliance.home import Home, hashes
+from appliance.release.manifest import Manifest
 from appliance.supervisor import unmerged
 from appliance.supervisor.unmerged import Unmerged
 from appliance.train.recipe import Given, Recipe
@@ -154,6 +156,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Home, list[A
 
 
 def write_manifest(home: Home, manifest: dict[str, Any]) -> None:
+    known = dict.fromkeys(field.name for field in dataclasses.fields(Manifest))
+    manifest = known | manifest
     (home.releases / "r1" / "manifest.json").write_text(json.dumps(manifest))
 
 

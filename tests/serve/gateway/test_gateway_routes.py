@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from scripted_engine import ANSWER, ScriptedEngine
+from scripted_engine import ANSWER, ScriptedEngine, route
 
 from serve.gateway.app import BODY_LIMIT, Gateway
 from serve.gateway.feedback import Ledger
@@ -38,6 +39,18 @@ async def test_the_engine_is_asked_for_the_release_by_its_id(
 ) -> None:
     assert (await http.post(CHAT, json={**ASK, "model": model})).status_code == 200
     assert engine.requests[0]["model"] == "r1"
+
+
+@pytest.mark.parametrize(
+    ("model", "asked"), [("live", "r2+adapter"), ("r2+adapter", "r2+adapter"), ("r1", "r1"), ("r2", None)]
+)
+async def test_an_adapter_answers_and_the_release_beneath_it_only_who_names_that(
+    http: httpx.AsyncClient, gateway: Gateway, engine: ScriptedEngine, model: str, asked: str | None
+) -> None:
+    gateway.route(replace(route(engine, "r2+adapter"), beneath="r1"))
+    response = await http.post(CHAT, json={**ASK, "model": model})
+    assert response.status_code == (200 if asked else 404)
+    assert [request["model"] for request in engine.requests] == ([asked] if asked else [])
 
 
 async def test_another_model_is_not_found(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
