@@ -70,7 +70,7 @@ def serving(settings: Settings, model: Path, directory: Path) -> Iterator[Served
 @asynccontextmanager
 async def listening(gateway: Gateway) -> AsyncIterator[str]:
     """The gateway on a free port; yields its URL."""
-    listener = socket.socket()
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(gateway, lifespan="off", log_level="warning", timeout_graceful_shutdown=0)
     server = uvicorn.Server(config)

@@ -36,13 +36,13 @@ TOKENS = 16
 
 
 def adapt(base: Path, folder: Path) -> None:
-    """An adapter with random weights, small enough that the model still makes sense."""
+    """An adapter with random weights, with which the model says something else."""
     torch.manual_seed(1)
-    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
 
 

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from scripted_engine import KEY, OTHER_KEY, ScriptedEngine, route
 
+from appliance.store.database import open_database
 from serve.gateway.app import Gateway
 from serve.gateway.feedback import Ledger
 
@@ -33,6 +34,7 @@ def patience() -> float:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
+    open_database(tmp_path / "appliance.db").close()
     return Ledger(tmp_path / "appliance.db")
 
 
@@ -55,7 +57,7 @@ async def listen() -> AsyncIterator[Callable[[Any], Any]]:
     running: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
 
     async def listen(app: Any) -> str:
-        listener = socket.socket()
+        listener = socket.socket(proto=socket.IPPROTO_TCP)
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
             uvicorn.Config(app, interface="asgi3", lifespan="off", log_level="warning", timeout_graceful_shutdown=0)
@@ -66,9 +68,14 @@ async def listen() -> AsyncIterator[Callable[[Any], Any]]:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     yield listen
+    # A shutdown by uvicorn's own rules waits for a fifth of a second.
     for server, task in running:
-        server.should_exit = True
-        await task
+        task.cancel()
+        for listener in server.servers:
+            listener.close()
+        for request in server.server_state.tasks:
+            request.cancel()
+    await asyncio.gather(*(task for _, task in running), return_exceptions=True)
 
 
 @pytest.fixture
