@@ -55,6 +55,7 @@ def print_forecasts(forecasts: Sequence[dict[str, Any]]) -> None:
         ("available", *(size(one["available"]) for one in forecasts)),
         ("disk", *(size(one["disk"]) for one in forecasts)),
         ("largest pass", *(f"{one['rows_at_once']} x {one['width_at_once']} tokens" for one in forecasts)),
+        ("gradient checkpointing", *("on" if one["gradient_checkpointing"] else "off" for one in forecasts)),
         ("tokens", *(f"{one['tokens']:,}" for one in forecasts)),
         ("steps", *(f"{one['steps']:,}" for one in forecasts)),
         ("time", *(f"about {duration(one['seconds'])}" for one in forecasts)),
@@ -125,8 +126,9 @@ def event_line(event: dict[str, Any]) -> str:
             )
         case "forecast":
             memory = f"{size(event['memory']['total'])} of {size(event['available'])} memory"
+            how = " with gradient checkpointing" if event.get("gradient_checkpointing") else ""
             advice = "" if event["fits"] else f", which does not fit: {event['advice']}"
-            return f"{stage} takes {event['steps']} steps, about {duration(event['seconds'])}, {memory}{advice}"
+            return f"{stage} takes {event['steps']} steps, about {duration(event['seconds'])}, {memory}{how}{advice}"
         case "eval":
             return f"{stage} step {event['step']}  held-out loss {event['loss']:.4f}"
         case "sample":

@@ -99,7 +99,9 @@ def _explain(error: Exception, run: Path, stage: str) -> ApplianceError:
         return error
     if is_out_of_memory(error):
         return ApplianceError(
-            "out_of_memory", f"{stage} ran out of memory", "set a smaller max_length or adapter rank, or use qlora"
+            "out_of_memory",
+            f"{stage} ran out of memory",
+            'set gradient_checkpointing = "on" or a smaller max_length or adapter rank, or use qlora',
         )
     if "No space left on device" in str(error):
         return disk_error(OSError(errno.ENOSPC, ""), run)

@@ -1,12 +1,15 @@
 """Supervised fine-tuning through the worker against a plain TRL script, on the same model, rows, adapter and precision.
 
-    python bench/train.py [--base DIRECTORY] [--data FILE] [--adapter lora|qlora ...] [--rounds N] [--rows N] [--losses]
+    python bench/train.py [--base DIRECTORY] [--data FILE] [--adapter lora|qlora ...] [--rounds N] [--rows N]
+                          [--losses | --around]
 
 The peers are TRL at its defaults and TRL with group_by_length, both with 8 rows a step. Every run is a process of its
 own, alternating, and trains one pass over the same rows. Tokens are those of the rows without padding, seconds those of
 the steps, the peak is the process's highest resident set (on a GPU what torch has held at most). `--losses` trains ours
-and the second peer with three seeds instead, and compares the held-out loss of their adapters. Without a base, a GPU
-gets an 8B-shaped Llama with random weights; without data, rows are made up. The last line is one JSON object.
+and the second peer with three seeds instead, and compares the held-out loss of their adapters. `--around` measures what
+is around our steps: the share of callbacks and events, the seconds from SIGTERM in the middle of a step to the end of
+the process with a whole checkpoint, and the time that was forecast. Without a base, a GPU gets an 8B-shaped Llama with
+random weights; without data, rows are made up. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +34,10 @@ import torch
 from appliance.data.importer import import_files
 from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
+from appliance.train.checkpoints import newest_usable, origin, step_of
+from appliance.train.events import EventLog
 from appliance.train.forecast import matmul_speed
+from appliance.train.interruption import INTERRUPTED
 from appliance.train.recipe import Adapter, dump_recipe, parse_recipe
 from appliance.train.simulation import meta_model, simulate
 
@@ -37,6 +45,12 @@ ON_GPU = torch.cuda.is_available()
 PEERS = {"trl": "random", "trl_by_length": "group_by_length"}
 TARGETS = {"trl_speed": 2.5, "trl_by_length_speed": 1.4, "trl_memory": 2.0, "trl_by_length_memory": 2.0}
 """How many times faster than each peer, and how many times less memory."""
+AROUND = {"callbacks_share": 0.01, "leave_seconds": 20.0}
+"""At most."""
+LEAVE_AFTER = 2
+"""Steps after which the worker is asked to leave."""
+UNTIMED = 3
+"""The first steps, in which callbacks and the C library do what they do once."""
 Figures = dict[str, float]
 """Tokens, seconds, and peak (bytes) of one run."""
 SEEDS = (17, 18, 19)
@@ -70,11 +84,16 @@ def main() -> None:
     parser.add_argument("--adapter", nargs="+", default=["lora", "qlora"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=40)
-    parser.add_argument("--losses", action="store_true")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--losses", action="store_true")
+    what.add_argument("--around", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
         bench = Bench(Home(Path(folder)), given.base, given.data)
-        record = bench.losses(given.adapter, given.rows) if given.losses else bench.speed(given)
+        if given.losses:
+            record = bench.losses(given.adapter, given.rows)
+        else:
+            record = bench.around(given.rows) if given.around else bench.speed(given)
     print(json.dumps(record | {"machine": machine()}))
 
 
@@ -171,7 +190,46 @@ class Bench:
         figures: Figures = json.loads(run_python(argv).splitlines()[-1])
         return figures
 
+    def around(self, count: int) -> dict[str, Any]:
+        """The share of a step that callbacks and events take, and the seconds that a worker takes to leave."""
+        run = self._queued("lora", self.lines[:count], SEEDS[0])
+        share = share_of_callbacks(run)
+        (foretold,) = (event["seconds"] for event in said(run, "forecast"))
+        ratios = {
+            "callbacks_share": round(share, 5),
+            "leave_seconds": round(self._seconds_to_leave(self._queued("lora", self.lines[:count], SEEDS[0])), 2),
+            "time_forecast_over_measured": round(foretold / trained_in(run)["seconds"], 2),
+        }
+        met = all(ratios[name] <= most for name, most in AROUND.items())
+        return {"bench": "train-around", "ratios": ratios, "targets": AROUND, "met": met, "rows": count}
+
+    def _seconds_to_leave(self, run: Path) -> float:
+        """From SIGTERM in the middle of a step to the end of a worker that leaves a whole checkpoint."""
+        with subprocess.Popen([sys.executable, "-m", "appliance.worker", str(run), "sft"], stdout=sys.stderr) as worker:
+            while len(steps := said(run, "step")) < LEAVE_AFTER:
+                assert worker.poll() is None, "it trains"
+                time.sleep(0.02)
+            time.sleep((steps[-1]["time"] - steps[-2]["time"]) / 2)
+            begun = time.monotonic()
+            worker.send_signal(signal.SIGTERM)
+            status = worker.wait()
+            seconds = time.monotonic() - begun
+        assert status == INTERRUPTED, status
+        checkpoint, faults = newest_usable(run / "sft", origin(parse_recipe((run / "recipe.toml").read_text()), "sft"))
+        assert checkpoint is not None, faults
+        assert not faults, faults
+        assert step_of(checkpoint) == len(said(run, "step")), "no step is lost"
+        return seconds
+
     def _ours(self, adapter: str, lines: list[str], seed: int, saved: Path | None) -> Figures:
+        run = self._queued(adapter, lines, seed)
+        run_python(["-m", "appliance.worker", str(run), "sft"])
+        if saved:
+            (run / "sft" / "adapter").rename(saved)
+        return trained_in(run)
+
+    def _queued(self, adapter: str, lines: list[str], seed: int) -> Path:
+        """A run of ours over `lines` that has not begun."""
         self.runs += 1
         rows = self.home.incoming / "ours.jsonl"
         rows.write_text("\n".join(json.dumps({"messages": json.loads(line)["messages"]}) for line in lines))
@@ -180,17 +238,52 @@ class Bench:
         run.mkdir()
         recipe = parse_recipe(RECIPE.format(adapter=adapter, dataset=dataset, seed=seed))
         (run / "recipe.toml").write_text(dump_recipe(recipe))
-        run_python(["-m", "appliance.worker", str(run), "sft"])
-        if saved:
-            (run / "sft" / "adapter").rename(saved)
-        steps = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-        steps = [event for event in steps if event["event"] == "step"]
-        before = 0
-        seconds = 0.0
-        for event in steps:
-            seconds += (event["tokens"] - before) / event["tokens_per_second"]
-            before = event["tokens"]
-        return {"tokens": before, "seconds": seconds, "peak": max(event["memory"] for event in steps)}
+        return run
+
+
+def said(run: Path, kind: str, stage: str = "sft") -> list[dict[str, Any]]:
+    """The events of one kind of a run's stage."""
+    events = EventLog(run / "events.jsonl").read()
+    return [event for event in events if (event["event"], event["stage"]) == (kind, stage)]
+
+
+def trained_in(run: Path, stage: str = "sft") -> Figures:
+    """Tokens, seconds and peak bytes of the steps of a run's stage."""
+    steps = said(run, "step", stage)
+    before = 0
+    seconds = 0.0
+    for event in steps:
+        seconds += (event["tokens"] - before) / event["tokens_per_second"]
+        before = event["tokens"]
+    return {"tokens": before, "seconds": seconds, "peak": max(event["memory"] for event in steps)}
+
+
+def share_of_callbacks(run: Path) -> float:
+    """Of the time of a run's steps, which are taken in this process, what all callbacks take, events written too."""
+    from transformers.trainer_callback import CallbackHandler
+
+    from appliance.worker import main as work
+
+    call, spent, ends = CallbackHandler.call_event, 0.0, []
+
+    def timed(handler: Any, event: str, *arguments: Any, **named: Any) -> Any:
+        nonlocal spent
+        begun = time.perf_counter()
+        try:
+            return call(handler, event, *arguments, **named)
+        finally:
+            now = time.perf_counter()
+            spent += now - begun
+            if event == "on_step_end":
+                ends.append((now, spent))
+
+    CallbackHandler.call_event = timed
+    try:
+        work(run, "sft")
+    finally:
+        CallbackHandler.call_event = call
+    (begun, before), (ended, after) = ends[UNTIMED - 1], ends[-1]
+    return (after - before) / (ended - begun)
 
 
 def imported(home: Home, file: Path) -> str:
@@ -210,7 +303,7 @@ def rate(runs: list[Figures]) -> float:
 
 def operations_per_token(base: Path, length: int = 256) -> float:
     """What LoRA training has to compute for a token of a row of this length: forward, and backward without the base."""
-    return simulate(meta_model(base, Adapter(kind="lora")), 1, length).operations / length
+    return simulate(meta_model(base, Adapter(kind="lora")), 1, length, length).operations / length
 
 
 def made_up(file: Path) -> Path:

@@ -34,10 +34,14 @@ def length(example: Example) -> int:
     return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
 
 
+def trained(example: Example) -> int:
+    return len(example["chosen_ids"]) + len(example["rejected_ids"])
+
+
 def trainer(stage: DpoStage, arguments: dict[str, Any], given: Given) -> Any:
     """TRL's trainer, the reference's log-probabilities computed once per row."""
     config = DPOConfig(beta=stage.beta, max_length=None, precompute_ref_log_probs=True, **arguments)
     return build_trainer(_Trainer, config, given, length)
 
 
-DPO = Method("preference", example, length, trainer, sequences=_Trainer.sequences_per_row)
+DPO = Method("preference", example, length, trained, trainer, sequences=_Trainer.sequences_per_row)

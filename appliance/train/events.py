@@ -12,7 +12,8 @@ from typing import Any
 KINDS = frozenset(
     {
         "stage_started",  # stage
-        "forecast",  # stage, memory (by part and total), available, fits, advice, disk, tokens, steps, seconds
+        "forecast",  # stage, memory (by part and total), available, fits, advice, disk, tokens, steps,
+        # seconds, gradient_checkpointing
         "step",  # stage, step, steps, loss, lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory (peak, bytes)
         "eval",  # stage, step, loss
         "sample",  # stage, step, prompt, text

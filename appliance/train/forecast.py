@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -20,10 +21,8 @@ from appliance.train.model import DTYPE, ON_GPU, quantised_modules
 from appliance.train.order import cut_by_tokens, epoch_order
 from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.room import Room
-from appliance.train.simulation import meta_model, simulate
+from appliance.train.simulation import Pass, meta_model, simulate
 
-FORWARD = 1 / 3
-"""Share of a step's operations that a forward pass alone takes; with frozen weights between a third and a half."""
 EFFICIENCY = 0.45
 """Share of the speed of large matrix products that a whole step reaches; see bench/results/train.json."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -33,6 +32,8 @@ SLACK = 1.0 if ON_GPU else 1.65
 bench/forecast.py, as is the next."""
 LOGITS_SLACK = 1.0 if ON_GPU else 1.25
 """The same for logits: the softmax and the products have buffers of their own size."""
+MARGIN = 1.15
+"""Times the forecast there has to be, for a stage to do without gradient checkpointing: how wrong a forecast may be."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Forecast:
     memory: Memory
     available: int
     """Bytes that this process could hold."""
+    gradient_checkpointing: bool
+    """Whether layers are computed again in the backward pass: as the recipe says, or as the memory asks for."""
     rows_at_once: int
     width_at_once: int
     """Sequences, and tokens of each, of the largest forward pass."""
@@ -81,42 +84,94 @@ class Forecast:
         return asdict(self) | {"memory": memory, "fits": self.fits}
 
 
+class Size(NamedTuple):
+    """How much a row is."""
+
+    length: int
+    """Tokens of its longest sequence."""
+    trained: int
+    """Trained tokens of all its sequences."""
+
+
+class Part(NamedTuple):
+    """A forward pass of a step."""
+
+    rows: int
+    width: int
+    """Tokens of the longest sequence, to which the others are padded."""
+    trained: int
+
+
 @dataclass(frozen=True)
 class Work:
     """What goes through the model in a stage."""
 
-    lengths: Sequence[int]
-    """Tokens of the longest sequence of each row to train on."""
-    held_out: Sequence[int]
+    rows: Sequence[Size]
+    held_out: Sequence[Size]
     sequences: int
-    """Sequences a row."""
+    """Sequences a row that are trained on."""
+    compared: int
+    """Sequences a row that only go forward, in training too."""
     room: Room
 
-    def passes(self, stage: AnyStage, seed: int) -> list[tuple[int, int]]:
-        """The forward passes of the first epoch: rows, and tokens of the longest."""
-        order = epoch_order(self.lengths, stage.batch_size, seed, 0)
+    def parts(self, stage: AnyStage, seed: int) -> list[Part]:
+        """The forward passes of the first epoch's steps."""
+        order = epoch_order([row.length for row in self.rows], stage.batch_size, seed, 0)
         found = []
         for start in range(0, len(order), stage.batch_size):
-            lengths = [self.lengths[row] for row in order[start : start + stage.batch_size]]
-            cuts = cut_by_tokens(lengths, self.room.tokens // self.sequences, self.room.rows)
-            found += [(cut.stop - cut.start, max(lengths[cut])) for cut in cuts]
+            batch = [self.rows[row] for row in order[start : start + stage.batch_size]]
+            cuts = cut_by_tokens([row.length for row in batch], self.room.tokens // self.sequences, self.room.rows)
+            for cut in cuts:
+                lengths, trained = zip(*batch[cut], strict=True)
+                found.append(Part(len(lengths), max(lengths), sum(trained)))
         return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be run."""
+
+    recipe: Recipe
+    stage: AnyStage
+    work: Work
+    steps: int
+    checkpointing: bool
+
+
+Change = tuple[str, Callable[[Plan], Plan]]
+"""What to set, and the plan with it."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """What this process has, which has imported what training needs and loaded no model yet."""
+
+    available: int
+    """Bytes that it could hold."""
+    overhead: int
+    """Bytes that it holds."""
+    speed: float
+    """Floating-point operations a second of a training step."""
+
+    @classmethod
+    def here(cls) -> Box:
+        process = _process_memory()
+        available = torch.cuda.mem_get_info()[0] if ON_GPU else psutil.virtual_memory().available + process
+        return cls(available, 0 if ON_GPU else process, EFFICIENCY * matmul_speed())
 
 
 def forecast_stage(base: Path, recipe: Recipe, stage: AnyStage, work: Work, steps: int) -> Forecast:
-    """The forecast for `stage` in this process, which has imported what training needs and loaded no model yet."""
-    process = _process_memory()
-    available = torch.cuda.mem_get_info()[0] if ON_GPU else psutil.virtual_memory().available + process
-    overhead = 0 if ON_GPU else process
-    speed = EFFICIENCY * matmul_speed()
-    found = _forecast(base, recipe, stage, work, steps, available=available, overhead=overhead, speed=speed)
+    """The forecast for `stage` in this process, and with it whether the stage uses gradient checkpointing."""
+    box = Box.here()
+    plan = Plan(recipe, stage, work, steps, checkpointing=stage.gradient_checkpointing == "on")
+    found = _forecast(base, plan, box)
+    if stage.gradient_checkpointing == "auto" and MARGIN * found.memory.total > found.available:
+        plan = replace(plan, checkpointing=True)
+        found = _forecast(base, plan, box)
     if found.fits:
         return found
-
-    def fits(recipe: Recipe, stage: AnyStage, work: Work) -> bool:
-        return _forecast(base, recipe, stage, work, steps, available=available, overhead=overhead, speed=speed).fits
-
-    return replace(found, advice=_advice(recipe, stage, work, found.rows_at_once // work.sequences, fits))
+    advice = _advice(plan, found.rows_at_once // work.sequences, lambda other: _forecast(base, other, box).fits)
+    return replace(found, advice=advice)
 
 
 def _process_memory() -> int:
@@ -134,47 +189,34 @@ def matmul_speed(size: int = 2048) -> float:
     return 2 * size**3 / best
 
 
-def _forecast(
-    base: Path,
-    recipe: Recipe,
-    stage: AnyStage,
-    work: Work,
-    steps: int,
-    *,
-    available: int,
-    overhead: int,
-    speed: float,
-) -> Forecast:
-    model = meta_model(base, recipe.adapter)
-    passes = work.passes(stage, recipe.seed)
-    rows, width = max(passes, key=lambda one: (one[0] * one[1], one[1]))
-    largest = simulate(model, rows * work.sequences, width)
+def _forecast(base: Path, plan: Plan, box: Box) -> Forecast:
+    recipe, stage, work = plan.recipe, plan.stage, plan.work
+    model = meta_model(base, recipe.adapter, checkpointing=plan.checkpointing)
+    parts = work.parts(stage, recipe.seed)
+    widest = max(parts, key=lambda part: (part.rows * part.width, part.width))
+    # Activations go by all tokens, logits by the trained ones, and those may be most in another pass.
+    largest = Part(widest.rows * work.sequences, widest.width, max(part.trained for part in parts))
+    taken = simulate(model, *largest)
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     memory = Memory(
         weights=_weights(model, quantised=recipe.adapter.kind == "qlora"),
         adapter=trained,
         gradients=trained,
         optimiser=2 * trained,
-        activations=round(SLACK * _kept(model, largest.activations, rows * work.sequences * width)),
-        logits=round(LOGITS_SLACK * largest.logits),
-        overhead=overhead,
+        activations=round(SLACK * taken.activations),
+        logits=round(LOGITS_SLACK * taken.logits),
+        overhead=box.overhead,
     )
-    epochs = steps / math.ceil(len(work.lengths) / stage.batch_size)
-    evaluations = 1 + steps // stage.evaluate_every
-    through = epochs * sum(rows * width for rows, width in passes) + FORWARD * evaluations * sum(work.held_out)
-    if stage.method != "sft":
-        # The reference's log-probabilities, once a row.
-        through += FORWARD * (sum(work.lengths) + sum(work.held_out))
-    operations = largest.operations / (rows * width) * through
     return Forecast(
         memory=memory,
-        available=available,
-        rows_at_once=rows * work.sequences,
-        width_at_once=width,
+        available=box.available,
+        gradient_checkpointing=plan.checkpointing,
+        rows_at_once=largest.rows,
+        width_at_once=largest.width,
         disk=(2 + 3 * (KEPT + 1)) * trained + sum(file.stat().st_size for file in base.glob("*.safetensors")),
-        tokens=round(epochs * sum(work.lengths) * work.sequences),
-        steps=steps,
-        seconds=round(operations / speed),
+        tokens=round(_epochs(plan) * sum(row.length for row in work.rows) * work.sequences),
+        steps=plan.steps,
+        seconds=round(_operations(plan, parts, largest, taken) / box.speed),
         advice="",
     )
 
@@ -190,36 +232,73 @@ def _weights(model: Any, *, quantised: bool) -> int:
     return int(frozen - sum(layer.nbytes for layer in layers) + packed)
 
 
-def _kept(model: Any, activations: int, tokens: int) -> int:
-    """Bytes of activations at once: on a GPU checkpointing keeps each layer's input, and one layer in full."""
-    if not ON_GPU:
-        return activations
-    config = model.config.get_text_config()
-    layers = int(config.num_hidden_layers)
-    return int(activations // layers + layers * tokens * config.hidden_size * DTYPE.itemsize)
+def _epochs(plan: Plan) -> float:
+    return plan.steps / math.ceil(len(plan.work.rows) / plan.stage.batch_size)
 
 
-def _advice(
-    recipe: Recipe, stage: AnyStage, work: Work, rows: int, fits: Callable[[Recipe, AnyStage, Work], bool]
-) -> str:
-    """The first of the changes, the least costly first, with which the stage fits."""
-    fewer = rows // 2
-    while fewer:
-        smaller = replace(work, room=replace(work.room, rows=fewer))
-        if fits(recipe, stage, smaller):
-            return f"set micro_batch_size = {fewer}"
-        fewer //= 2
-    work = replace(work, room=replace(work.room, rows=1))
-    if ON_GPU and recipe.adapter.kind != "qlora":
-        adapter = recipe.adapter.model_copy(update={"kind": "qlora"})
-        if fits(recipe.model_copy(update={"adapter": adapter}), stage, work):
-            return 'set kind = "qlora" in [adapter]'
-    longest = max(work.lengths)
-    while (longest := longest // 2) >= 16:
-        kept = [length for length in work.lengths if length <= longest]
-        if kept and fits(recipe, stage, replace(work, lengths=kept)):
-            return (
-                f"set micro_batch_size = 1, max_length = {longest} and drop_long = true, "
-                f"which leaves out {len(work.lengths) - len(kept)} of {len(work.lengths)} rows"
-            )
+def _operations(plan: Plan, parts: list[Part], one: Part, taken: Pass) -> float:
+    """Floating-point operations of the stage, where `one` pass has taken so many."""
+    stage, work, epochs = plan.stage, plan.work, _epochs(plan)
+    tokens = one.rows * one.width
+    forward, both, head = taken.forward / tokens, (taken.forward + taken.backward) / tokens, taken.head / one.trained
+
+    def scored(rows: Sequence[Size], sequences: int) -> float:
+        return sum(sequences * forward * row.length + head / 2 * row.trained for row in rows)
+
+    steps = sum(both * work.sequences * part.rows * part.width + head * part.trained for part in parts)
+    if work.compared:
+        steps += scored(work.rows, work.compared)
+    evaluation = scored(work.held_out, work.sequences + work.compared)
+    total = epochs * steps + (1 + plan.steps // stage.evaluate_every) * evaluation
+    if stage.method != "sft":
+        # The reference's log-probabilities, once a row.
+        total += scored(work.rows, work.sequences + work.compared) + evaluation
+    return total
+
+
+def _advice(plan: Plan, rows: int, fits: Callable[[Plan], bool]) -> str:
+    """The first change with which the plan fits, or else what all of them together need.
+
+    First come fewer rows in a pass, then each layer computed twice: the training stays the same. Then the base is
+    rounded, which changes it a little, and last rows are left out.
+    """
+    fewer: list[Change] = [(f"micro_batch_size = {count}", partial(_with_rows, count)) for count in _halves(rows, 1)]
+    others: list[Change] = []
+    if not plan.checkpointing:
+        others.append(('gradient_checkpointing = "on"', partial(replace, checkpointing=True)))
+    if ON_GPU and plan.recipe.adapter.kind != "qlora":
+        others.append(('kind = "qlora" in [adapter]', _quantised))
+    for said, change in (*fewer, *others):
+        if fits(change(plan)):
+            return f"set {said}"
+    together = [*fewer[-1:], *others]
+    for _, change in together:
+        plan = change(plan)
+    if len(together) > 1 and fits(plan):
+        return f"set {_listed(said for said, _ in together)}"
+    every = plan.work.rows
+    for longest in _halves(max(row.length for row in every), 16):
+        kept = [row for row in every if row.length <= longest]
+        if kept and fits(replace(plan, work=replace(plan.work, rows=kept))):
+            settings = [*(said for said, _ in together), f"max_length = {longest}", "drop_long = true"]
+            return f"set {_listed(settings)}, which leaves out {len(every) - len(kept)} of {len(every)} rows"
     return "take a smaller base model, or free memory"
+
+
+def _with_rows(count: int, plan: Plan) -> Plan:
+    return replace(plan, work=replace(plan.work, room=replace(plan.work.room, rows=count)))
+
+
+def _quantised(plan: Plan) -> Plan:
+    adapter = plan.recipe.adapter.model_copy(update={"kind": "qlora"})
+    return replace(plan, recipe=plan.recipe.model_copy(update={"adapter": adapter}))
+
+
+def _halves(number: int, least: int) -> list[int]:
+    """Half of `number`, half of that, and so on, none below `least`."""
+    return [number >> times for times in range(1, number.bit_length()) if number >> times >= least]
+
+
+def _listed(settings: Iterable[str]) -> str:
+    *first, last = settings
+    return f"{', '.join(first)} and {last}" if first else last

@@ -54,6 +54,10 @@ def length(example: Example) -> int:
     return len(example["prompt_ids"]) + max(len(answer) for answer in answers)
 
 
+def trained(example: Example) -> int:
+    return len(example["completion_ids"])
+
+
 def mismatched(examples: list[Example]) -> list[Example]:
     """Examples with an answer of about the same length to another prompt, by which the KL term is estimated.
 
@@ -89,4 +93,4 @@ def trainer(stage: KtoStage, arguments: dict[str, Any], given: Given) -> Any:
     return build_trainer(_Trainer, config, paired, length)
 
 
-KTO = Method("unpaired", example, length, trainer)
+KTO = Method("unpaired", example, length, trained, trainer, compared=1)

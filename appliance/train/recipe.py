@@ -70,6 +70,10 @@ class Stage(_Section):
     micro_batch_size: int = Field(0, ge=0, le=4096)
     """Most rows in one forward pass; 0: as many as fit 512 tokens (2048 on a GPU), which nearly fill the processor. The
     step is the same however its rows are divided: fewer only saves memory."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """on: each layer keeps only its input and is computed again in the backward pass: a fraction of the memory of
+    activations for about half as much time again, and the same training. auto: off where the forecast has room without
+    it, else on; the run's forecast says which."""
     learning_rate: float = Field(0, ge=0, lt=1)
     """Peak learning rate. 0: by the size of the base, because larger models diverge sooner."""
     warmup_share: float = Field(0.03, ge=0, lt=1)

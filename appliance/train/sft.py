@@ -46,6 +46,10 @@ def length(example: Example) -> int:
     return len(example["input_ids"])
 
 
+def trained(example: Example) -> int:
+    return sum(label != IGNORED for label in example["labels"])
+
+
 def trainer(stage: SftStage, arguments: dict[str, Any], given: Given) -> Any:
     """TRL's trainer over examples that need no preparation."""
     config = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **arguments)
@@ -55,4 +59,4 @@ def trainer(stage: SftStage, arguments: dict[str, Any], given: Given) -> Any:
     return built
 
 
-SFT = Method("messages", example, length, trainer)
+SFT = Method("messages", example, length, trained, trainer)

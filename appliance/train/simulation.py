@@ -34,41 +34,56 @@ class Pass:
     """Without the output head."""
     logits: int
     """What the output head adds to the peak."""
-    operations: int
-    """Floating-point operations, a multiplication and an addition counted as two."""
+    forward: int
+    """Floating-point operations without the head, a multiplication and an addition counted as two."""
+    backward: int
+    """The same of the backward pass, what it computes again included."""
+    head: int
+    """The same of the output head, both ways."""
+
+    @property
+    def operations(self) -> int:
+        return self.forward + self.backward + self.head
 
 
-def meta_model(base: Path, adapter: Adapter) -> Any:
-    """The base with a new adapter, on the meta device."""
+def meta_model(base: Path, adapter: Adapter, *, checkpointing: bool = False) -> Any:
+    """The base with a new adapter, on the meta device, where asked for with gradient checkpointing."""
     AttentionInterface.register(ATTENTION, _attention)
     config = AutoConfig.from_pretrained(base, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=ATTENTION)
-        return add_adapter(model.eval(), adapter, 0).train()
+        model = add_adapter(model.eval(), adapter, 0).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
 
 
-def simulate(model: Any, rows: int, width: int) -> Pass:
-    """A pass over `rows` sequences of `width` tokens through a meta model, all tokens trained."""
+def simulate(model: Any, rows: int, width: int, trained: int) -> Pass:
+    """A pass over `rows` sequences of `width` tokens through a meta model, `trained` of all tokens trained."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.grad = torch.zeros_like(weight)
-    body, _ = _pass(model, rows, width, headed=False)
-    whole, operations = _pass(model, rows, width, headed=True)
-    return Pass(body, whole - body, operations)
+    body, forward, backward = _pass(model, rows, width, 0)
+    whole, *parts = _pass(model, rows, width, trained)
+    return Pass(body, whole - body, forward, backward, sum(parts) - forward - backward)
 
 
-def _pass(model: Any, rows: int, width: int, *, headed: bool) -> tuple[int, int]:
-    """Peak (bytes) and operations, with or without the output head. Gradients are there already, as in most passes."""
+def _pass(model: Any, rows: int, width: int, trained: int) -> tuple[int, int, int]:
+    """Peak (bytes), and operations forward and backward, the head over so many tokens or left out.
+
+    Gradients are there already, as in most passes.
+    """
     tokens = torch.zeros(rows, width, dtype=torch.long, device="meta")
     base = model.get_base_model()
     head = base.get_output_embeddings()
     with _Ledger(model) as ledger:
         hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
-        if headed:
+        if trained:
             apply: Any = TrainedLogProbs.apply
-            hidden, *_ = apply(hidden, head.weight, head.bias, tokens.flatten(), 1.0, 0)
+            hidden, *_ = apply(hidden[:trained], head.weight, head.bias, tokens.flatten()[:trained], 1.0, 0)
+        forward = ledger.operations
         hidden.sum().backward()
-    return ledger.peak, ledger.operations
+    return ledger.peak, forward, ledger.operations - forward
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it

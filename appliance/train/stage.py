@@ -21,7 +21,7 @@ from appliance.train.callbacks import Cadence, Reporter, is_evaluated
 from appliance.train.checkpoints import KEPT, newest_usable, origin, step_of
 from appliance.train.dpo import DPO
 from appliance.train.events import EventLog
-from appliance.train.forecast import Forecast, Work, forecast_stage
+from appliance.train.forecast import Forecast, Size, Work, forecast_stage
 from appliance.train.guard import Diverged, Guard
 from appliance.train.interruption import INTERRUPTED, Interrupted, Interruption
 from appliance.train.kto import KTO
@@ -121,8 +121,8 @@ def _forecast(
     base: Path, recipe: Recipe, stage: AnyStage, train: list[Example], held_out: list[Example], room: Room
 ) -> Forecast:
     method = METHODS[stage.method]
-    lengths, held_out_lengths = ([method.length(example) for example in rows] for rows in (train, held_out))
-    work = Work(lengths, held_out_lengths, method.sequences, room)
+    rows, others = ([Size(method.length(one), method.trained(one)) for one in part] for part in (train, held_out))
+    work = Work(rows, others, method.sequences, method.compared, room)
     return forecast_stage(base, recipe, stage, work, _steps(stage, len(train)))
 
 
@@ -142,7 +142,8 @@ def _train(
     folder = run / stage.name
     said = [event for event in events.read() if event["stage"] == stage.name]
     room = Room.after(said, stage.micro_batch_size or stage.batch_size, partial(events.append, "warning", stage.name))
-    events.append("forecast", stage.name, **_forecast(base, recipe, stage, train, held_out, room).event())
+    forecast = _forecast(base, recipe, stage, train, held_out, room)
+    events.append("forecast", stage.name, **forecast.event())
     model = _adapted_model(run, recipe, stage, base)
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     require_space(folder, 2 * trained + (KEPT + 1) * WITH_OPTIMISER * trained, "training")
@@ -153,7 +154,7 @@ def _train(
     best = Best(folder, events, stage)
     if checkpoint is None:
         best.forget()
-    arguments = _arguments(folder, recipe, stage, rows=len(train))
+    arguments = _arguments(folder, recipe, stage, len(train), checkpointing=forecast.gradient_checkpointing)
     arguments["eval_on_start"] = bool(held_out) and _evaluation_due(checkpoint, stage, arguments["max_steps"], said)
     given = Given(model, tokenizer, train, held_out, room, interruption)
     trainer = METHODS[stage.method].trainer(stage, arguments, given)
@@ -218,7 +219,9 @@ def _steps(stage: AnyStage, rows: int) -> int:
     return min(steps, stage.max_steps) if stage.max_steps else steps
 
 
-def _arguments(folder: Path, recipe: Recipe, stage: AnyStage, rows: int) -> dict[str, Any]:
+def _arguments(
+    folder: Path, recipe: Recipe, stage: AnyStage, rows: int, *, checkpointing: bool = False
+) -> dict[str, Any]:
     """Transformers' training arguments for `stage` over `rows` examples."""
     steps = _steps(stage, rows)
     return {
@@ -226,7 +229,7 @@ def _arguments(folder: Path, recipe: Recipe, stage: AnyStage, rows: int) -> dict
         "seed": recipe.seed,
         "use_cpu": not ON_GPU,
         "bf16": ON_GPU,
-        "gradient_checkpointing": ON_GPU,
+        "gradient_checkpointing": checkpointing,
         "dataloader_pin_memory": ON_GPU,
         "per_device_train_batch_size": stage.batch_size,
         "per_device_eval_batch_size": HELD_OUT_ROWS,

@@ -46,10 +46,14 @@ class Method:
     """(tokenizer, canonical row) -> example. Raises InvalidInput for a row that cannot be trained on."""
     length: Callable[[Example], int]
     """Tokens of the longest sequence in an example."""
+    trained: Callable[[Example], int]
+    """Tokens of an example that are trained."""
     trainer: Callable[[Any, dict[str, Any], Given], Any]
     """(stage, Transformers' training arguments, what is trained) -> Transformers trainer."""
     sequences: int = 1
     """Sequences of an example that go through the model together."""
+    compared: int = 0
+    """Sequences of an example that only go forward, in training too."""
 
 
 class PartwiseTrainer(Trainer):

@@ -10,6 +10,7 @@ FITS = {
     "available": 8_000_000_000,
     "rows_at_once": 2,
     "width_at_once": 512,
+    "gradient_checkpointing": False,
     "disk": 300_000_000,
     "tokens": 1_234_567,
     "steps": 330,
@@ -17,7 +18,13 @@ FITS = {
     "fits": True,
     "advice": "",
 }
-TOO_LARGE = FITS | {"stage": "dpo", "available": 500_000_000, "fits": False, "advice": "set micro_batch_size = 1"}
+TOO_LARGE = FITS | {
+    "stage": "dpo",
+    "available": 500_000_000,
+    "gradient_checkpointing": True,
+    "fits": False,
+    "advice": "set micro_batch_size = 1",
+}
 
 
 def test_a_column_for_each_stage_and_advice_where_it_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +38,7 @@ def test_a_column_for_each_stage_and_advice_where_it_does_not_fit(capsys: pytest
         ["available", "8.0", "GB", "500.0", "MB"],
         ["disk", "300.0", "MB", "300.0", "MB"],
         ["largest", "pass", "2", "x", "512", "tokens", "2", "x", "512", "tokens"],
+        ["gradient", "checkpointing", "off", "on"],
         ["tokens", "1,234,567", "1,234,567"],
         ["steps", "330", "330"],
         ["time", "about", "50", "min", "about", "50", "min"],
@@ -41,4 +49,6 @@ def test_a_column_for_each_stage_and_advice_where_it_does_not_fit(capsys: pytest
 
 def test_the_event_as_a_line() -> None:
     assert event_line(FITS | {"event": "forecast"}) == "sft takes 330 steps, about 50 min, 672.0 MB of 8.0 GB memory"
-    assert event_line(TOO_LARGE | {"event": "forecast"}).endswith("which does not fit: set micro_batch_size = 1")
+    assert event_line(TOO_LARGE | {"event": "forecast"}).endswith(
+        "memory with gradient checkpointing, which does not fit: set micro_batch_size = 1"
+    )

@@ -9,7 +9,7 @@ from tiny import add_run, events, result, stage, work
 from appliance.home import Home
 from appliance.train import forecast
 from appliance.train.events import EventLog
-from appliance.train.forecast import Forecast, Work, forecast_stage
+from appliance.train.forecast import MARGIN, Forecast, Size, Work, forecast_stage
 from appliance.train.recipe import Recipe, parse_recipe
 from appliance.train.room import Room
 from appliance.train.stage import _memory
@@ -21,10 +21,22 @@ def recipe(**settings: Any) -> Recipe:
     return parse_recipe('name = "r"\nbase = "tiny"\n' + stage("sft", '"d"', **{"batch_size": 4, **settings}))
 
 
-def foretold(tiny_model: Path, lengths: list[int] = LENGTHS, sequences: int = 1, **settings: Any) -> Forecast:
+def foretold(
+    tiny_model: Path, *, sequences: int = 1, compared: int = 0, trained: float = 0.5, **settings: Any
+) -> Forecast:
+    """For rows of LENGTHS of which that share is trained."""
     chosen = recipe(**settings)
     room = Room(chosen.stages[0].micro_batch_size or 4, tokens=1024)
-    return forecast_stage(tiny_model, chosen, chosen.stages[0], Work(lengths, [30, 30], sequences, room), 8)
+    rows, held_out = ([Size(length, round(trained * length)) for length in some] for some in (LENGTHS, [30, 30]))
+    return forecast_stage(tiny_model, chosen, chosen.stages[0], Work(rows, held_out, sequences, compared, room), 8)
+
+
+def give(monkeypatch: pytest.MonkeyPatch, available: int, overhead: int = 0) -> None:
+    """Let the box hold so much, of which this process holds `overhead`; it computes a million operations a second."""
+    held = type("Held", (), {"available": available - overhead})
+    monkeypatch.setattr(forecast.psutil, "virtual_memory", held)
+    monkeypatch.setattr(forecast, "_process_memory", lambda: overhead)
+    monkeypatch.setattr(forecast, "matmul_speed", lambda: 1e6)
 
 
 def test_tokens_steps_and_the_largest_pass(tiny_model: Path) -> None:
@@ -51,26 +63,63 @@ def test_memory_is_the_sum_of_its_parts(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "advice"),
+    ("room", "settings", "advice"),
     [
-        (0.9, "set micro_batch_size = 2"),
-        (0.4, "set micro_batch_size = 1"),
-        (0.2, "set micro_batch_size = 1, max_length = 100 and drop_long = true, which leaves out 4 of 16 rows"),
-        (0.0, "take a smaller base model, or free memory"),
+        (0.9, {}, "set micro_batch_size = 2"),
+        (0.4, {}, "set micro_batch_size = 1"),
+        (0.23, {}, 'set micro_batch_size = 1 and gradient_checkpointing = "on"'),
+        (
+            0.1,
+            {},
+            'set micro_batch_size = 1, gradient_checkpointing = "on", max_length = 100 and drop_long = true, '
+            "which leaves out 4 of 16 rows",
+        ),
+        (0.0, {}, "take a smaller base model, or free memory"),
+        (0.23, {"micro_batch_size": 1}, 'set gradient_checkpointing = "on"'),
+        (0.1, {"micro_batch_size": 1, "gradient_checkpointing": "auto"}, "set max_length = 100 and drop_long = true, "),
+        (0.4, {"gradient_checkpointing": "on"}, "set micro_batch_size = 2"),
     ],
 )
 def test_what_does_not_fit_is_told_the_smallest_change(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, room: float, advice: str
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, room: float, settings: dict[str, Any], advice: str
 ) -> None:
-    """With room for that share of what the largest pass holds."""
-    memory = foretold(tiny_model).memory
+    """With room for that share of what the largest pass holds without checkpointing."""
+    memory = foretold(tiny_model, gradient_checkpointing="off").memory
     fixed = memory.total - memory.activations - memory.logits
-    held = type("Held", (), {"available": fixed - memory.overhead + int(room * (memory.activations + memory.logits))})
-    monkeypatch.setattr(forecast.psutil, "virtual_memory", held)
-    monkeypatch.setattr(forecast, "_process_memory", lambda: memory.overhead)
-    found = foretold(tiny_model)
+    give(monkeypatch, fixed + int(room * (memory.activations + memory.logits)), memory.overhead)
+    found = foretold(tiny_model, **{"gradient_checkpointing": "off", **settings})
     assert not found.fits
-    assert found.advice == advice
+    assert found.advice.startswith(advice)
+
+
+def test_checkpointing_is_chosen_where_the_forecast_has_no_room_without(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(monkeypatch, 1 << 40)
+    usual, less = (foretold(tiny_model, gradient_checkpointing=word) for word in ("off", "on"))
+    assert (usual.gradient_checkpointing, less.gradient_checkpointing) == (False, True)
+    assert less.memory.activations < 0.8 * usual.memory.activations
+    assert 1.2 * usual.seconds < less.seconds < 1.6 * usual.seconds
+    assert foretold(tiny_model) == usual
+    give(monkeypatch, int(MARGIN * usual.memory.total) - 1)
+    assert foretold(tiny_model).gradient_checkpointing
+    assert foretold(tiny_model).event()["gradient_checkpointing"] is True
+    assert not foretold(tiny_model, gradient_checkpointing="off").gradient_checkpointing
+
+
+def test_only_trained_tokens_meet_the_vocabulary(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, 1 << 40)
+    few, many = (foretold(tiny_model, trained=share) for share in (0.05, 1.0))
+    assert few.memory.logits < many.memory.logits / 2
+    assert few.memory.activations == many.memory.activations
+    assert few.seconds < many.seconds
+
+
+def test_sequences_that_are_compared_take_time_and_no_memory(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, 1 << 40)
+    alone, compared = (foretold(tiny_model, compared=count) for count in (0, 1))
+    assert alone.memory == compared.memory
+    assert 1.2 * alone.seconds < compared.seconds < 1.6 * alone.seconds
 
 
 def test_a_run_says_it_first_and_keeps_it_beside_the_peak(home: Home) -> None:

@@ -40,7 +40,7 @@ def test_memory_and_operations_are_those_of_a_real_pass(tiny_model: Path, monkey
     model = add_adapter(load_model(tiny_model), ADAPTER, 3).train()
     kept, operations = real_pass(model, 1, 96)
     monkeypatch.undo()
-    found = simulate(meta_model(tiny_model, ADAPTER), 1, 96)
+    found = simulate(meta_model(tiny_model, ADAPTER), 1, 96, 96)
     assert kept < found.activations < 1.5 * kept, "what is kept, and what the backward pass needs for a moment"
     vocabulary = 4 * 96 * 320 * 64
     attention = 14 * 2 * 4 * 96**2 // 2 * 16
@@ -50,16 +50,45 @@ def test_memory_and_operations_are_those_of_a_real_pass(tiny_model: Path, monkey
 def test_it_grows_with_tokens_and_with_the_adapter(tiny_model: Path) -> None:
     model = meta_model(tiny_model, ADAPTER)
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
-    short, long, wide = simulate(model, 1, 64), simulate(model, 1, 128), simulate(model, 2, 64)
+    short, long, wide = (simulate(model, *size) for size in ((1, 64, 64), (1, 128, 128), (2, 64, 128)))
     assert long.activations == pytest.approx(2 * short.activations, rel=0.05)
     assert wide.activations == pytest.approx(2 * short.activations, rel=0.05)
     assert long.operations > 2 * short.operations
-    assert simulate(model, 1, 64) == short, "a pass leaves nothing behind"
-    more = simulate(meta_model(tiny_model, Adapter(kind="lora", rank=32)), 1, 64)
+    assert simulate(model, 1, 64, 64) == short, "a pass leaves nothing behind"
+    more = simulate(meta_model(tiny_model, Adapter(kind="lora", rank=32)), 1, 64, 64)
     assert more.activations > short.activations
 
 
 def test_gradients_are_not_counted_among_activations(tiny_model: Path) -> None:
     model = meta_model(tiny_model, Adapter(kind="lora", rank=64))
     gradients = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    assert simulate(model, 1, 4).activations < gradients / 4
+    assert simulate(model, 1, 4, 4).activations < gradients / 4
+
+
+def test_logits_are_those_of_the_trained_tokens(tiny_model: Path) -> None:
+    model = meta_model(tiny_model, ADAPTER)
+    few, many = simulate(model, 1, 128, 16), simulate(model, 1, 128, 128)
+    assert (few.activations, few.forward, few.backward) == (many.activations, many.forward, many.backward)
+    assert many.head == 8 * few.head == 4 * 128 * 320 * 64
+    assert few.logits < many.logits
+
+
+def test_with_checkpointing_it_holds_less_and_computes_the_layers_once_more(tiny_model: Path) -> None:
+    kept, again = (meta_model(tiny_model, ADAPTER, checkpointing=on) for on in (False, True))
+    usual, less = (simulate(model, 1, 256, 16) for model in (kept, again))
+    layer = simulate(meta_model(tiny_model, ADAPTER), 1, 256, 16).activations / 2
+    assert layer / 2 < less.activations < 0.75 * usual.activations, "one of two layers at a time"
+    assert less.forward == usual.forward
+    assert less.backward == pytest.approx(usual.backward + usual.forward, rel=0.05)
+    assert simulate(again, 1, 256, 16) == less, "a pass leaves nothing behind"
+
+
+def test_real_layers_that_are_computed_twice_keep_what_the_simulation_says(tiny_model: Path) -> None:
+    model = add_adapter(load_model(tiny_model), ADAPTER, 3).train()
+    usual, _ = real_pass(model, 1, 96)
+    model.gradient_checkpointing_enable()
+    kept, _ = real_pass(model, 1, 96)
+    layer = usual / 2
+    found = simulate(meta_model(tiny_model, ADAPTER, checkpointing=True), 1, 96, 96)
+    assert kept < 0.2 * usual
+    assert 0.8 * (kept + layer) < found.activations < 1.5 * (kept + layer)

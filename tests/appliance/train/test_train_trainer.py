@@ -70,6 +70,19 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(trainer: PartwiseTrainer
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_gradients_are_the_same_with_layers_computed_twice(trainer: PartwiseTrainer) -> None:
+    loss, gradients = step(trainer)
+    calls = []
+    layer = trainer.model.get_base_model().model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    trainer.model.gradient_checkpointing_enable()
+    again, twice = step(trainer)
+    assert len(calls) >= 2 * len(trainer.parts(batch_of(trainer))), "forward, and once more backward"
+    assert again == loss
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-3
+    assert all(torch.equal(one, other) for one, other in zip(gradients, twice, strict=True))
+
+
 def test_held_out_loss_is_the_same_however_it_is_divided(trainer: PartwiseTrainer) -> None:
     whole = trainer.evaluate()["eval_loss"]
     trainer.room.rows = 1
