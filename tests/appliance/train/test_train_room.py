@@ -1,0 +1,124 @@
+"""Memory that runs out at a later moment: the same step in smaller parts, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import add_run, events, failure, losses, result, stage, work
+
+from appliance.errors import Exit
+from appliance.home import Home
+from appliance.train import dpo, kto, sft
+from appliance.train.order import PART_TOKENS
+from appliance.train.room import Room
+from appliance.train.trainer import PartwiseTrainer
+
+TRAINERS: dict[str, type[PartwiseTrainer]] = {"sft": sft._Trainer, "dpo": dpo._Trainer, "kto": kto._Trainer}
+DATASETS = {"sft": "FACTS", "dpo": "PREFERENCES", "kto": "JUDGEMENTS"}
+
+
+def run_out(
+    patch: pytest.MonkeyPatch, kind: type[PartwiseTrainer], when: Callable[[PartwiseTrainer], bool], rows: int
+) -> None:
+    """Let the memory hold the loss of at most so many sequences `when` the trainer is there."""
+    compute = kind.compute_loss
+
+    def bounded(trainer: Any, model: Any, inputs: Any, **named: Any) -> torch.Tensor:
+        loss: torch.Tensor = compute(trainer, model, inputs, **named)
+        if when(trainer) and len(inputs["input_ids"]) > rows:
+            if loss.requires_grad:
+                # What an allocation that fails half-way through the backward pass leaves behind.
+                loss.backward(retain_graph=True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+    patch.setattr(kind, "compute_loss", bounded)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
+def test_in_the_middle_of_training(home: Home, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """And with layers that are computed twice, which changes nothing either."""
+    settings = {"batch_size": 4, "learning_rate": 0.002}
+    whole, short = (
+        add_run(home, id, stage(method, DATASETS[method], gradient_checkpointing=word, **settings))
+        for id, word in (("whole", "off"), ("short", "on"))
+    )
+    work(whole, method)
+    checkpointing = set()
+
+    def later(trainer: PartwiseTrainer) -> bool:
+        checkpointing.add(trainer.model.is_gradient_checkpointing)
+        return trainer.model.training and trainer.state.global_step >= 2
+
+    run_out(monkeypatch, TRAINERS[method], later, 2)
+    assert work(short, method) == 0
+    assert checkpointing == {True}
+    assert [events(run, "forecast")[0]["gradient_checkpointing"] for run in (whole, short)] == [False, True]
+    assert [event["step"] for event in events(short, "step")] == [event["step"] for event in events(whole, "step")]
+    assert losses(short, method) == pytest.approx(losses(whole, method), abs=1e-4)
+    warnings = events(short, "warning")
+    assert {warning["code"] for warning in warnings} == {"out_of_memory"}
+    assert "out of memory: going on with at most" in warnings[0]["message"]
+    assert [warning["part_tokens"] for warning in warnings] == sorted(
+        {w["part_tokens"] for w in warnings}, reverse=True
+    )
+
+
+def test_in_an_evaluation(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, short = (add_run(home, id, stage("sft", "FACTS")) for id in ("whole", "short"))
+    work(whole, "sft")
+    run_out(monkeypatch, sft._Trainer, lambda trainer: not trainer.model.training, 1)
+    assert work(short, "sft") == 0
+    assert result(short, "sft")["held_out_loss"] == pytest.approx(result(whole, "sft")["held_out_loss"], abs=1e-4)
+    assert events(short, "warning")[0]["code"] == "out_of_memory"
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_while_the_reference_is_run(home: Home, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    settings = stage(method, DATASETS[method], learning_rate=0.002)
+    whole, short = (add_run(home, id, settings) for id in ("whole", "short"))
+    work(whole, method)
+    trl = TRAINERS[method].__mro__[2]
+    score = trl.compute_ref_log_probs  # type: ignore[attr-defined]  # TRL's own
+
+    def bounded(trainer: Any, model: Any, inputs: Any) -> Any:
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return score(trainer, model, inputs)
+
+    monkeypatch.setattr(trl, "compute_ref_log_probs", bounded)
+    assert work(short, method) == 0
+    assert losses(short, method) == pytest.approx(losses(whole, method), abs=1e-4)
+
+
+def test_a_single_row_that_is_too_much_fails_with_advice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = add_run(home, "r", stage("sft", "FACTS"))
+    run_out(monkeypatch, sft._Trainer, lambda trainer: trainer.model.training, 0)
+    assert work(run, "sft") == Exit.FAILED
+    assert failure(run, "sft")["code"] == "out_of_memory"
+    assert "smaller max_length" in failure(run, "sft")["next"]
+
+
+def test_other_errors_are_not_tried_again() -> None:
+    tries = []
+
+    def attempt() -> None:
+        room.divide([5, 5], 1)
+        tries.append(1)
+        raise RuntimeError("shapes do not fit")
+
+    room = Room()
+    with pytest.raises(RuntimeError, match="shapes"):
+        room.fit(attempt)
+    assert tries == [1]
+
+
+def test_a_resumed_stage_remembers_how_often_its_memory_was_not_enough() -> None:
+    killed, said = {"code": "out_of_memory"}, {"code": "out_of_memory", "part_tokens": 90}
+    warn = print
+    assert Room.after([{"event": "step"}, {"code": "worker_died"}], 8, warn) == Room(8, PART_TOKENS, warn)
+    assert Room.after([killed, killed], 8, warn).tokens == PART_TOKENS // 4
+    assert Room.after([killed, said, killed], 8, warn).tokens == 45
