@@ -15,14 +15,11 @@ from torch.nn import functional
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
-from appliance.train.interruption import Interruption
 from appliance.train.kto import mismatched
-from appliance.train.model import add_adapter, load_adapter, load_model
+from appliance.train.model import load_adapter, load_model
 from appliance.train.order import epoch_order
-from appliance.train.room import Room
 from appliance.train.rows import IGNORED
-from appliance.train.stage import METHODS, _arguments
-from appliance.train.trainer import Given, PartwiseTrainer
+from appliance.train.stage import METHODS
 
 DATASETS = {"sft": "FACTS", "dpo": "PREFERENCES", "kto": "JUDGEMENTS"}
 
@@ -158,54 +155,6 @@ def test_the_loss_of_kto_is_that_of_its_paper(home: Home) -> None:
         weight, sign = (1.5, 1) if row["label"] else (0.01, -1)
         expected += weight * (1 - float(torch.sigmoid(torch.tensor(sign * 0.1 * margin)))) / len(rows)
     assert events(run, "eval", "kto")[-1]["loss"] == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.fixture(params=DATASETS)
-def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> PartwiseTrainer:
-    method = METHODS[request.param]
-    recipe = read_recipe(add_run(home, "r", stage(request.param, DATASETS[request.param], batch_size=4)))
-    tokenizer, dataset = load_tokenizer(home.models / "tiny"), Dataset.open(home, recipe.stages[0].dataset)
-    model = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
-    rows = [method.example(tokenizer, row) for row in dataset.rows]
-    given = Given(model, tokenizer, rows, [], Room(), Interruption())
-    built: PartwiseTrainer = method.trainer(recipe.stages[0], _arguments(tmp_path, recipe, recipe.stages[0], 4), given)
-    return built
-
-
-def gradients(trainer: PartwiseTrainer, batch: dict[str, torch.Tensor], items: Any) -> dict[str, torch.Tensor]:
-    trainer.training_step(trainer.model, {key: value.clone() for key, value in batch.items()}, items)
-    found = {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.grad is not None}
-    assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-4
-    return found
-
-
-def test_a_token_outside_the_mask_is_no_target_and_padding_changes_nothing(trainer: PartwiseTrainer) -> None:
-    """Where the next token is not trained, the gradient of the last hidden state is exactly zero."""
-    trainer.create_optimizer_and_scheduler(1)
-    (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    trained = batch["completion_mask"].bool() if "completion_mask" in batch else batch["labels"] != IGNORED
-    state: list[torch.Tensor] = []
-
-    def watch(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        if output.requires_grad:
-            output.retain_grad()
-            state.append(output)
-
-    hook = trainer.model.get_base_model().model.norm.register_forward_hook(watch)
-    before = gradients(trainer, batch, items)
-    hook.remove()
-    (hidden,) = state
-    assert hidden.grad is not None
-    moved = hidden.grad.abs().sum(-1) > 0
-    assert torch.equal(moved[:, :-1], trained[:, 1:])
-    assert not moved[:, -1].any()
-    assert 0 < int(trained.sum()) < int(batch["attention_mask"].sum())
-
-    padding = batch["attention_mask"] == 0
-    assert padding.any()
-    other = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, 99)}
-    for name, gradient in gradients(trainer, other, items).items():
-        assert torch.equal(gradient, before[name]), name
 
 
 def test_every_fact_is_trained_to_its_end_of_turn(home: Home) -> None:
