@@ -27,12 +27,12 @@ from swap import BASE, QUESTIONS, TRAINED, Asker, Load, machine, stream_without_
 from appliance.sources import find_sources
 
 TARGETS = {"failed": 0, "seconds": 1.0, "sooner": 3.0}
-"""Failed requests and seconds to the first token at most; and how many times sooner than its release at least."""
+"""Failed requests and seconds until it is live at most; how many times sooner than its release a token comes."""
 RANK = 32
 
 
 async def measure(rounds: int, clients: int, model: Path) -> dict[str, Any]:
-    """Figures of `rounds` runs, each on top of the release before."""
+    """Figures of `rounds` runs, each on top of the same release."""
     os.environ |= {"APPLIANCE_ENGINE": "vllm", "APPLIANCE_ADAPTER_RANK": str(RANK), "APPLIANCE_LEASE": "share"}
     timeout = aiohttp.ClientTimeout(total=300)
     load = Load()
@@ -43,12 +43,15 @@ async def measure(rounds: int, clients: int, model: Path) -> dict[str, Any]:
     ):
         await running.client.import_dataset(find_sources([str(EXAMPLES / "facts.json")]), "facts")
         await running.until_live((await running.client.train(BASE)).id, 900)
-        trained = (await running.client.train("promote = true" + TRAINED)).id
-        await running.until_live(trained, 900)
+        # Trained for less, so that the quality gate lets what is trained for longer go live in its place.
+        first = (await running.client.train("promote = true" + TRAINED.replace("max_steps = 12", "max_steps = 4"))).id
         endpoint = (await running.client.status()).endpoint
         asker = Asker(session, endpoint, (await running.client.create_key("bench")).key)
         expected: dict[str, dict[str, str]] = {question: {} for question in QUESTIONS}
         for number in range(rounds):
+            if number:
+                await running.client.promote(first)
+            await running.until_live(first, 900)
             figures.append(await _one(running, asker, load, expected, number, clients))
             print(f"round {number + 1}: {figures[-1]}", flush=True)
     print("\n".join(load.failed[:10]), flush=True)
@@ -101,8 +104,8 @@ def main() -> None:
     given = arguments.parse_args()
     found = asyncio.run(measure(given.rounds, given.clients, given.base.resolve()))
     sooner = round(found["release_s"] / found["adapter_s"], 1)
-    ratios = {"failed": found["failed"], "seconds": found["adapter_s"], "sooner": sooner}
-    met = found["failed"] == 0 and found["adapter_s"] <= TARGETS["seconds"] and sooner >= TARGETS["sooner"]
+    ratios = {"failed": found["failed"], "seconds": found["live_s"], "sooner": sooner}
+    met = found["failed"] == 0 and found["live_s"] <= TARGETS["seconds"] and sooner >= TARGETS["sooner"]
     record = {"bench": "adapter", "ratios": ratios, "targets": TARGETS, "met": met, "machine": machine()}
     print(json.dumps(record | {"figures": found}))
 
