@@ -19,7 +19,6 @@ import platform
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -115,7 +114,8 @@ async def stream_without_pause(
     for question in itertools.islice(itertools.cycle(expected), number, None):
         if done.is_set():
             return
-        begun, at = time.monotonic(), []
+        begun = time.monotonic()
+        at: list[float] = []
         try:
             model, text = await asker.ask(question, at)
         except (RuntimeError, aiohttp.ClientError, ValueError) as error:
@@ -313,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
