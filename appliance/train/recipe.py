@@ -73,7 +73,7 @@ class Stage(_Section):
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """on: each layer keeps only its input and is computed again in the backward pass: a fraction of the memory of
     activations for about half as much time again, and the same training. auto: off where the forecast has room without
-    it, else on; the run's forecast says which."""
+    it, else on, which the run's forecast says, and on from when the memory is not enough for a single row."""
     learning_rate: float = Field(0, ge=0, lt=1)
     """Peak learning rate. 0: by the size of the base, because larger models diverge sooner."""
     warmup_share: float = Field(0.03, ge=0, lt=1)

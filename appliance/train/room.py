@@ -21,7 +21,9 @@ class Room:
     rows: int = sys.maxsize
     tokens: int = PART_TOKENS
     warn: Callable[..., Any] = lambda **_: None
-    """Takes the fields of a warning: code, message and the new `part_tokens` whenever the room shrinks."""
+    """Takes the fields of a warning: code, message and the new `part_tokens` whenever the memory was not enough."""
+    last_resort: Callable[[], str] = lambda: ""
+    """What else takes less memory, done and told, once every part is a single row; empty: nothing is left."""
     _tried: int = 0
     """Tokens of the largest part of several rows in the last division."""
 
@@ -45,19 +47,23 @@ class Room:
     def fit(self, attempt: Callable[[], T]) -> T:
         """The result of `attempt`, which divides its batch by this room and can be repeated.
 
-        Each time the memory runs out the room is halved. Raises what was raised once every part is a single row.
+        Each time the memory runs out the room is halved. Once every part is a single row, and there is no last resort,
+        raises what was raised.
         """
         while True:
             try:
                 return attempt()
             except Exception as error:  # torch, its allocators and the drivers each raise their own
-                if not is_out_of_memory(error) or not self._tried:
+                if not is_out_of_memory(error):
+                    raise
+                if self._tried:
+                    self.tokens, before = self._tried // 2, self._tried
+                    how = f"at most {self.tokens} tokens in a forward pass instead of {before}"
+                elif not (how := self.last_resort()):
                     raise
             release_memory()
-            self.tokens = self._tried // 2
             self.warn(
                 code="out_of_memory",
-                message=f"out of memory: going on with at most {self.tokens} tokens in a forward pass instead of "
-                f"{self._tried}; the rows of a step stay the same",
+                message=f"out of memory: going on with {how}; the rows of a step stay the same",
                 part_tokens=self.tokens,
             )

@@ -145,6 +145,8 @@ def _train(
     forecast = _forecast(base, recipe, stage, train, held_out, room)
     events.append("forecast", stage.name, **forecast.event())
     model = _adapted_model(run, recipe, stage, base)
+    if stage.gradient_checkpointing == "auto":
+        room.last_resort = partial(_compute_layers_twice, model)
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     require_space(folder, 2 * trained + (KEPT + 1) * WITH_OPTIMISER * trained, "training")
     made_from = origin(recipe, stage.name)
@@ -184,6 +186,14 @@ def _train(
             else:
                 for path in kept.glob("adapter_*"):
                     shutil.copyfile(path, saved / path.name)
+
+
+def _compute_layers_twice(model: Any) -> str:
+    """Turn gradient checkpointing on, where it is not, and say so."""
+    if model.is_gradient_checkpointing:
+        return ""
+    model.gradient_checkpointing_enable()
+    return "gradient checkpointing"
 
 
 def _evaluation_due(checkpoint: Path | None, stage: AnyStage, last: int, said: list[dict[str, Any]]) -> bool:

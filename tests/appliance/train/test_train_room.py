@@ -94,6 +94,23 @@ def test_while_the_reference_is_run(home: Home, monkeypatch: pytest.MonkeyPatch,
     assert losses(short, method) == pytest.approx(losses(whole, method), abs=1e-4)
 
 
+def test_a_single_row_that_is_too_much_goes_on_with_layers_computed_twice(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, short = (add_run(home, id, stage("sft", "FACTS")) for id in ("whole", "short"))
+    work(whole, "sft")
+
+    def too_little(trainer: PartwiseTrainer) -> bool:
+        return trainer.model.training and not trainer.model.is_gradient_checkpointing
+
+    run_out(monkeypatch, sft._Trainer, too_little, 0)
+    assert work(short, "sft") == 0
+    assert losses(short, "sft") == pytest.approx(losses(whole, "sft"), abs=1e-4)
+    *_, last = events(short, "warning")
+    assert last["message"].startswith("out of memory: going on with gradient checkpointing; ")
+    assert last["part_tokens"] == Room.after(events(short, "warning"), 8, print).tokens
+
+
 def test_a_single_row_that_is_too_much_fails_with_advice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     run = add_run(home, "r", stage("sft", "FACTS"))
     run_out(monkeypatch, sft._Trainer, lambda trainer: trainer.model.training, 0)
