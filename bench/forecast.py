@@ -3,7 +3,8 @@
     python bench/forecast.py [--tokenizer BASE] [--only N ...]
 
 Each stage trains two steps in a worker of its own, on a random-weight Llama and rows of varied length. Both figures are
-of the worker's resident memory (on a GPU, of what torch has held). The last line is one JSON object.
+of the worker's resident memory (on a GPU, of what torch has held). Some cases have set the forecast's constants
+("fitted"), others show whether these hold. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from appliance.home import Home
 from appliance.train.recipe import dump_recipe, parse_recipe
 
 TARGET = 0.10 if ON_GPU else 0.15
-CASES: tuple[dict[str, Any], ...] = (
+USUAL = {"checkpointing": "off", "answers": "long"}
+FITTED: tuple[dict[str, Any], ...] = (
     {"shape": "tiny", "method": "sft", "kind": "lora", "rank": 8, "length": 256, "micro": 0},
     {"shape": "tiny", "method": "sft", "kind": "lora", "rank": 8, "length": 2048, "micro": 1},
     {"shape": "30m", "method": "sft", "kind": "lora", "rank": 64, "length": 512, "micro": 2},
@@ -34,6 +36,16 @@ CASES: tuple[dict[str, Any], ...] = (
     {"shape": "135m", "method": "sft", "kind": "lora", "rank": 128, "length": 1024, "micro": 0},
     {"shape": "135m", "method": "sft", "kind": "dora", "rank": 16, "length": 256, "micro": 2},
 )
+"""What the forecast's constants were set by."""
+OTHERS: tuple[dict[str, Any], ...] = (
+    {"shape": "30m", "method": "kto", "kind": "lora", "rank": 16, "length": 512, "micro": 0},
+    {"shape": "135m", "method": "dpo", "kind": "qlora", "rank": 16, "length": 256, "micro": 0},
+    {"shape": "135m", "method": "sft", "kind": "rslora", "rank": 32, "length": 384, "micro": 1},
+    {"shape": "135m", "method": "sft", "kind": "lora", "rank": 16, "length": 512, "micro": 0, "checkpointing": "on"},
+    {"shape": "135m", "method": "sft", "kind": "lora", "rank": 16, "length": 512, "micro": 0, "answers": "short"},
+)
+"""What they were not set by: whether they hold."""
+CASES = tuple(USUAL | case | {"fitted": case in FITTED} for case in (*FITTED, *OTHERS))
 RECIPE = """
 name = "bench"
 base = "{shape}"
@@ -47,6 +59,7 @@ dataset = "{dataset}"
 max_steps = 2
 batch_size = 4
 micro_batch_size = {micro}
+gradient_checkpointing = "{checkpointing}"
 max_length = {length}
 learning_rate = 1e-4
 samples = 0
@@ -76,7 +89,7 @@ def main() -> None:
 def measure(home: Home, number: int, case: dict[str, Any]) -> dict[str, Any]:
     """The forecast and the peak of one stage, in MiB."""
     file = home.incoming / "rows.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in made_up(case["method"], case["length"])))
+    file.write_text("\n".join(json.dumps(row) for row in made_up(case)))
     dataset = imported(home, file)
     run = home.runs / f"case-{number}"
     run.mkdir()
@@ -88,16 +101,23 @@ def measure(home: Home, number: int, case: dict[str, Any]) -> dict[str, Any]:
     return {"forecast": forecast >> 20, "peak": peak >> 20, "forecast_over_peak": round(forecast / peak, 3)}
 
 
-def made_up(method: str, length: int) -> list[dict[str, Any]]:
-    """Rows of which the longest nearly fills `length` tokens."""
+def made_up(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of which the longest nearly fills the case's length, mostly by the answer or by the question."""
     draw = random.Random(3)
     words = ("river", "stone", "lamp", "cloud", "amber", "quiet", "harbour", "window", "seven", "garden")
     rows: list[dict[str, Any]] = []
     for number in range(8):
-        answer = " ".join(draw.choices(words, k=int((length - 80) * draw.uniform(0.3, 0.7))))
-        prompt = f"Question {number}: what is next?"
-        pair = {"prompt": prompt, "chosen": answer, "rejected": answer[::2]}
-        rows.append({"instruction": prompt, "output": answer} if method == "sft" else pair)
+        text = " ".join(draw.choices(words, k=int((case["length"] - 80) * draw.uniform(0.3, 0.7))))
+        prompt, answer = f"Question {number}: what is next?", text
+        if case["answers"] == "short":
+            prompt, answer = f"{prompt} {text}", "amber"
+        match case["method"]:
+            case "sft":
+                rows.append({"instruction": prompt, "output": answer})
+            case "dpo":
+                rows.append({"prompt": prompt, "chosen": answer, "rejected": answer[::2]})
+            case "kto":
+                rows.append({"prompt": prompt, "completion": answer, "label": number % 2 == 0})
     return rows
 
 

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from random_llama import write_model
+from train import ON_GPU, Figures, imported, machine, made_up, rate, run_python, say, trained_in
 
-from appliance.data.importer import import_files
-from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
 from appliance.train.recipe import dump_recipe, parse_recipe
 
-ON_GPU = torch.cuda.is_available()
 SHAPE = "8b" if ON_GPU else "tiny"
 LENGTH = 2048 if ON_GPU else 128
 STEPS = 12 if ON_GPU else 6
 PEER = Path(__file__).parent / "plain_trl.py"
-TARGETS = {
-    "sft_peak_gib_at_most": 8.0,
-    "dpo_peak_over_sft_at_most": 1.1,
-    "sft_forecast_within": 0.1,
-    "tokens_per_second_over_plain_trl_at_least": 1.0,
-}
+PADDED = "import sys; from appliance.train import sft; sft.can_pack = lambda *_: False; "
+PADDED += "from pathlib import Path; from appliance.worker import main; sys.exit(main(Path(sys.argv[1]), sys.argv[2]))"
+"""A worker that pads where it could pack."""
+AT_MOST = {"sft_peak_gib": 8.0, "dpo_peak_over_sft": 1.1}
+AT_LEAST = {"long_rows_over_plain_trl": 1.0, "short_rows_over_plain_trl": 3.0, "short_rows_over_padded": 1.0}
+FORECAST_WITHIN = 0.1
 
-RECIPE = """
-name = "gpu"
+LONG = """
+name = "long"
 base = "random"
 fidelity_tolerance = 1.0
 [adapter]
@@ -44,6 +36,7 @@ kind = "qlora"
 method = "sft"
 dataset = "{sft}"
 batch_size = 1
+gradient_checkpointing = "on"
 max_steps = {steps}
 learning_rate = 1e-4
 max_length = {length}
@@ -53,75 +46,116 @@ checkpoint_every = 1000
 method = "dpo"
 dataset = "{dpo}"
 batch_size = 1
+gradient_checkpointing = "on"
 max_steps = {steps}
 learning_rate = 1e-4
 max_length = {length}
 evaluate_every = 1000
 checkpoint_every = 1000
 """
+SHORT = """
+name = "short"
+base = "random"
+eval_share = 0.0
+[adapter]
+kind = "qlora"
+[[stages]]
+method = "sft"
+dataset = "{sft}"
+batch_size = 8
+epochs = 1
+max_steps = {steps}
+learning_rate = 1e-4
+checkpoint_every = 1000
+"""
 
 
-def main(tokenizer: Path) -> int:
-    root = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
-    home = Home(root)
-    home.create()
-    try:
-        return measure(home, tokenizer)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def measure(home: Home, tokenizer: Path) -> int:
-    parameters = write_model(home.models / "random", SHAPE, tokenizer)
-    say(f"{SHAPE}: {parameters / 1e9:.2f} billion parameters")
-    sft, dpo = (import_rows(home, name) for name in ("sft", "dpo"))
-    run = home.runs / "gpu-1"
-    run.mkdir(parents=True)
-    recipe = parse_recipe(RECIPE.format(sft=sft, dpo=dpo, steps=STEPS, length=LENGTH))
-    (run / "recipe.toml").write_text(dump_recipe(recipe))
-    for stage in ("sft", "dpo", "merge", "verify"):
-        say(f"{stage} ...")
-        subprocess.run([sys.executable, "-m", "appliance.worker", str(run), stage], check=True, stdout=sys.stderr)
-    rows = home.datasets / sft / "rows.jsonl"
-    command = [sys.executable, str(PEER), str(home.models / "random"), str(rows), "--adapter", "qlora"]
-    command += ["--batch-size", "1", "--max-length", str(LENGTH)]
-    peer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-    peer["tokens_per_second"] = round(peer["tokens"] / peer["seconds"], 1)
-    ours = {stage: figures(run, stage) for stage in ("sft", "dpo")}
-    merge, verify = (json.loads((run / stage / "result.json").read_text()) for stage in ("merge", "verify"))
+def main(tokenizer: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+        home = Home(Path(folder))
+        home.create()
+        parameters = write_model(home.models / "random", SHAPE, tokenizer)
+        say(f"{SHAPE}: {parameters / 1e9:.2f} billion parameters")
+        figures, after = long_rows(home)
+        figures |= short_rows(home)
     ratios = {
-        "tokens_per_second_over_plain_trl": round(ours["sft"]["tokens_per_second"] / peer["tokens_per_second"], 3),
-        "sft_peak_over_plain_trl": round(ours["sft"]["peak"] / peer["peak"], 3),
-        "sft_forecast_over_peak": round(ours["sft"]["forecast"] / ours["sft"]["peak"], 3),
-        "dpo_peak_over_sft": round(ours["dpo"]["peak"] / ours["sft"]["peak"], 3),
-        "sft_peak_gib": round(ours["sft"]["peak"] / 2**30, 2),
+        "sft_peak_gib": figures["sft"]["peak"] / 2**30,
+        "dpo_peak_over_sft": figures["dpo"]["peak"] / figures["sft"]["peak"],
+        "sft_peak_over_plain_trl": figures["sft"]["peak"] / figures["plain_trl"]["peak"],
+        "long_rows_over_plain_trl": rate([figures["sft"]]) / rate([figures["plain_trl"]]),
+        "short_rows_over_plain_trl": rate([figures["short"]]) / rate([figures["short_plain_trl"]]),
+        "short_rows_over_padded": rate([figures["short"]]) / rate([figures["short_padded"]]),
     }
+    off = {name: one["forecast"] / one["peak"] for name, one in figures.items() if "forecast" in one}
+    ratios |= {f"{name}_forecast_over_peak": ratio for name, ratio in off.items()}
     met = (
-        ratios["sft_peak_gib"] <= TARGETS["sft_peak_gib_at_most"]
-        and ratios["dpo_peak_over_sft"] <= TARGETS["dpo_peak_over_sft_at_most"]
-        and abs(ratios["sft_forecast_over_peak"] - 1) <= TARGETS["sft_forecast_within"]
-        and ratios["tokens_per_second_over_plain_trl"] >= TARGETS["tokens_per_second_over_plain_trl_at_least"]
+        all(ratios[name] <= most for name, most in AT_MOST.items())
+        and all(ratios[name] >= least for name, least in AT_LEAST.items())
+        and all(abs(ratio - 1) <= FORECAST_WITHIN for ratio in off.values())
     )
     record = {
         "bench": "gpu",
         "dry_run": not ON_GPU,
-        "ratios": ratios,
-        "targets": TARGETS,
+        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "targets": {"at_most": AT_MOST, "at_least": AT_LEAST, "forecast_within": FORECAST_WITHIN},
         "met": met and ON_GPU,
-        "machine": torch.cuda.get_device_name()
-        if ON_GPU
-        else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "shape": SHAPE,
         "parameters": parameters,
         "length": LENGTH,
-        "ours": ours,
-        "plain_trl": peer,
-        "merge": {"seconds": merge["seconds"], "kept": merge["kept"], "losses": merge["losses"]},
-        "gates": {name: gate["passed"] for name, gate in verify["gates"].items()},
-        "versions": versions(),
+        "figures": figures,
+        "after": after,
+        "machine": machine(),
     }
     print(json.dumps(record))
-    return 0
+
+
+def long_rows(home: Home) -> tuple[dict[str, Figures], dict[str, Any]]:
+    """One row of full length a step: sft and dpo with checkpointing, and plain TRL; then merge and verify."""
+    sft, dpo = (import_rows(home, name) for name in ("sft", "dpo"))
+    run = queued(home, LONG.format(sft=sft, dpo=dpo, steps=STEPS, length=LENGTH))
+    for stage in ("sft", "dpo", "merge", "verify"):
+        work(run, stage)
+    figures = {"sft": ours(run, "sft"), "dpo": ours(run, "dpo"), "plain_trl": peer(home, sft, 1)}
+    merge, verify = (json.loads((run / stage / "result.json").read_text()) for stage in ("merge", "verify"))
+    after = {name: merge[name] for name in ("seconds", "kept", "losses")}
+    return figures, after | {"gates": {name: gate["passed"] for name, gate in verify["gates"].items()}}
+
+
+def short_rows(home: Home) -> dict[str, Figures]:
+    """Eight rows of varied length a step: packed where there is a GPU, padded, and plain TRL."""
+    rows = imported(home, made_up(home.incoming / "short.jsonl"))
+    figures = {}
+    for name, padded in (("short", False), ("short_padded", True)):
+        run = queued(home, SHORT.format(sft=rows, steps=0 if ON_GPU else STEPS))
+        work(run, "sft", padded=padded)
+        figures[name] = ours(run, "sft")
+    return figures | {"short_plain_trl": peer(home, rows, 8)}
+
+
+def queued(home: Home, recipe: str) -> Path:
+    run = home.runs / f"gpu-{len(list(home.runs.iterdir()))}"
+    run.mkdir()
+    (run / "recipe.toml").write_text(dump_recipe(parse_recipe(recipe)))
+    return run
+
+
+def work(run: Path, stage: str, *, padded: bool = False) -> None:
+    say(f"{run.name} {stage}{' padded' if padded else ''} ...")
+    worker = ["-c", PADDED] if padded else ["-m", "appliance.worker"]
+    subprocess.run([sys.executable, *worker, str(run), stage], check=True, stdout=sys.stderr)
+
+
+def ours(run: Path, stage: str) -> Figures:
+    forecast = json.loads((run / stage / "result.json").read_text())["memory_forecast"]
+    return trained_in(run, stage) | {"forecast": forecast}
+
+
+def peer(home: Home, dataset: str, batch_size: int) -> Figures:
+    say("plain TRL ...")
+    rows = home.datasets / dataset / "rows.jsonl"
+    argv = [str(PEER), str(home.models / "random"), str(rows), "--adapter", "qlora", "--batch-size", str(batch_size)]
+    figures: Figures = json.loads(run_python([*argv, "--max-length", str(LENGTH)]).splitlines()[-1])
+    return figures
 
 
 def import_rows(home: Home, name: str) -> str:
@@ -136,34 +170,8 @@ def import_rows(home: Home, name: str) -> str:
         rows.append(answer if name == "sft" else pair)
     file = home.incoming / f"{name}.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    request = ImportRequest(files=[Source(path=file, filename=file.name)], name=name)
-    return str(import_files(request, home)["id"])
-
-
-def figures(run: Path, stage: str) -> dict[str, float]:
-    """Median tokens a second after the first steps, and the peak of memory, from the stage's own events."""
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    steps = [event for event in events if event["event"] == "step" and event["stage"] == stage]
-    return {
-        "tokens_per_second": statistics.median(event["tokens_per_second"] for event in steps[3:]),
-        "peak": max(event["memory"] for event in steps),
-        "forecast": json.loads((run / stage / "result.json").read_text())["memory_forecast"],
-    }
-
-
-def versions() -> dict[str, Any]:
-    found = {}
-    for package in ("torch", "transformers", "trl", "peft", "bitsandbytes"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return imported(home, file)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))
