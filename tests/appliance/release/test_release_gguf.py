@@ -15,7 +15,7 @@ from tiny import CHATML, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from appliance.errors import InvalidInput
-from appliance.release.gguf_file import write_gguf
+from appliance.release.gguf_file import main, write_gguf
 
 IDS = torch.tensor([[1, 40, 60, 80, 100, 2], [1, 5, 15, 25, 35, 45]])
 
@@ -143,12 +143,14 @@ def test_what_is_not_known_is_refused_by_name_and_leaves_nothing(tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_as_a_command_it_says_one_line(tmp_path: Path) -> None:
+def test_as_a_command_it_says_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path / "model")
-    command = [sys.executable, "-m", "appliance.release.gguf_file", str(folder)]
-    assert subprocess.run([*command, str(tmp_path / "model.gguf")], check=False).returncode == 0
+    monkeypatch.setattr(sys, "argv", ["", str(folder), str(tmp_path / "model.gguf")])
+    main()
+    assert GGUFReader(tmp_path / "model.gguf").fields["general.name"].contents() == "model"
     (folder / "config.json").write_text('{"model_type": "mamba"}')
-    done = subprocess.run([*command, str(tmp_path / "b.gguf")], check=False, capture_output=True, text=True)
+    command = [sys.executable, "-m", "appliance.release.gguf_file", str(folder), str(tmp_path / "b.gguf")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("appliance: error: the GGUF export does not know models of type mamba — ")
     assert len(done.stderr.splitlines()) == 1
