@@ -1,7 +1,7 @@
-"""A worker that is killed: python killed_worker.py RUN_DIR STAGE STEP CALL.
+"""A worker that is killed again and again: python killed_worker.py RUN_DIR STAGE STEP:CALL...
 
-CALL -1 kills it in the middle of STEP; CALL n in the first save from STEP on, before its n-th call that changes the
-disk.
+For each STEP:CALL a fork works on the run until it kills itself: with CALL -1 in the middle of STEP, with CALL n in the
+first save from STEP on, before its n-th call that changes the disk.
 """
 
 from __future__ import annotations
@@ -16,32 +16,14 @@ from typing import Any
 from transformers import Trainer
 
 from appliance import worker
+from appliance.train import stage as _stage  # noqa: F401  so that no fork has to import it
 from appliance.train.trainer import PartwiseTrainer
 
-run, stage, step, call = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 save, compute = Trainer._save_checkpoint, PartwiseTrainer.training_step
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def training_step(trainer: Any, *arguments: Any) -> Any:
-    loss = compute(trainer, *arguments)
-    if call < 0 and trainer.state.global_step == step - 1:
-        die()
-    return loss
-
-
-def save_checkpoint(trainer: Any, *arguments: Any) -> None:
-    """Transformers' own, within our saving: what follows it makes the files durable and puts them in their place."""
-    if call >= 0 and trainer.state.global_step >= step:
-        if call == 0:
-            die()
-        left = iter(range(call - 1))
-        for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree")):
-            setattr(module, name, counting(getattr(module, name), left))
-    save(trainer, *arguments)
 
 
 def counting(function: Any, left: Any) -> Any:
@@ -53,6 +35,35 @@ def counting(function: Any, left: Any) -> Any:
     return counted
 
 
-PartwiseTrainer.training_step = training_step  # type: ignore[method-assign]
-Trainer._save_checkpoint = save_checkpoint
-sys.exit(worker.main(run, stage))
+def work(run: Path, stage: str, step: int, call: int) -> int:
+    """Work on `run` until this process kills itself."""
+
+    def training_step(trainer: Any, *arguments: Any) -> Any:
+        loss = compute(trainer, *arguments)
+        if call < 0 and trainer.state.global_step == step - 1:
+            die()
+        return loss
+
+    def save_checkpoint(trainer: Any, *arguments: Any) -> None:
+        """Transformers' own, within our saving, which then makes the files durable and puts them in their place."""
+        if call >= 0 and trainer.state.global_step >= step:
+            if call == 0:
+                die()
+            left = iter(range(call - 1))
+            for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree")):
+                setattr(module, name, counting(getattr(module, name), left))
+        save(trainer, *arguments)
+
+    PartwiseTrainer.training_step = training_step  # type: ignore[method-assign]
+    Trainer._save_checkpoint = save_checkpoint
+    return worker.main(run, stage)
+
+
+if __name__ == "__main__":
+    for plan in sys.argv[3:]:
+        step, call = map(int, plan.split(":"))
+        child = os.fork()
+        if not child:
+            os._exit(work(Path(sys.argv[1]), sys.argv[2], step, call))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == -signal.SIGKILL, f"{plan} ended with {status}"
