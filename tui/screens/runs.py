@@ -59,6 +59,7 @@ class RunsPage(RecordPage):
             "serve_adapter",
             "Adapter live",
             tooltip="Let its adapter answer while it is merged and verified",
+            show=False,
             id="run.serve_adapter",
         ),
     ]
