@@ -6,6 +6,8 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Literal
 
+from appliance.store.database import transaction
+
 Kind = Literal["worker", "engine"]
 
 SWAPPING = "swapping"
@@ -45,14 +47,9 @@ class Processes:
 
     def replace(self, row: ProcessRow, by: ProcessRow) -> None:
         """The same process under another owner or stage: both or neither."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self._db):
             self.remove(row)
             self.add(by)
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
 
     def all(self) -> list[ProcessRow]:
         rows = self._db.execute("SELECT kind, owner, stage, pid, started, boot, address FROM processes")

@@ -8,6 +8,7 @@ import time
 
 from appliance import api
 from appliance.errors import Conflict, NotFound
+from appliance.store.database import transaction
 
 _COUNTING = "deployments WHERE failed = '' ORDER BY position DESC"
 
@@ -25,8 +26,7 @@ class Releases:
         self, id: str, base: str, state: api.ReleaseState, reason: str, gates: dict[str, bool], promote: bool
     ) -> None:
         """Record a finished release and, with `promote` and if verified, make it live: both or neither."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self._db):
             self._db.execute(
                 "INSERT INTO releases (id, base, state, created, reason, gates) VALUES (?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (id) DO NOTHING",
@@ -34,10 +34,6 @@ class Releases:
             )
             if promote and state == "verified" and self.live() != id:
                 self._deploy(id)
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
 
     def get(self, id: str) -> api.Release:
         """Raises NotFound."""
@@ -112,8 +108,7 @@ class Releases:
 
     def remove(self, id: str) -> None:
         """Forget a release that is not needed, and that it was ever live."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self._db):
             self._db.execute("DELETE FROM deployments WHERE release = ?", (id,))
             self._db.execute("DELETE FROM releases WHERE id = ?", (id,))
             self._db.execute(
@@ -121,10 +116,6 @@ class Releases:
                 " lag(release) OVER (ORDER BY position) AS before FROM deployments WHERE failed = '')"
                 " WHERE release = before)"
             )
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
 
     def rollback(self) -> api.Release:
         """Make the release that was live before the live one live again. Raises Conflict where there is none."""
