@@ -58,10 +58,14 @@ class OpenAIEngine:
 
         Raises ConnectionError where the engine does not answer or fails, and InvalidInput where it refuses.
         """
-        asked = {"lora_name": name, "lora_path": str(adapter), "load_inplace": True}
+        # Its `load_inplace` would read the files again with every request.
         try:
             async with _connect(address, _RELOAD_TIMEOUT) as engine:
-                await _post(engine, "/v1/load_lora_adapter", asked)
+                async with engine.get("http://engine/v1/models") as response:
+                    response.raise_for_status()
+                    served = [model["id"] for model in (await response.json())["data"]]
+                if name not in served:
+                    await _post(engine, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(adapter)})
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine could not load the adapter: {error}") from error
 
