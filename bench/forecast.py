@@ -35,13 +35,16 @@ FITTED: tuple[dict[str, Any], ...] = (
     {"shape": "135m", "method": "sft", "kind": "qlora", "rank": 16, "length": 512, "micro": 1},
     {"shape": "135m", "method": "sft", "kind": "lora", "rank": 128, "length": 1024, "micro": 0},
     {"shape": "135m", "method": "sft", "kind": "dora", "rank": 16, "length": 256, "micro": 2},
+    {"shape": "135m", "method": "sft", "kind": "lora", "rank": 16, "length": 512, "micro": 0, "checkpointing": "on"},
+    {"shape": "30m", "method": "dpo", "kind": "lora", "rank": 16, "length": 512, "micro": 0, "checkpointing": "on"},
 )
 """What the forecast's constants were set by."""
 OTHERS: tuple[dict[str, Any], ...] = (
     {"shape": "30m", "method": "kto", "kind": "lora", "rank": 16, "length": 512, "micro": 0},
     {"shape": "135m", "method": "dpo", "kind": "qlora", "rank": 16, "length": 256, "micro": 0},
     {"shape": "135m", "method": "sft", "kind": "rslora", "rank": 32, "length": 384, "micro": 1},
-    {"shape": "135m", "method": "sft", "kind": "lora", "rank": 16, "length": 512, "micro": 0, "checkpointing": "on"},
+    {"shape": "135m", "method": "sft", "kind": "rslora", "rank": 8, "length": 768, "micro": 0, "checkpointing": "on"},
+    {"shape": "30m", "method": "kto", "kind": "dora", "rank": 32, "length": 384, "micro": 2, "checkpointing": "on"},
     {"shape": "135m", "method": "sft", "kind": "lora", "rank": 16, "length": 512, "micro": 0, "answers": "short"},
 )
 """What they were not set by: whether they hold."""

@@ -49,8 +49,6 @@ AROUND = {"callbacks_share": 0.01, "leave_seconds": 20.0}
 """At most."""
 LEAVE_AFTER = 2
 """Steps after which the worker is asked to leave."""
-UNTIMED = 3
-"""The first steps, in which callbacks and the C library do what they do once."""
 Figures = dict[str, float]
 """Tokens, seconds, and peak (bytes) of one run."""
 SEEDS = (17, 18, 19)
@@ -193,7 +191,7 @@ class Bench:
     def around(self, count: int) -> dict[str, Any]:
         """The share of a step that callbacks and events take, and the seconds that a worker takes to leave."""
         run = self._queued("lora", self.lines[:count], SEEDS[0])
-        share = share_of_callbacks(run)
+        share = float(run_python([str(Path(__file__).parent / "timed_worker.py"), str(run), "sft"]).splitlines()[-1])
         (foretold,) = (event["seconds"] for event in said(run, "forecast"))
         ratios = {
             "callbacks_share": round(share, 5),
@@ -256,34 +254,6 @@ def trained_in(run: Path, stage: str = "sft") -> Figures:
         seconds += (event["tokens"] - before) / event["tokens_per_second"]
         before = event["tokens"]
     return {"tokens": before, "seconds": seconds, "peak": max(event["memory"] for event in steps)}
-
-
-def share_of_callbacks(run: Path) -> float:
-    """Of the time of a run's steps, which are taken in this process, what all callbacks take, events written too."""
-    from transformers.trainer_callback import CallbackHandler
-
-    from appliance.worker import main as work
-
-    call, spent, ends = CallbackHandler.call_event, 0.0, []
-
-    def timed(handler: Any, event: str, *arguments: Any, **named: Any) -> Any:
-        nonlocal spent
-        begun = time.perf_counter()
-        try:
-            return call(handler, event, *arguments, **named)
-        finally:
-            now = time.perf_counter()
-            spent += now - begun
-            if event == "on_step_end":
-                ends.append((now, spent))
-
-    CallbackHandler.call_event = timed
-    try:
-        work(run, "sft")
-    finally:
-        CallbackHandler.call_event = call
-    (begun, before), (ended, after) = ends[UNTIMED - 1], ends[-1]
-    return (after - before) / (ended - begun)
 
 
 def imported(home: Home, file: Path) -> str:

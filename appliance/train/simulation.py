@@ -65,7 +65,7 @@ def simulate(model: Any, rows: int, width: int, trained: int) -> Pass:
             weight.grad = torch.zeros_like(weight)
     body, forward, backward = _pass(model, rows, width, 0)
     whole, *parts = _pass(model, rows, width, trained)
-    return Pass(body, whole - body, forward, backward, sum(parts) - forward - backward)
+    return Pass(body, max(whole - body, 0), forward, backward, sum(parts) - forward - backward)
 
 
 def _pass(model: Any, rows: int, width: int, trained: int) -> tuple[int, int, int]:
