@@ -135,7 +135,7 @@ class Supervisor:
 
         Raises NotFound; Conflict and InvalidInput where that cannot be, or the engine does not take the adapter.
         """
-        run, recipe = self.runs.get(run_id), self.recipe(run_id)
+        run = self.runs.get(run_id)
         if not self.engines.kind.adapter_rank:
             raise Conflict(
                 "no_adapters",
@@ -150,8 +150,9 @@ class Supervisor:
             )
         if canary := self.trial.view():
             raise Conflict("canary_under_way", f"{canary.release} is the canary", "wait until it has ended, or end it")
-        live = self.unmerged.require_possible(run, recipe)
-        await asyncio.to_thread(self.unmerged.write, run_id, live, recipe, self.engines.kind.adapter_rank)
+        live = self.unmerged.require_possible(run)
+        rank = self.engines.kind.adapter_rank
+        await asyncio.to_thread(self.unmerged.write, run_id, live, self.recipe(run_id), rank)
         self.unmerged.start(run_id, live)
         started = self.unmerged.status(answers=False)
         self.runs.set_promotes(run_id, True)

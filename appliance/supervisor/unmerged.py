@@ -33,13 +33,11 @@ class Unmerged:
         """What an engine loads for the adapter of a run."""
         return self._home.runs / run / "unmerged"
 
-    def require_possible(self, run: api.Run, recipe: Recipe) -> str:
+    def require_possible(self, run: api.Run) -> str:
         """The live release that the adapter of `run` may answer beside. Raises Conflict where it may not."""
         live = self._releases.live()
         if live is None:
             raise Conflict("nothing_live", "no release is live whose engine could serve it", "wait for the release")
-        if not recipe.changes_weights:
-            raise Conflict("no_adapter", f"run {run.id} releases the base as it is", "wait for the release")
         if run.state != "running" or run.stage not in AFTER_TRAINING:
             raise Conflict(
                 "not_between",
@@ -52,8 +50,11 @@ class Unmerged:
     def write(self, run: str, live: str, recipe: Recipe, largest_rank: int) -> None:
         """Write the files that an engine with the weights of `live` loads.
 
-        Raises Conflict where those weights are not what the adapter was trained on, but for an adapter of their own.
+        Raises Conflict where the run trains no adapter, or those weights are not what it was trained on, but for an
+        adapter of their own.
         """
+        if not recipe.changes_weights:
+            raise Conflict("no_adapter", f"run {run} releases the base as it is", "wait for the release")
         manifest = read_manifest(self._home, live)
         base = base_hashes(model_path(self._home, recipe.base))
         if any(manifest["base_files"].get(name) != hash for name, hash in base.items()):

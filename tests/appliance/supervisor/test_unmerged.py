@@ -176,6 +176,13 @@ def test_what_leads_from_the_live_release_to_the_adapter(files: tuple[Home, list
     assert asked == [(run / "adapter", merged if own else None, run / "unmerged", 64)]
 
 
+def test_a_run_that_trains_nothing(files: tuple[Home, list[Any]]) -> None:
+    home, asked = files
+    with pytest.raises(Conflict, match="releases the base as it is"):
+        write(home, Recipe(name="facts", base="tiny"))
+    assert asked == []
+
+
 @pytest.mark.parametrize("case", ["base", "precision"])
 def test_weights_that_it_was_not_trained_on(files: tuple[Home, list[Any]], case: str) -> None:
     home, asked = files
