@@ -103,14 +103,14 @@ def read_changes(adapter: Path, base: Path) -> dict[str, Change]:
             by_parameter |= {f"{module}.{part}": Replaced(tensor) for part, tensor in found.items()}
     changes: dict[str, Change] = {}
     for parameter, change in by_parameter.items():
-        group = _tie_group(skeleton, parameter)
+        group = tie_group(skeleton, parameter)
         if any(not _same(change, by_parameter.get(member)) for member in group):
             raise not_mergeable(
                 f"{' and '.join(sorted(group))} are one tensor in the base model, and the adapter does not change "
                 "them alike",
                 "train it again with ensure_weight_tying, or on other modules",
             )
-        changes |= dict.fromkeys(_stored_names(skeleton, stored, group), change)
+        changes |= dict.fromkeys(stored_names(skeleton, stored, group), change)
     require_fitting(base, changes)
     return changes
 
@@ -119,7 +119,7 @@ def rounded_changes(base: Path, changes: dict[str, Change]) -> dict[str, Change]
     """`changes` on top of the weights that QLoRA trained on: those of its linear layers in NF4."""
     skeleton, stored = load_skeleton(base), layout(base)
     names = {
-        name for module in quantised_modules(skeleton) for name in _stored_names(skeleton, stored, {f"{module}.weight"})
+        name for module in quantised_modules(skeleton) for name in stored_names(skeleton, stored, {f"{module}.weight"})
     }
     rounded: dict[str, Change] = {name: Rounded(changes.get(name)) for name in names}
     require_fitting(base, rounded)
@@ -129,7 +129,7 @@ def rounded_changes(base: Path, changes: dict[str, Change]) -> dict[str, Change]
 def require_present(base: Path, parameters: set[str]) -> None:
     """Raise InvalidInput where a weight that training is to change is not in the base's files."""
     skeleton, stored = load_skeleton(base), layout(base)
-    missing = sorted(name for name in parameters if _stored_names(skeleton, stored, [name])[0] not in stored)
+    missing = sorted(name for name in parameters if stored_names(skeleton, stored, [name])[0] not in stored)
     if missing:
         raise not_mergeable(
             f"the base model's files hold no tensor {missing[0]}",
@@ -194,14 +194,14 @@ def _low_rank(skeleton: Any, config: dict[str, Any], name: str, parts: dict[str,
     return LowRank(left, right, scale, None if magnitude is None else magnitude.float(), transposed, start)
 
 
-def _tie_group(skeleton: Any, parameter: str) -> set[str]:
+def tie_group(skeleton: Any, parameter: str) -> set[str]:
     """`parameter` and the names of all that share its tensor."""
     tied: dict[str, str] = skeleton.all_tied_weights_keys
     root = tied.get(parameter, parameter)
     return {root, *(name for name, other in tied.items() if other == root)}
 
 
-def _stored_names(skeleton: Any, stored: dict[str, Any], parameters: Iterable[str]) -> list[str]:
+def stored_names(skeleton: Any, stored: dict[str, Any], parameters: Iterable[str]) -> list[str]:
     """Names in the files of what the model calls `parameters`; some files leave out the body's name, or add it."""
     body = f"{skeleton.base_model_prefix}."
     spellings = [(name, name.removeprefix(body), body + name) for name in parameters]

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from appliance.errors import InvalidInput
 from appliance.release.peft_format import not_mergeable
+from appliance.release.rounding import Rounding
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The types of weights that can be changed."""
@@ -155,11 +156,12 @@ def _write_changed(source: FileIO, target: FileIO, tensor: Stored, change: Chang
     count = tensor.shape[0]
     width = (tensor.end - tensor.begin) // count
     step = count if change.whole else max(1, _BLOCK * dtype.itemsize // width)
+    rounding = Rounding(tensor.name, tensor.shape, dtype)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         stored = torch.empty((rows.stop - rows.start, *tensor.shape[1:]), dtype=dtype)
         _fill(source, _bytes(stored))
-        _write(target, _bytes(change(stored.to(torch.float32, copy=True), rows).to(dtype)))
+        _write(target, _bytes(rounding(change(stored.to(torch.float32, copy=True), rows), rows)))
 
 
 def _copy(source: FileIO, target: FileIO, length: int) -> None:

@@ -1,0 +1,91 @@
+"""What merged weights have to be, as PEFT itself computes it: nothing here knows how our merge does."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+
+from appliance.release.adapter import load_skeleton, stored_names, tie_group
+from appliance.release.weights import layout
+from appliance.train.model import nf4_round_trip, quantised_modules
+
+_NAME = "default"
+"""PEFT's name of the one adapter that is loaded."""
+
+
+class Oracle:
+    """PEFT's layers of an adapter over a base without values, which is given them one weight at a time.
+
+    `rounded`: the adapter is merged into the values that NF4 has of the base's linear layers.
+    """
+
+    def __init__(self, adapter: Path, base: Path, *, rounded: bool) -> None:
+        skeleton, stored = load_skeleton(base), layout(base)
+        self._rounded: set[str] = set()
+        if rounded:
+            for module in quantised_modules(skeleton):
+                self._rounded.update(stored_names(skeleton, stored, {f"{module}.weight"}))
+        groups = {name: tie_group(skeleton, name) for name, _ in skeleton.named_parameters()}
+        _without_values(skeleton)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that only a model with values has
+            model = PeftModel.from_pretrained(
+                skeleton, adapter, torch_device="cpu", low_cpu_mem_usage=True, local_files_only=True
+            )
+        self._layers: dict[str, LoraLayer] = {}
+        self._saved: dict[str, torch.Tensor] = {}
+        for name, module in model.base_model.model.named_modules():
+            if isinstance(module, LoraLayer):
+                self._layers |= dict.fromkeys(stored_names(skeleton, stored, groups[f"{name}.weight"]), module)
+            elif isinstance(module, ModulesToSaveWrapper):
+                for part, value in module.modules_to_save[_NAME].named_parameters():
+                    names = stored_names(skeleton, stored, groups[f"{name}.{part}"])
+                    self._saved |= dict.fromkeys(names, value.detach())
+
+    @property
+    def targeted(self) -> set[str]:
+        """Names of the stored tensors that the adapter changes."""
+        return self._layers.keys() | self._saved.keys()
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the stored tensors that may differ from the base's."""
+        return self.targeted | self._rounded
+
+    def start(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What the adapter is added to, of the stored `weight`: fp32, a copy."""
+        return nf4_round_trip(weight) if name in self._rounded else weight.to(torch.float32, copy=True)
+
+    def merged(self, name: str, start: torch.Tensor) -> torch.Tensor:
+        """The weight with the adapter merged in, fp32. `start` is left as it is."""
+        if name in self._saved:
+            return self._saved[name].float()
+        if name not in self._layers:
+            return start
+        layer: Any = self._layers[name]
+        base = layer.get_base_layer()
+        nothing, base.weight = base.weight, torch.nn.Parameter(start.clone(), requires_grad=False)
+        try:
+            layer.merge()
+            value: torch.Tensor = base.weight.data
+            return value
+        finally:
+            base.weight = nothing
+            layer.merged_adapters.clear()
+
+
+def _without_values(skeleton: Any) -> None:
+    """Give each parameter of a model on the meta device its shape on the CPU, for which one value is enough.
+
+    PEFT puts an adapter where its base is.
+    """
+    for module in skeleton.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
