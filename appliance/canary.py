@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from appliance import api
+from appliance.statistics import fisher_excess, sign_test
 
 NEWEST_TIMED = 500
 """Times that are kept of each kind, the newest."""
@@ -142,52 +143,30 @@ def judge(live: Tally, candidate: Tally, limits: Limits) -> Verdict:
 def _faults(live: Tally, candidate: Tally, limits: Limits, chance: float) -> Iterator[str]:
     """What speaks against the candidate: worse than the limits allow, and not by chance."""
     asked = max(live.requests, limits.compared)
-    by_chance = _excess(candidate.errors, candidate.requests, live.errors, asked)
+    by_chance = fisher_excess(candidate.errors, candidate.requests, live.errors, asked)
     if candidate.errors >= limits.fewest_faults and by_chance < chance:
         yield (
             f"{candidate.errors} of {candidate.requests} requests to it failed, "
             f"and {live.errors} of {live.requests} to the live release"
         )
     bad, rated, bad_live, rated_live = *_bad(candidate), *_bad(live)
-    if bad >= limits.fewest_faults and _excess(bad, rated, bad_live, rated_live) < chance:
+    if bad >= limits.fewest_faults and fisher_excess(bad, rated, bad_live, rated_live) < chance:
         yield f"{bad} of {rated} ratings of its answers are bad, and {bad_live} of {rated_live} of the live release's"
     cut, ended = candidate.stops["length"], candidate.stops.total()
     cut_live, ended_live = live.stops["length"], live.stops.total()
     if ended and ended_live >= limits.compared:
         share, usual_share = cut / ended, cut_live / ended_live
-        if share - usual_share > limits.more_cut and _excess(cut, ended, cut_live, ended_live) < chance:
+        if share - usual_share > limits.more_cut and fisher_excess(cut, ended, cut_live, ended_live) < chance:
             yield f"{share:.0%} of its answers are cut by the length limit, {usual_share:.0%} of the live release's"
     for name, least in TIMINGS.items():
         times, usual = candidate.seconds[name], live.seconds[name]
         if times and len(usual) >= limits.compared:
             median = statistics.median(usual)
             slow = max(limits.times_slower * median, median + least)
-            if _heads(sum(time > slow for time in times), len(times)) < chance:
+            if sign_test(sum(time > slow for time in times), len(times)) < chance:
                 yield f"{name} takes {statistics.median(times):.3g} s in the median, the live release's {median:.3g} s"
 
 
 def _bad(tally: Tally) -> tuple[int, int]:
     """How many answers were rated bad, and how many were rated."""
     return tally.ratings["bad"], tally.ratings.total()
-
-
-def _excess(worse: int, of: int, usual: int, of_usual: int) -> float:
-    """How likely chance gives the first side so many bad cases or more, were both sides alike.
-
-    Fisher's exact test, one-sided: a tail of the hypergeometric distribution (Fisher 1935, The Design of Experiments).
-    """
-    bad, every = worse + usual, of + of_usual
-    total = _log_choose(every, of)
-    return sum(
-        math.exp(_log_choose(bad, count) + _log_choose(every - bad, of - count) - total)
-        for count in range(max(worse, bad - of_usual), min(bad, of) + 1)
-    )
-
-
-def _heads(heads: int, tosses: int) -> float:
-    """How likely a fair coin shows so many heads or more: the sign test of whether a median exceeds a value."""
-    return sum(math.comb(tosses, count) for count in range(heads, tosses + 1)) / (1 << tosses)
-
-
-def _log_choose(every: int, some: int) -> float:
-    return math.lgamma(every + 1) - math.lgamma(some + 1) - math.lgamma(every - some + 1)

@@ -17,8 +17,6 @@ from appliance.canary import (
     Comparison,
     Limits,
     Tally,
-    _excess,
-    _heads,
     judge,
 )
 
@@ -90,20 +88,6 @@ def test_half_of_the_times_above_the_limit_are_no_slower_median() -> None:
     for number in range(100):
         candidate.add_answer(["stop"], {FIRST_TOKEN: 5.0 if number % 2 else 0.2})
     assert judge(live, candidate, LIMITS).outcome == "promote"
-
-
-@pytest.mark.parametrize(
-    ("table", "chance"),
-    [((3, 3, 0, 20), 1 / 1771), ((2, 100, 0, 900), 9900 / 999000), ((1, 100, 0, 900), 0.1), ((0, 9, 5, 9), 1.0)],
-)
-def test_fishers_exact_test(table: tuple[int, int, int, int], chance: float) -> None:
-    assert _excess(*table) == pytest.approx(chance)
-
-
-def test_the_sign_test() -> None:
-    assert _heads(10, 10) == 1 / 1024
-    assert _heads(0, 10) == 1.0
-    assert _heads(9, 10) == pytest.approx(11 / 1024)
 
 
 @pytest.mark.parametrize(
