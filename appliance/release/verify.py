@@ -9,30 +9,23 @@ from typing import Any
 
 import torch
 
-from appliance.data.dataset import Dataset, Row, prompt_group, prompt_messages
-from appliance.data.render import render_conversation, render_prompt
 from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import NotFound
 from appliance.home import Home, write_json
 from appliance.models import model_path
 from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.gates import Gate
-from appliance.release.held_out import Score, Yardstick, conversation, judged_on, score, yardstick
+from appliance.release.held_out import Score, Yardstick, score, yardstick
 from appliance.release.manifest import DEQUANTISED
 from appliance.release.merge import OURS
+from appliance.release.probes import make_probes
 from appliance.release.weights import layout, pairs
-from appliance.supervisor.engines import Probe
 from appliance.train.events import EventLog
 from appliance.train.model import load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
 QUALITY_SLACK = 1e-3
 """Nats a token by which a release may be worse than the live one: less than what rounding makes of equal weights."""
-PROBES_FROM_DATA = 8
-PROBE_SLACK = 64
-"""Tokens that a probe's answer may have beyond twice the length of the answer that was trained on."""
-GENERIC_TOKENS = 256
-GENERIC_PROMPTS = ("Say hello.", "What is the capital of France?")
 
 
 def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: str) -> dict[str, Any]:
@@ -136,30 +129,3 @@ def judge_quality(own: Score, live: Score, live_id: str) -> Gate:
     passed = own.loss <= live_loss + QUALITY_SLACK
     comparison = f"held-out loss {own.loss:.4f}, {live_loss:.4f} of the live release {live_id}"
     return Gate(passed, figures, comparison if passed else f"{comparison}: worse")
-
-
-def make_probes(home: Home, recipe: Recipe, tokenizer: Any) -> list[Probe]:
-    """Prompts of the run's training data, spread over it, then generic ones, as the trainer's tokenizer renders them.
-
-    Each is another prompt. Rows with tools are left out: a probe asks for text.
-    """
-    probes = []
-    if judged := judged_on(recipe):
-        dataset = Dataset.open(home, judged[0])
-        train, _ = dataset.split(recipe.eval_share)
-        rows = ((index, dataset.rows[index]) for index in train)
-        plain = list({prompt_group(row): index for index, row in rows if not row.get("tools")}.values())
-        step = max(1, len(plain) // PROBES_FROM_DATA)
-        probes = [_probe(tokenizer, dataset.rows[index]) for index in plain[::step][:PROBES_FROM_DATA]]
-    for prompt in GENERIC_PROMPTS:
-        messages = [{"role": "user", "content": prompt}]
-        probes.append(Probe(messages, render_prompt(tokenizer, messages), GENERIC_TOKENS))
-    return probes
-
-
-def _probe(tokenizer: Any, row: Row) -> Probe:
-    """The prompt of a row, its answer allowed twice the length of the row's own."""
-    prompt = prompt_messages(row)
-    ids = render_prompt(tokenizer, prompt)
-    whole = render_conversation(tokenizer, conversation(row)["messages"])
-    return Probe(prompt, ids, 2 * (len(whole.input_ids) - len(ids)) + PROBE_SLACK)
