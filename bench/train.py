@@ -152,7 +152,7 @@ class Bench:
         """Held-out loss of both sides' adapters after the same rows, by adapter and seed."""
         from appliance.data.render import render_conversation
         from appliance.data.tokenizer import load_tokenizer
-        from appliance.release.held_out import score
+        from appliance.release.scores import score
         from appliance.train.model import load_adapter, load_model
 
         tokenizer = load_tokenizer(self.base)

@@ -11,6 +11,7 @@ from typing import Any
 
 from appliance.supervisor.engines import Probe, ProbeAnswer
 
+SERVED = "served.json"
 GATES = ("structure", "fidelity", "parity", "stopping", "quality")
 """Names of the gates, in the order in which they are numbered."""
 
@@ -62,6 +63,56 @@ def judge_stopping(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> G
             False, figures, f"{len(endless)} of {len(probes)} answers do not end, the first not within {limit} tokens"
         )
     return Gate(True, figures, f"all {len(probes)} answers end by themselves")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A conversation by which the engine is asked how likely it finds the trained tokens."""
+
+    token_ids: list[int]
+    positions: list[int]
+    """Of the trained tokens."""
+    logps: list[float]
+    """What the adapter says of them, in nats."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the engine's log-probabilities are held against."""
+
+    conversations: list[Scored]
+    limit: float
+    """Nats that a log-probability may be apart on average."""
+
+
+def judge_served(served: Served, said: Sequence[Sequence[float]]) -> Gate:
+    """Gate 2 once more on what is served: `said` are the engine's log-probabilities of every token, by conversation."""
+    apart = [
+        abs(logps[position] - expected)
+        for one, logps in zip(served.conversations, said, strict=True)
+        for position, expected in zip(one.positions, one.logps, strict=True)
+    ]
+    mean = sum(apart) / len(apart)
+    figures = {
+        "conversations": len(said),
+        "tokens": len(apart),
+        "mean_difference": mean,
+        "largest_difference": max(apart),
+        "limit": served.limit,
+    }
+    reason = f"the engine's log-probabilities are {mean:.2g} nats from the adapter's on average"
+    if mean <= served.limit:
+        return Gate(True, figures, f"{reason}, over {len(apart)} tokens")
+    return Gate(False, figures, f"{reason}, above what rounding makes of it, {served.limit:.2g}")
+
+
+def load_served(run: Path) -> Served | None:
+    """What `verify` has written for the engine of the run in directory `run` to say; None where nothing was trained."""
+    path = run / "verify" / SERVED
+    if not path.exists():
+        return None
+    content = json.loads(path.read_bytes())
+    return Served([Scored(**one) for one in content["conversations"]], content["limit"])
 
 
 def load_probes(run: Path) -> list[Probe]:

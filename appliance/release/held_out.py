@@ -1,51 +1,30 @@
-"""The held-out loss that releases are judged by: which conversations, and how they are scored."""
+"""Which conversations a run's models are compared on: the held-out set, and rows that its last stage trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import torch
-from torch.nn import functional
-
 from appliance.data.dataset import Dataset, Row
-from appliance.data.render import Rendered, render_conversation
+from appliance.data.render import Message, Rendered, render_conversation
 from appliance.home import Home
+from appliance.release.plain import PLAIN
 from appliance.train.recipe import Recipe
-from appliance.train.rows import HELD_OUT_ROWS
 
-TOKENS_AT_ONCE = 2048
-"""Padded tokens in a forward pass: their logits over a large vocabulary are the peak of memory."""
-
-PLAIN: list[Row] = [
-    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-    for question, answer in (
-        ("What is the capital of France?", "The capital of France is Paris."),
-        ("Name three colours.", "Red, green and blue."),
-        ("Why is the sky blue?", "Air scatters blue light more than red light, so blue reaches us from all sides."),
-        ("Write a line of Python that prints the numbers from 1 to 5.", "print(*range(1, 6))"),
-    )
-]
-"""Conversations to score on where there is no dataset: what counts is that two models find them equally likely."""
+MOST_ROWS = 256
+LEAST_ROWS = 64
+ENOUGH_TOKENS = 20_000
+"""A set has at most MOST_ROWS, and from LEAST_ROWS on not more than hold ENOUGH_TOKENS in all."""
+LAST_STAGE_ROWS = 32
+LONGEST_GIVEN = 2048
+"""Tokens of a row on which an adapter from elsewhere is judged."""
 
 
 @dataclass(frozen=True)
-class Score:
-    """The loss over the assistant's turns: `nats` in total over `tokens` trained tokens."""
-
-    nats: float
-    tokens: int
-
-    @property
-    def loss(self) -> float:
-        """Nats a token."""
-        return self.nats / self.tokens
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What a run's models are scored on; `held_out` is False where nothing was held out and training rows stand in."""
+class HeldOutSet:
+    """Conversations to measure the loss on; `held_out` is False where nothing was and others stand in."""
 
     conversations: list[Row]
     held_out: bool
@@ -55,76 +34,98 @@ class Yardstick:
         return [_render(tokenizer, row) for row in self.conversations]
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A conversation of the last stage, and what that stage does to its answer."""
+
+    conversation: Row
+    sign: int
+    """1: made likelier than the reference finds it, -1: less likely, 0: simply trained."""
+
+
 def judged_on(recipe: Recipe) -> tuple[str, int] | None:
     """Dataset id and longest row in tokens that a run is judged on: the first SFT stage's, else the first stage's."""
     if recipe.given and recipe.given.dataset:
-        return recipe.given.dataset, TOKENS_AT_ONCE
+        return recipe.given.dataset, LONGEST_GIVEN
     stages = [stage for stage in recipe.stages if stage.method == "sft"] or recipe.stages
     return (stages[0].dataset, stages[0].max_length) if stages else None
 
 
-def yardstick(home: Home, recipe: Recipe, tokenizer: Any) -> Yardstick:
-    """The conversations that the run of `recipe` is scored on, at most HELD_OUT_ROWS; PLAIN ones where it has no data.
+def held_out_set(home: Home, recipe: Recipe, tokenizer: Any) -> HeldOutSet:
+    """What the run of `recipe` is measured on; PLAIN conversations where it has no data.
 
     Rows that training has left out for their length are left out here.
     """
     judged = judged_on(recipe)
     if judged is None:
-        return Yardstick(PLAIN, held_out=False)
+        return HeldOutSet(PLAIN, held_out=False)
     id, longest = judged
     dataset = Dataset.open(home, id)
     train, held_out = dataset.split(recipe.eval_share)
-    fitting = _fitting(dataset, held_out[:HELD_OUT_ROWS], tokenizer, longest)
-    if fitting:
-        return Yardstick(fitting, held_out=True)
-    return Yardstick(_fitting(dataset, train, tokenizer, longest)[:HELD_OUT_ROWS], held_out=False)
+    for indices in (held_out, train):
+        rows = (conversation(dataset.rows[index]) for index in indices if dataset.rows[index].get("label", True))
+        if found := _enough(tokenizer, rows, longest):
+            return HeldOutSet(found, held_out=indices is held_out)
+    return HeldOutSet(PLAIN, held_out=False)
+
+
+def last_stage_rows(home: Home, recipe: Recipe, tokenizer: Any) -> list[Answered]:
+    """Conversations that the last stage has trained on, spread over its rows; none where nothing was trained here."""
+    if not recipe.stages:
+        return []
+    stage = recipe.stages[-1]
+    dataset = Dataset.open(home, stage.dataset)
+    train, _ = dataset.split(recipe.eval_share)
+    step = max(1, len(train) // LAST_STAGE_ROWS)
+    fitting = (answers for index in train[::step] if (answers := _answered(dataset.rows[index])))
+    short = (
+        answers
+        for answers in fitting
+        if all(len(_render(tokenizer, answer.conversation).input_ids) <= stage.max_length for answer in answers)
+    )
+    return [answer for answers in islice(short, LAST_STAGE_ROWS) for answer in answers]
+
+
+def render_answered(tokenizer: Any, rows: Iterable[Answered]) -> list[Rendered]:
+    """The conversations of `rows` through a tokenizer's own template."""
+    return [_render(tokenizer, row.conversation) for row in rows]
 
 
 def conversation(row: Row) -> Row:
     """A row of messages as it is, another as the conversation with its answer: the chosen one, or the one judged."""
     if "messages" in row:
         return row
-    answer = row["chosen"] if "chosen" in row else row["completion"]
-    return {"messages": [*row["prompt"], *answer], "tools": row.get("tools")}
+    return _with_answer(row, row["chosen"] if "chosen" in row else row["completion"])
 
 
-def _fitting(dataset: Dataset, indices: list[int], tokenizer: Any, max_length: int) -> list[Row]:
-    found = (dataset.rows[index] for index in indices)
-    rows = [conversation(row) for row in found if row.get("label", True)]
-    return [row for row in rows if len(_render(tokenizer, row).input_ids) <= max_length]
+def _answered(row: Row) -> list[Answered]:
+    if "messages" in row:
+        return [Answered(row, 0)]
+    if "chosen" in row:
+        return [Answered(_with_answer(row, row["chosen"]), 1), Answered(_with_answer(row, row["rejected"]), -1)]
+    return [Answered(_with_answer(row, row["completion"]), 1 if row["label"] else -1)]
+
+
+def _with_answer(row: Row, answer: list[Message]) -> Row:
+    """Turns of the prompt are not what is judged."""
+    prompt = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in row["prompt"]]
+    return {"messages": [*prompt, *answer], "tools": row.get("tools")}
+
+
+def _enough(tokenizer: Any, rows: Iterator[Row], longest: int) -> list[Row]:
+    """As many of the first `rows` as a set has, without those of more than `longest` tokens."""
+    found: list[Row] = []
+    tokens = 0
+    for row in rows:
+        length = len(_render(tokenizer, row).input_ids)
+        if length > longest:
+            continue
+        if len(found) == MOST_ROWS or (len(found) >= LEAST_ROWS and tokens + length > ENOUGH_TOKENS):
+            break
+        found.append(row)
+        tokens += length
+    return found
 
 
 def _render(tokenizer: Any, row: Row) -> Rendered:
     return render_conversation(tokenizer, row["messages"], row.get("tools"))
-
-
-@torch.inference_mode()
-def score(model: Any, conversations: Sequence[Rendered]) -> Score:
-    """Score `model` on rendered conversations, of which there must be one or more."""
-    nats, tokens = 0.0, 0
-    for batch in _batches(conversations):
-        width = max(len(row.input_ids) for row in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        attended, trained = torch.zeros_like(ids), torch.zeros(len(batch), width, dtype=torch.bool)
-        for at, row in enumerate(batch):
-            length = len(row.input_ids)
-            ids[at, :length] = torch.tensor(row.input_ids)
-            trained[at, :length] = torch.tensor(row.trained)
-            attended[at, :length] = 1
-        logits = model(input_ids=ids.to(model.device), attention_mask=attended.to(model.device), use_cache=False).logits
-        counted = trained[:, 1:].to(logits.device)
-        wanted = ids[:, 1:].to(logits.device)[counted]
-        nats += float(functional.cross_entropy(logits[:, :-1][counted].float(), wanted, reduction="sum"))
-        tokens += len(wanted)
-    return Score(nats, tokens)
-
-
-def _batches(conversations: Sequence[Rendered]) -> list[list[Rendered]]:
-    """The conversations by length, in batches of at most TOKENS_AT_ONCE padded tokens."""
-    batches: list[list[Rendered]] = []
-    for row in sorted(conversations, key=lambda row: len(row.input_ids)):
-        if batches and (len(batches[-1]) + 1) * len(row.input_ids) <= TOKENS_AT_ONCE:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches

@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from appliance.data.dataset import ROWS
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home, building, hashes, require_space, sha256, write_json
 from appliance.models import SOURCE, model_path
 from appliance.release.adapter import read_changes, rounded_changes
-from appliance.release.held_out import score, yardstick
+from appliance.release.fidelity import Measured
+from appliance.release.held_out import held_out_set, last_stage_rows, render_answered
 from appliance.release.manifest import DEQUANTISED, SIXTEEN_BIT
 from appliance.release.peft_format import CONFIG
-from appliance.release.weights import Change, write_weights
+from appliance.release.scores import score
+from appliance.release.weights import write_weights
 from appliance.train.model import load_adapter, load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
 OURS = frozenset({"source.json", "generation_config.json", "README.md", "manifest.json"})
 """Files of the base that a release has not, or has of its own."""
+SCORES = "scores.safetensors"
+"""What the adapter says of the conversations that the merged files are judged on."""
 
 
 def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
@@ -34,43 +42,70 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
     target = run / "merge" / "model"
     shutil.rmtree(target, ignore_errors=True)
     require_space(run, sum(path.stat().st_size for path in base.iterdir() if path.is_file()), "merging")
-    with building(target) as folder:
-        _copy_files(base, folder, weights=not recipe.changes_weights)
-        _write_generation_config(base, folder)
-        figures = {"kept": SIXTEEN_BIT, "losses": {}}
-        if recipe.changes_weights:
-            _copy_adapter(recipe.last_adapter(run), folder / "adapter", base)
-            figures = _merge(home, run, recipe, base, folder)
-        figures["files"] = hashes(folder)
+    scores = run / "merge" / SCORES
+    try:
+        with building(target) as folder:
+            _copy_files(base, folder, weights=not recipe.changes_weights)
+            _write_generation_config(base, folder)
+            figures = {"kept": SIXTEEN_BIT, "losses": {}}
+            if recipe.changes_weights:
+                _copy_adapter(recipe.last_adapter(run), folder / "adapter", base)
+                figures, measured = _merge(home, run, recipe, base, folder)
+                measured.save(scores)
+            figures["files"] = hashes(folder)
+    except BaseException:
+        scores.unlink(missing_ok=True)
+        raise
     figures["base_files"] = hashes(base)
     rows = {id: sha256(home.datasets / id / ROWS) for id in recipe.datasets.values()}
     return {**figures, "dataset_rows": rows, "recipe_sha256": sha256(run / "recipe.toml")}
 
 
-def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> dict[str, Any]:
-    changes = read_changes(recipe.last_adapter(run), base)
+def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> tuple[dict[str, Any], Measured]:
+    adapter = recipe.last_adapter(run)
+    changes = read_changes(adapter, base)
     candidates = {SIXTEEN_BIT: changes}
     if recipe.quantised:
         candidates[DEQUANTISED] = rounded_changes(base, changes)
 
     tokenizer = load_tokenizer(base)
-    rows = yardstick(home, recipe, tokenizer).render(tokenizer)
-    trained = load_adapter(load_model(base, quantised=recipe.quantised), recipe.last_adapter(run), trainable=False)
-    losses = {"adapter": score(trained.eval(), rows).loss}
-    del trained
+    chosen = held_out_set(home, recipe, tokenizer).render(tokenizer)
+    answered = last_stage_rows(home, recipe, tokenizer)
+    conversations = [*chosen, *render_answered(tokenizer, answered)]
+    model = load_adapter(load_model(base, quantised=recipe.quantised), adapter, trainable=False).eval()
+    trained = merged_into = score(model, conversations)
+    reference = torch.empty(0)
+    if any(answer.sign for answer in answered):
+        with _before_last_stage(model, run, recipe):
+            reference = score(model, conversations[len(chosen) :]).logps
+    del model
+    losses = {"adapter": trained.part(0, len(chosen)).loss}
     for candidate, its_changes in candidates.items():
-        losses[candidate] = _written_loss(base, folder, its_changes, rows)
+        release_memory()
+        write_weights(base, folder, its_changes)
+        losses[candidate] = score(load_model(folder), chosen).loss
     kept = min(candidates, key=losses.__getitem__)
+    release_memory()
     if kept != list(candidates)[-1]:
         write_weights(base, folder, candidates[kept])
-    return {"kept": kept, "losses": losses, "rows": len(rows)}
+    if recipe.quantised and kept == SIXTEEN_BIT:
+        model = load_adapter(load_model(base), adapter, trainable=False).eval()
+        merged_into = score(model, conversations)
+    figures = {"kept": kept, "losses": losses, "rows": len(chosen), "tokens": int(trained.tokens[: len(chosen)].sum())}
+    return figures, Measured(trained, merged_into, reference)
 
 
-def _written_loss(base: Path, folder: Path, changes: dict[str, Change], rows: list[Any]) -> float:
-    """Write one candidate's weights, and score them as they were written."""
-    release_memory()
-    write_weights(base, folder, changes)
-    return score(load_model(folder), rows).loss
+@contextmanager
+def _before_last_stage(model: Any, run: Path, recipe: Recipe) -> Iterator[None]:
+    """Let `model` compute what the last stage began with: with the adapter of the stage before, or without any."""
+    previous = recipe.previous(recipe.stages[-1].name)
+    if previous is None:
+        with model.disable_adapter():
+            yield
+        return
+    model.load_adapter(run / previous / "adapter", "before", local_files_only=True)
+    model.set_adapter("before")
+    yield
 
 
 def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:

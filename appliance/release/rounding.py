@@ -31,7 +31,7 @@ class Rounding:
         rows, columns = shape[0], math.prod(shape[1:])
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
         generator, most = torch.Generator().manual_seed(seed), 1 << _DROPPED_BITS[dtype]
-        # Rows further apart than the table is long share its draws, each changed by its own: pairwise independent still.
+        # Rows further apart than the table is long share its draws, each changed by its own: pairwise independent.
         self._height = min(rows, max(1, _TABLE // max(columns, 1)))
         self._table = torch.randint(most, (self._height, columns), generator=generator, dtype=torch.int32)
         self._by_row = torch.randint(most, (rows, 1), generator=generator, dtype=torch.int32)

@@ -9,123 +9,130 @@ from typing import Any
 
 import torch
 
+from appliance.data.render import Rendered
 from appliance.data.tokenizer import load_tokenizer
-from appliance.errors import NotFound
+from appliance.errors import ApplianceError
 from appliance.home import Home, write_json
 from appliance.models import model_path
-from appliance.release.adapter import read_changes, rounded_changes
-from appliance.release.gates import Gate
-from appliance.release.held_out import Score, Yardstick, score, yardstick
-from appliance.release.manifest import DEQUANTISED
-from appliance.release.merge import OURS
+from appliance.release.fidelity import TIMES_NOISE, Measured, judge_fidelity, shake
+from appliance.release.gates import SERVED, Gate, Scored, Served
+from appliance.release.held_out import (
+    HeldOutSet,
+    held_out_set,
+    judged_on,
+    last_stage_rows,
+    render_answered,
+)
+from appliance.release.manifest import DEQUANTISED, read_manifest
+from appliance.release.merge import SCORES
+from appliance.release.oracle import Oracle
 from appliance.release.probes import make_probes
-from appliance.release.weights import layout, pairs
+from appliance.release.quality import Comparison, judge_quality
+from appliance.release.scores import Scores, score
+from appliance.release.structure import judge_structure
+from appliance.release.weights import DTYPES, layout
 from appliance.train.events import EventLog
-from appliance.train.model import load_model, release_memory, stop_token_ids
+from appliance.train.model import DTYPE, load_model, release_memory
 from appliance.train.recipe import Recipe
 
-QUALITY_SLACK = 1e-3
-"""Nats a token by which a release may be worse than the live one: less than what rounding makes of equal weights."""
+SERVED_CONVERSATIONS = 16
+LEAST_SERVED = 0.02
+"""Nats by which an engine's kernels alone may set its log-probabilities apart."""
 
 
 def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: str) -> dict[str, Any]:
     """Judge gates 1, 2 and 5 on `merge/model/` of the run and write `verify/probes.json`; returns the stage's figures.
 
-    `live` is the id of the release that answers now, or empty. Raises NotFound where that release has no files.
+    `live` is the id of the release that answers now, or empty: then the base is what the release is compared with.
     """
     base = model_path(home, recipe.base)
     model_folder = run / "merge" / "model"
-    merge = json.loads((run / "merge" / "result.json").read_bytes())
     tokenizer = load_tokenizer(base)
     write_json(run / "verify" / "probes.json", [asdict(probe) for probe in make_probes(home, recipe, tokenizer)])
 
-    gates = {"structure": judge_structure(run, recipe, base, model_folder, merge["kept"])}
+    oracle = None
+    if recipe.changes_weights:
+        kept = json.loads((run / "merge" / "result.json").read_bytes())["kept"]
+        oracle = Oracle(recipe.last_adapter(run), base, rounded=kept == DEQUANTISED)
+    gates = {"structure": judge_structure(base, model_folder, oracle)}
     if not gates["structure"].passed:
         unmeasured = Gate(False, {}, "not measured, because the structure is wrong")
         gates |= {"fidelity": unmeasured, "quality": unmeasured}
-    elif not recipe.changes_weights:
+    elif oracle is None:
         gates["fidelity"] = Gate(True, {}, "nothing was trained: the release is the base")
-        gates["quality"] = Gate(True, {}, "no held-out rows to compare on")
+        gates["quality"] = Gate(True, {}, "nothing was trained: the release is the base")
     else:
-        measure = yardstick(home, recipe, tokenizer)
-        own = score(load_model(model_folder), measure.render(tokenizer))
-        gates["fidelity"] = judge_fidelity(
-            own, merge["losses"]["adapter"], recipe.fidelity_tolerance, may_be_better=recipe.quantised
-        )
-        gates["quality"] = _compare(home, live, measure, own)
+        parameters, oracle = oracle.parameters, None
+        gates |= _measure(home, run, recipe, tokenizer, live, parameters)
     for name, gate in gates.items():
         events.append("gate", "verify", gate=name, **asdict(gate))
     return {"gates": {name: asdict(gate) for name, gate in gates.items()}}
 
 
-def judge_structure(run: Path, recipe: Recipe, base: Path, model: Path, kept: str) -> Gate:
-    """Gate 1: tensors laid out as the base's, all finite, changed where the recipe changes them and nowhere else."""
-    if reason := _differing_file(base, model):
-        return Gate(False, {}, reason)
-    expected, found = layout(base), layout(model)
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            was, now = expected.get(name, "absent"), found.get(name, "absent")
-            return Gate(False, {"tensor": name}, f"{name} is {now} in the release, {was} in the base")
-    changes = read_changes(recipe.last_adapter(run), base) if recipe.changes_weights else {}
-    must = changes.keys()
-    may = rounded_changes(base, changes).keys() if kept == DEQUANTISED else must
-    changed = set()
-    for name, before, after in pairs(base, model):
-        if not torch.isfinite(after).all():
-            return Gate(False, {"tensor": name}, f"{name} holds values that are not finite")
-        if not torch.equal(before, after):
-            changed.add(name)
-    figures = {"tensors": len(found), "targeted": len(must), "changed": len(changed)}
-    if must - changed:
-        return Gate(False, figures, f"{len(must - changed)} targeted weights are unchanged, as {min(must - changed)}")
-    if changed - may:
-        return Gate(False, figures, f"{len(changed - may)} other weights are changed, as {min(changed - may)}")
-    return Gate(True, figures, f"{len(found)} tensors as in the base, {len(must)} of {len(must)} targeted ones changed")
+def _measure(home: Home, run: Path, recipe: Recipe, tokenizer: Any, live: str, parameters: set[str]) -> dict[str, Gate]:
+    """Gates 2 and 5: what the merged model says of conversations, and what others say of them."""
+    measured = Measured.load(run / "merge" / SCORES)
+    chosen, answered = held_out_set(home, recipe, tokenizer), last_stage_rows(home, recipe, tokenizer)
+    conversations = [*chosen.render(tokenizer), *render_answered(tokenizer, answered)]
+    count = len(chosen.conversations)
+    folder, against = _compared_with(home, recipe, live)
+    lived = _live_set(home, recipe, live if folder == home.releases / live else "")
 
-
-def _differing_file(base: Path, model: Path) -> str:
-    """What is wrong with the files beside the weights; empty where tokenizer, template and settings are the base's."""
-    for path in sorted(base.iterdir()):
-        if not path.is_file() or path.suffix == ".safetensors" or path.name in OURS:
-            continue
-        if not (model / path.name).is_file() or (model / path.name).read_bytes() != path.read_bytes():
-            return f"{path.name} is not the base's"
-    said = json.loads((model / "generation_config.json").read_bytes())["eos_token_id"]
-    missing = sorted(set(stop_token_ids(load_tokenizer(base), base)) - set(said if isinstance(said, list) else [said]))
-    return f"generation_config.json lacks the end-of-turn tokens {missing}" if missing else ""
-
-
-def judge_fidelity(own: Score, adapter_loss: float, tolerance: float, *, may_be_better: bool) -> Gate:
-    """Gate 2: the merged weights are as good as the adapter on the base that it was trained on.
-
-    Merged into the very base that it was trained on they are neither worse nor better; into a less rounded one,
-    they `may_be_better`.
-    """
-    figures = {"adapter_loss": adapter_loss, "merged_loss": own.loss, "tolerance": tolerance}
-    apart = own.loss - adapter_loss
-    passed = apart <= tolerance and (may_be_better or apart >= -tolerance)
-    comparison = f"held-out loss {own.loss:.4f} merged, {adapter_loss:.4f} with the adapter"
-    return Gate(passed, figures, comparison if passed else f"{comparison}: more than {tolerance} apart")
-
-
-def _compare(home: Home, live: str, measure: Yardstick, own: Score) -> Gate:
-    """Gate 5 against the live release's files, rendered by its own tokenizer."""
-    if not live:
-        return Gate(True, {}, "no live release to compare with")
-    if not measure.held_out:
-        return Gate(True, {}, "no held-out rows to compare on")
-    folder = home.releases / live
-    if not folder.is_dir():
-        raise NotFound("no_such_release", f"the live release {live} has no files", "promote another release")
+    model = load_model(run / "merge" / "model")
+    own = score(model, conversations, measured.merged_into.ids)
+    own_of_live = score(model, lived.render(tokenizer)) if lived else None
+    shake(model, parameters, _rounding_step(run / "merge" / "model"))
+    noisy = score(model, conversations, own.ids)
+    del model
+    write_json(run / "verify" / SERVED, asdict(_served(conversations, measured.merged_into, own, noisy)))
+    gates = {"fidelity": judge_fidelity(measured, own, noisy, [row.sign for row in answered], count)}
     release_memory()
-    return judge_quality(own, score(load_model(folder), measure.render(load_tokenizer(folder))), live)
+
+    other, theirs = load_model(folder), load_tokenizer(folder)
+    comparison = Comparison(own.part(0, count), score(other, chosen.render(theirs)))
+    remembered = None
+    if lived and own_of_live:
+        remembered = Comparison(own_of_live, score(other, lived.render(theirs)))
+    gates["quality"] = judge_quality(
+        against, comparison, plain=judged_on(recipe) is None, lived=remembered, limit=recipe.forgetting_limit
+    )
+    return gates
 
 
-def judge_quality(own: Score, live: Score, live_id: str) -> Gate:
-    """Gate 5: no worse than the live release on the same text, whose nats are shared out over our number of tokens."""
-    live_loss = live.nats / own.tokens
-    figures = {"loss": own.loss, "live_loss": live_loss, "live": live_id}
-    passed = own.loss <= live_loss + QUALITY_SLACK
-    comparison = f"held-out loss {own.loss:.4f}, {live_loss:.4f} of the live release {live_id}"
-    return Gate(passed, figures, comparison if passed else f"{comparison}: worse")
+def _served(conversations: list[Rendered], adapter: Scores, own: Scores, noisy: Scores) -> Served:
+    """The first conversations, for the engine to say how likely it finds them."""
+    some = conversations[:SERVED_CONVERSATIONS]
+    logps = torch.split(adapter.logps, adapter.tokens.tolist())
+    scored = [
+        Scored(row.input_ids, [place for place, trained in enumerate(row.trained) if trained and place], said.tolist())
+        for row, said in zip(some, logps, strict=False)
+    ]
+    noise = float((own.logps - noisy.logps).abs().mean())
+    return Served(scored, TIMES_NOISE * noise + LEAST_SERVED)
+
+
+def _compared_with(home: Home, recipe: Recipe, live: str) -> tuple[Path, str]:
+    """Files and name of the model that the release has to match: the live release, else the base."""
+    if live and (home.releases / live).is_dir():
+        return home.releases / live, f"the live release {live}"
+    return model_path(home, recipe.base), f"the base {recipe.base}"
+
+
+def _live_set(home: Home, recipe: Recipe, live: str) -> HeldOutSet | None:
+    """The live release's own held-out set, where it has one that is here and is another than that of the run."""
+    if not live:
+        return None
+    try:
+        its_recipe = Recipe.model_validate(read_manifest(home, live)["recipe"])
+        if judged_on(its_recipe) in (None, judged_on(recipe)):
+            return None
+        found = held_out_set(home, its_recipe, load_tokenizer(home.releases / live))
+    except (ApplianceError, ValueError):
+        return None
+    return found if found.held_out else None
+
+
+def _rounding_step(model: Path) -> float:
+    """The distance between neighbours of the coarser of the types in which weights are stored and computed with."""
+    stored = {DTYPES[dtype] for _, _, dtype in layout(model).values() if dtype in DTYPES}
+    return max(torch.finfo(dtype).eps for dtype in (*stored, DTYPE))

@@ -18,7 +18,7 @@ from appliance.train.recipe import Recipe
 MANIFEST = "manifest.json"
 KEPT = 2
 """Should the newest turn out to be damaged, the one before is used."""
-_CHANGES_NO_WEIGHT = {"name", "promote", "fidelity_tolerance", "stages"}
+_CHANGES_NO_WEIGHT = {"name", "promote", "forgetting_limit", "stages"}
 
 
 def origin(recipe: Recipe, name: str) -> dict[str, str]:

@@ -160,6 +160,10 @@ PREFERENCE_SHARE = 1 / 40
 """Of the sft rate, for dpo and kto: 5e-6 for a base of 8 billion parameters, as in the Zephyr recipes."""
 
 
+_RETIRED = {"fidelity_tolerance"}
+"""Keys that recipes on disk still have and nothing reads any more."""
+
+
 class Given(_Section):
     """An adapter that was trained elsewhere; `appliance merge` writes this."""
 
@@ -184,11 +188,19 @@ class Recipe(_Section):
     """Make the release live as soon as it is verified."""
     eval_share: float = Field(0.1, ge=0, le=0.5)
     """Share of the prompts of each dataset that is held out."""
-    fidelity_tolerance: float = Field(0.05, gt=0, le=1)
-    """Largest rise in held-out loss (nats a token) from the adapter on its training base to the merged weights."""
+    forgetting_limit: float = Field(0.0, ge=0)
+    """By how much the loss on the live release's own held-out rows may rise (nats a token) before the quality gate
+    refuses; 0: by anything, and the release's card says by how much."""
     adapter: Adapter = Adapter()
     stages: tuple[AnyStage, ...] = ()
     given: Given | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, values: Any) -> Any:
+        return (
+            {key: value for key, value in values.items() if key not in _RETIRED} if isinstance(values, dict) else values
+        )
 
     @model_validator(mode="before")
     @classmethod

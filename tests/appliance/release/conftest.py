@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "train"))
 sys.path.append(str(Path(__file__).parents[2] / "serve"))
@@ -20,17 +21,28 @@ STAGES = {
     "dpo": stage("dpo", "PREFERENCES", epochs=10),
     "base": "",
 }
+NUDGED = {
+    "nudged": stage("sft", "FACTS", max_steps=20, learning_rate=1e-3)
+    + stage("dpo", "PREFERENCES", max_steps=8, learning_rate=5e-4),
+    "nudged-dpo": stage("dpo", "PREFERENCES", max_steps=16, learning_rate=1e-3, epochs=20),
+    "nudged-kto": stage("kto", "JUDGEMENTS", max_steps=16, learning_rate=1e-3, epochs=20),
+}
+"""Runs over `tiny16`, whose every update is a fraction of a step between two neighbours of its type."""
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """A home with the model `tiny` in two files, and one run of each of STAGES, trained and merged."""
+    """A home with the models `tiny` and `tiny16`, and one run of each of STAGES and NUDGED, trained and merged."""
     home = Home(tmp_path_factory.mktemp("trained") / "home")
     home.create()
     base = make_model(home.models / "tiny")
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "top_k": 5}))
     for id, text in STAGES.items():
         run = add_run(home, id, text, "qlora" if id == "qlora" else "lora")
+        assert work(run, *read_recipe(run).pipeline()[:-2]) == 0
+    make_model(home.models / "tiny16", dtype=torch.bfloat16)
+    for id, text in NUDGED.items():
+        run = add_run(home, id, text, base="tiny16")
         assert work(run, *read_recipe(run).pipeline()[:-2]) == 0
     return home
 

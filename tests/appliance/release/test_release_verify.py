@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from planted import FAULTS, merged, plant
 from safetensors.torch import load_file, save_file
-from tiny import FACTS, add_run, events, failure, result, stage, work
+from tiny import FACTS, add_dataset, add_run, events, read_recipe, result, stage, work
 
 from appliance.data.render import render_prompt
 from appliance.data.tokenizer import load_tokenizer
-from appliance.errors import Exit
 from appliance.home import Home
-from appliance.release.adapter import LowRank, read_changes
-from appliance.release.gates import load_probes
+from appliance.release.adapter import read_changes
+from appliance.release.gates import Gate, load_probes
+from appliance.release.manifest import Manifest
+from appliance.release.rounding import Rounding
 
 TARGET = "model.layers.0.self_attn.v_proj.weight"
 Tensors = dict[str, torch.Tensor]
+TOO_SMALL = {"a norm changed by one per cent"}
+"""For their sound alone; their bytes tell."""
 
 
 def verify(home: Home, id: str) -> dict[str, Any]:
@@ -41,72 +46,92 @@ def spoil(home: Home, id: str, change: Callable[[Tensors], None]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("id", ["lora", "qlora", "dpo", "base"])
+@pytest.mark.parametrize("id", ["lora", "qlora", "dpo", "base", "nudged", "nudged-dpo", "nudged-kto"])
 def test_what_was_merged_right_passes(home: Home, id: str) -> None:
     gates = verify(home, id)
     assert gates.keys() == {"structure", "fidelity", "quality"}
     assert all(gate["passed"] for gate in gates.values()), gates
     assert gates["structure"]["figures"]["targeted"] == (0 if id == "base" else 14)
-    assert gates["structure"]["figures"]["changed"] == (0 if id == "base" else 14)
-    assert gates["quality"]["reason"].startswith("no ")
     said = events(home.runs / id, "gate")
     assert [(event["gate"], event["passed"]) for event in said] == [(name, True) for name in gates]
+    if id == "base":
+        return
+    assert gates["structure"]["figures"]["update_kept"] == pytest.approx(1, abs=0.05)
+    fidelity, quality = gates["fidelity"]["figures"], gates["quality"]["figures"]
+    assert fidelity["tokens"] > fidelity["conversations"] > quality["conversations"] > 0
+    assert 0 <= fidelity["mean_divergence"] < fidelity["limits"]["mean_divergence"] < 0.05
+    assert quality["against"] == f"the base {'tiny16' if 'nudged' in id else 'tiny'}"
 
 
-def test_a_transposed_factor_is_caught_by_fidelity(home: Home) -> None:
-    base = load_file(home.models / "tiny" / "model.safetensors")
-    changes = read_changes(home.runs / "lora" / "sft" / "adapter", home.models / "tiny")
-
-    def transpose(tensors: Tensors) -> None:
-        for name, change in changes.items():
-            assert isinstance(change, LowRank)
-            delta = change.scale * change.left @ change.right
-            if delta.shape[0] == delta.shape[1]:
-                tensors[name] = base[name] + delta.T
-
-    spoil(home, "lora", transpose)
-    gates = verify(home, "lora")
-    assert gates["structure"]["passed"]
-    assert not gates["fidelity"]["passed"]
-    assert gates["fidelity"]["figures"]["merged_loss"] > gates["fidelity"]["figures"]["adapter_loss"] + 0.05
+PLANTED = [(id, fault) for id in ("lora", "qlora", "nudged", "nudged-dpo") for fault in FAULTS]
+PLANTED = [(id, fault) for id, fault in PLANTED if id == "nudged" or fault != "another stage's adapter"]
 
 
-def test_a_wrong_alpha_is_caught_by_fidelity_even_where_the_loss_is_lower(home: Home) -> None:
-    base = load_file(home.models / "tiny" / "model.safetensors")
-    changes = read_changes(home.runs / "lora" / "sft" / "adapter", home.models / "tiny")
-
-    def scale(by: float) -> dict[str, Any]:
-        def change(tensors: Tensors) -> None:
-            for name in changes:
-                delta = tensors[name] - base[name]
-                tensors[name] = base[name] + by * delta
-
-        spoil(home, "lora", change)
-        (home.runs / "lora" / "verify" / "result.json").unlink(missing_ok=True)
-        return verify(home, "lora")["fidelity"]
-
-    halved = scale(0.5)
-    assert not halved["passed"]
-    assert halved["figures"]["merged_loss"] > halved["figures"]["adapter_loss"]
-    assert scale(2.0)["passed"]
-    better = halved["figures"]["adapter_loss"] - 0.2
-    path = home.runs / "lora" / "merge" / "result.json"
-    figures = json.loads(path.read_bytes())
-    figures["losses"]["adapter"] += 0.2
-    path.write_text(json.dumps(figures))
-    lower = scale(1.0)
-    assert better < lower["figures"]["merged_loss"] < lower["figures"]["adapter_loss"]
-    assert not lower["passed"]
+@pytest.mark.parametrize(("id", "fault"), PLANTED)
+def test_a_planted_fault_is_caught(home: Home, id: str, fault: str) -> None:
+    run = home.runs / id
+    recipe = read_recipe(run)
+    plant(merged(home, run, recipe, result(run, "merge")["kept"]), fault, run / "merge" / "model")
+    gates = verify(home, id)
+    assert not gates["structure"]["passed"]
+    assert " is not the base's with the adapter merged in" in gates["structure"]["reason"] or fault in (
+        "a norm changed by one per cent",
+        "one weight forgotten",
+    )
 
 
-def test_a_zero_delta_is_caught_by_structure(home: Home) -> None:
-    def undo(tensors: Tensors) -> None:
-        tensors.update(load_file(home.models / "tiny" / "model.safetensors"))
-
-    spoil(home, "lora", undo)
-    gate = verify(home, "lora")["structure"]
+@pytest.mark.parametrize(
+    ("id", "fault"), [(id, fault) for id, fault in PLANTED if id in ("lora", "nudged") and fault not in TOO_SMALL]
+)
+def test_a_planted_fault_is_heard_in_what_the_model_says(
+    home: Home, monkeypatch: pytest.MonkeyPatch, id: str, fault: str
+) -> None:
+    """Fidelity alone, as if the files had been compared with nothing."""
+    run = home.runs / id
+    monkeypatch.setattr("appliance.release.verify.judge_structure", lambda *_: Gate(True))
+    plant(merged(home, run, read_recipe(run), result(run, "merge")["kept"]), fault, run / "merge" / "model")
+    gate = verify(home, id)["fidelity"]
     assert not gate["passed"]
-    assert gate["reason"].startswith("14 targeted weights are unchanged")
+    assert "above what rounding makes of it" in gate["reason"] or "the margin" in gate["reason"]
+
+
+def test_rounding_to_nearest_loses_the_update_and_is_caught(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = home.runs / "nudged-dpo"
+    with monkeypatch.context() as patch:
+        patch.setattr("appliance.release.weights.Rounding.__call__", lambda self, values, _: values.to(self._dtype))
+        (run / "merge" / "result.json").unlink()
+        assert work(run, "merge") == 0
+    assert not verify(home, "nudged-dpo")["structure"]["passed"]
+    monkeypatch.setattr("appliance.release.verify.judge_structure", lambda *_: Gate(True))
+    (run / "verify" / "result.json").unlink()
+    gate = verify(home, "nudged-dpo")["fidelity"]
+    assert not gate["passed"]
+    assert gate["figures"]["margin"]["kept"] < 0.8
+
+
+@pytest.mark.parametrize("id", ["nudged-dpo", "nudged-kto"])
+def test_a_preference_alone_keeps_its_margin(home: Home, id: str) -> None:
+    margin = verify(home, id)["fidelity"]["figures"]["margin"]
+    assert margin["adapter"] > 0.1
+    assert 0.97 <= margin["kept"] <= 1.03
+
+
+def test_a_rounding_that_is_never_up_is_caught_by_the_share_of_the_update(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would be if merge and gate rounded alike, and both wrongly."""
+
+    def towards_zero(self: Rounding, values: torch.Tensor, rows: slice) -> torch.Tensor:
+        bits = values.contiguous().view(torch.int32)
+        return bits.bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
+
+    monkeypatch.setattr(Rounding, "__call__", towards_zero)
+    run = home.runs / "nudged"
+    (run / "merge" / "result.json").unlink()
+    assert work(run, "merge") == 0
+    gate = verify(home, "nudged")["structure"]
+    assert not gate["passed"]
+    assert "of the update is in the files" in gate["reason"]
 
 
 def test_a_merge_into_another_base_is_caught(home: Home, tmp_path: Path) -> None:
@@ -123,7 +148,22 @@ def test_a_merge_into_another_base_is_caught(home: Home, tmp_path: Path) -> None
     spoil(home, "lora", merge)
     gate = verify(home, "lora")["structure"]
     assert not gate["passed"]
-    assert "other weights are changed" in gate["reason"]
+    assert "nothing was trained that changes it" in gate["reason"]
+
+
+def test_a_weight_with_the_other_sign_of_zero_is_another_weight(home: Home) -> None:
+    """Untouched means byte for byte."""
+
+    def change(tensors: Tensors) -> None:
+        tensors["model.norm.weight"][3] = 0.0
+
+    base = home.models / "tiny" / "model.safetensors"
+    tensors = load_file(base)
+    tensors["model.norm.weight"][3] = -0.0
+    save_file(tensors, base, metadata={"format": "pt"})
+    spoil(home, "lora", change)
+    gate = verify(home, "lora")["structure"]
+    assert gate["reason"] == "model.norm.weight is changed, and nothing was trained that changes it"
 
 
 @pytest.mark.parametrize("fault", ["template", "tokenizer", "lost", "end of turn"])
@@ -167,16 +207,6 @@ def test_a_value_that_is_not_finite_is_caught_by_structure(home: Home) -> None:
     assert "not measured" in gates["fidelity"]["reason"]
 
 
-def test_an_untouched_module_is_caught_by_structure(home: Home) -> None:
-    def restore(tensors: Tensors) -> None:
-        tensors[TARGET] = load_file(home.models / "tiny" / "model.safetensors")[TARGET]
-
-    spoil(home, "lora", restore)
-    gate = verify(home, "lora")["structure"]
-    assert not gate["passed"]
-    assert TARGET in gate["reason"]
-
-
 @pytest.mark.parametrize("id", ["lora", "base"])
 def test_a_change_where_none_belongs_is_caught_by_structure(home: Home, id: str) -> None:
     def change(tensors: Tensors) -> None:
@@ -210,8 +240,12 @@ def test_another_layout_is_caught_by_structure(home: Home, fault: str) -> None:
 
 def release(home: Home, id: str) -> Path:
     """Make the merged model of a run a release, as far as verify looks at it."""
-    shutil.copytree(home.runs / id / "merge" / "model", home.releases / id)
-    return home.releases / id
+    folder = home.releases / id
+    shutil.copytree(home.runs / id / "merge" / "model", folder)
+    manifest = dict.fromkeys(field.name for field in fields(Manifest))
+    recipe = read_recipe(home.runs / id).model_dump(mode="json", exclude_none=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"recipe": recipe}))
+    return folder
 
 
 def test_a_release_worse_than_the_live_one_is_caught_by_quality(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,8 +256,9 @@ def test_a_release_worse_than_the_live_one_is_caught_by_quality(home: Home, monk
     gates = verify(home, "worse")
     assert gates["fidelity"]["passed"]
     assert not gates["quality"]["passed"]
-    assert gates["quality"]["figures"]["live"] == "lora"
-    assert gates["quality"]["figures"]["loss"] > gates["quality"]["figures"]["live_loss"]
+    assert gates["quality"]["figures"]["against"] == "the live release lora"
+    assert gates["quality"]["figures"]["loss"] > gates["quality"]["figures"]["other_loss"]
+    assert "worse by" in gates["quality"]["reason"]
 
 
 def test_a_release_as_good_as_the_live_one_passes(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,23 +266,54 @@ def test_a_release_as_good_as_the_live_one_passes(home: Home, monkeypatch: pytes
     monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "lora")
     gate = verify(home, "lora")["quality"]
     assert gate["passed"]
-    assert gate["figures"]["loss"] == pytest.approx(gate["figures"]["live_loss"], abs=1e-4)
+    assert gate["figures"]["difference"] == pytest.approx(0, abs=1e-4)
+    assert "of_live_release" not in gate["figures"], "its rows are the same"
 
 
-def test_without_trained_rows_quality_has_nothing_to_compare_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_destroyed_model_is_worse_than_its_base(home: Home) -> None:
+    """With no live release to compare with."""
+    destroyed = add_run(
+        home, "destroyed", stage("sft", "FACTS", max_steps=6, learning_rate=0.9, warmup_share=0, keep="last")
+    )
+    assert work(destroyed, "sft") == 0
+    assert work(destroyed, "merge") == 0
+    gates = verify(home, "destroyed")
+    assert gates["fidelity"]["passed"], gates["fidelity"]
+    assert not gates["quality"]["passed"]
+    assert "of the base tiny: worse by" in gates["quality"]["reason"]
+
+
+def test_what_is_forgotten_of_the_live_releases_rows_is_said(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     release(home, "lora")
     monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "lora")
-    assert verify(home, "base")["quality"] == {
-        "passed": True,
-        "figures": {},
-        "reason": "no held-out rows to compare on",
-    }
+    other = [
+        {"messages": [{"role": "user", "content": f"Count to {n}."}, {"role": "assistant", "content": "No, no, no."}]}
+        for n in range(20)
+    ]
+    id = add_dataset(home, "other", other)
+    run = add_run(home, "other", stage("sft", f'"{id}"', max_steps=20))
+    assert work(run, "sft", "merge") == 0
+    gate = verify(home, "other")["quality"]
+    assert gate["passed"], gate
+    lived = gate["figures"]["of_live_release"]
+    assert lived["difference"] > 0.1
+    assert "on the live release's own held-out rows" in gate["reason"]
+    assert "nats a token forgotten" in gate["reason"]
+
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("forgetting_limit = 0.0", "forgetting_limit = 0.05"))
+    (run / "verify" / "result.json").unlink()
+    gate = verify(home, "other")["quality"]
+    assert not gate["passed"]
+    assert "more than 0.05 nats a token forgotten" in gate["reason"]
 
 
-def test_a_live_release_without_files_is_an_error(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("id", ["lora", "base"])
+def test_a_live_release_without_files_is_no_hindrance(home: Home, monkeypatch: pytest.MonkeyPatch, id: str) -> None:
     monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "gone")
-    assert work(home.runs / "lora", "verify") == Exit.FAILED
-    assert failure(home.runs / "lora", "verify")["code"] == "no_such_release"
+    gate = verify(home, id)["quality"]
+    assert gate["passed"]
+    assert id == "base" or gate["figures"]["against"] == "the base tiny"
 
 
 def test_probes_are_training_prompts_as_the_trainer_renders_them(home: Home) -> None:

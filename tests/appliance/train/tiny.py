@@ -91,12 +91,12 @@ def add_dataset(home: Home, name: str, rows: list[dict[str, Any]]) -> str:
     return id
 
 
-def add_run(home: Home, id: str, text: str, kind: str = "lora") -> Path:
+def add_run(home: Home, id: str, text: str, kind: str = "lora", base: str = "tiny") -> Path:
     """A queued run of the recipe with the stages in `text`, where FACTS and PREFERENCES name datasets of that rows."""
     for name, rows in (("FACTS", FACTS), ("PREFERENCES", PREFERENCES), ("JUDGEMENTS", JUDGEMENTS)):
         if name in text:
             text = text.replace(name, f'"{add_dataset(home, name.lower(), rows)}"')
-    head = f'name = "r"\nbase = "tiny"\neval_share = 0.2\n[adapter]\nkind = "{kind}"\nrank = 4\n'
+    head = f'name = "r"\nbase = "{base}"\neval_share = 0.2\n[adapter]\nkind = "{kind}"\nrank = 4\n'
     run = home.runs / id
     run.mkdir()
     (run / "recipe.toml").write_text(dump_recipe(parse_recipe(head + text)))

@@ -1,0 +1,136 @@
+"""Gate 1: the files of a release are the base's, but for weights that PEFT itself would have merged to the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appliance.data.tokenizer import load_tokenizer
+from appliance.release.gates import Gate
+from appliance.release.merge import OURS
+from appliance.release.oracle import Oracle
+from appliance.release.rounding import Rounding
+from appliance.release.weights import layout, pairs
+from appliance.train.model import stop_token_ids
+
+OTHERWISE_ROUNDED = 1e-4
+"""Share of a tensor's values that may be rounded to the other neighbour, because fp32 sums depend on their order."""
+FEW = 2
+"""So many may in a small tensor too."""
+IN_FP32 = 2.0**-20
+"""By how much values may differ, relative to what they were added up from, in a type that is not rounded to."""
+UPDATE_KEPT = 0.02
+"""By how much the share of the update that is in the files may differ from 1, beyond what rounding explains."""
+DEVIATIONS = 5.0
+"""Standard deviations of its rounding within which that share lies."""
+
+
+@dataclass
+class _Update:
+    """Sums over all targeted weights, of which d is what the adapter adds and e what rounding has added to that."""
+
+    along: float = 0.0
+    """Of (d + e) * d."""
+    squared: float = 0.0
+    """Of d * d."""
+    variance: float = 0.0
+    """Of d * d times the largest variance of e."""
+
+    def add(self, start: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -> None:
+        delta = merged - start
+        steps = merged * (torch.finfo(stored.dtype).eps / 2)
+        self.along += float((stored.float() - start).mul_(delta).sum(dtype=torch.float64))
+        self.variance += float(steps.mul_(delta).square_().sum(dtype=torch.float64))
+        self.squared += float(delta.square_().sum(dtype=torch.float64))
+
+    def fault(self) -> str:
+        allowed = UPDATE_KEPT + DEVIATIONS * math.sqrt(self.variance) / self.squared if self.squared else 0.0
+        if abs(self.kept - 1) <= allowed:
+            return ""
+        return f"{self.kept:.1%} of the update is in the files, and rounding explains {allowed:.1%} to be amiss"
+
+    @property
+    def kept(self) -> float:
+        """Share of the update that is in the files, as the projection of what was stored on what should be."""
+        return self.along / self.squared if self.squared else 1.0
+
+
+def judge_structure(base: Path, model: Path, oracle: Oracle | None) -> Gate:
+    """Hold the files in `model` against those of the base and, where weights were changed, against the `oracle`."""
+    if reason := differing_file(base, model):
+        return Gate(False, {}, reason)
+    expected, found = layout(base), layout(model)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            was, now = expected.get(name, "absent"), found.get(name, "absent")
+            return Gate(False, {"tensor": name}, f"{name} is {now} in the release, {was} in the base")
+    targeted, changed = (oracle.targeted, oracle.changed) if oracle else (set[str](), set[str]())
+    update, otherwise, values = _Update(), 0, 0
+    for name, before, after in pairs(base, model):
+        if not torch.isfinite(after).all():
+            return Gate(False, {"tensor": name}, f"{name} holds values that are not finite")
+        if oracle is None or name not in changed:
+            if not _same_bytes(before, after):
+                return Gate(False, {"tensor": name}, f"{name} is changed, and nothing was trained that changes it")
+            continue
+        start = oracle.start(name, before)
+        merged = oracle.merged(name, start)
+        count, far = _differing(name, start, merged, after)
+        values, otherwise = values + after.numel(), otherwise + count
+        if far or count > max(FEW, OTHERWISE_ROUNDED * after.numel()):
+            what = f"{count} of {after.numel()} values, {far} of them by more than a unit in the last place"
+            return Gate(False, {"tensor": name}, f"{name} is not the base's with the adapter merged in: {what} differ")
+        if name in targeted:
+            update.add(start, merged, after)
+    figures: dict[str, Any] = {"tensors": len(found), "targeted": len(targeted), "rounded": len(changed - targeted)}
+    if not targeted:
+        return Gate(True, figures, f"{len(found)} tensors as in the base")
+    figures |= {"values": values, "otherwise_rounded": otherwise, "update_kept": update.kept}
+    if update.squared == 0:
+        return Gate(False, figures, "the adapter changes nothing")
+    if fault := update.fault():
+        return Gate(False, figures, fault)
+    return Gate(
+        True,
+        figures,
+        f"{len(found)} tensors as in the base, {len(targeted)} of them with the adapter merged in as PEFT computes it",
+    )
+
+
+def _differing(name: str, start: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -> tuple[int, int]:
+    """How many stored values are not the rounding of `merged`, and how many of them not even a neighbour of it."""
+    if stored.dtype not in (torch.bfloat16, torch.float16):
+        allowed = (start.abs() + merged.abs() + (merged - start).abs().max()).mul_(IN_FP32)
+        far = int(((stored.float() - merged).abs() > allowed).sum())
+        return far, far
+    rows = slice(0, len(merged))
+    rounded = Rounding(name, tuple(merged.shape), stored.dtype)(merged.clone(), rows)
+    wrong = rounded != stored
+    count = int(wrong.sum())
+    if not count:
+        return 0, 0
+    exact, kept = merged[wrong], stored[wrong].float()
+    # A neighbour is less than a step away; fp32's own error counts where the value lies on the grid.
+    step = exact.abs() * torch.finfo(stored.dtype).eps + torch.finfo(stored.dtype).smallest_normal * 1e-3
+    return count, int(((kept - exact).abs() > step * (1 + IN_FP32)).sum())
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+
+
+def differing_file(base: Path, model: Path) -> str:
+    """What is wrong with the files beside the weights; empty where tokenizer, template and settings are the base's."""
+    for path in sorted(base.iterdir()):
+        if not path.is_file() or path.suffix == ".safetensors" or path.name in OURS:
+            continue
+        if not (model / path.name).is_file() or (model / path.name).read_bytes() != path.read_bytes():
+            return f"{path.name} is not the base's"
+    said = json.loads((model / "generation_config.json").read_bytes())["eos_token_id"]
+    missing = sorted(set(stop_token_ids(load_tokenizer(base), base)) - set(said if isinstance(said, list) else [said]))
+    return f"generation_config.json lacks the end-of-turn tokens {missing}" if missing else ""
