@@ -57,6 +57,7 @@ CALLING = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
     "{{ message['content'] }}"
     "{% for call in message.tool_calls or [] %}<|endoftext|>{{ call.function | tojson }}{% endfor %}",
 )
+DATED = "{% if strftime_now is defined %}It is {{ strftime_now('%d %b %Y') }}.\n{% endif %}" + CHATML
 RAISING = "{{ raise_exception('only the user may speak') }}"
 WITHOUT_END = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}" + (
     "{% if add_generation_prompt %}assistant: {% endif %}"

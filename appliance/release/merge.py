@@ -53,7 +53,7 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> d
     if recipe.quantised:
         candidates[DEQUANTISED] = rounded_changes(base, changes)
 
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, recipe.clock)
     rows = yardstick(home, recipe, tokenizer).render(tokenizer)
     trained = load_adapter(load_model(base, quantised=recipe.quantised), recipe.last_adapter(run), trainable=False)
     losses = {"adapter": score(trained.eval(), rows).loss}

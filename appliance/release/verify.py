@@ -36,7 +36,7 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
     base = model_path(home, recipe.base)
     model_folder = run / "merge" / "model"
     merge = json.loads((run / "merge" / "result.json").read_bytes())
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, recipe.clock)
     write_json(run / "verify" / "probes.json", [asdict(probe) for probe in make_probes(home, recipe, tokenizer)])
 
     gates = {"structure": judge_structure(run, recipe, base, model_folder, merge["kept"])}

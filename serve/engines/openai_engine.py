@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,15 @@ class OpenAIEngine:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def reload(self, address: str, release: Path, name: str) -> None:
+    async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:
         """Load the weights in `release` in place of those that are served, and answer as model `name`.
 
-        Raises ConnectionError where the engine does not answer or fails, and InvalidInput where it refuses.
+        The chat template takes `clock` for today (None: what it took before). Raises ConnectionError where the engine
+        does not answer or fails, and InvalidInput where it refuses.
         """
         try:
             async with _connect(address, _RELOAD_TIMEOUT) as engine:
-                await _post(engine, RELOAD, {"weights": str(release), "name": name})
+                await _post(engine, RELOAD, {"weights": str(release), "name": name, "clock": clock and str(clock)})
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine could not load other weights: {error}") from error
 
