@@ -12,12 +12,14 @@ from typing import Any, Protocol
 class Probe:
     """A prompt whose rendering and stopping are checked on the real engine.
 
-    `token_ids` is how the trainer's tokenizer renders `messages` with a generation prompt.
+    `token_ids` is how the trainer's tokenizer renders `messages` with a generation prompt. The answer may take
+    `max_tokens` or what the context leaves, `thought_tokens` of them for a thought that the template knows.
     """
 
     messages: list[dict[str, Any]]
     token_ids: list[int]
     max_tokens: int
+    thought_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHATML, FACTS, add_run, events, failure, read_recipe, result, stage, work
+from tiny import add_run, events, failure, result, stage, work
 
-from appliance.data.render import render_prompt
-from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import Exit
 from appliance.home import Home
 from appliance.release.adapter import LowRank, read_changes
-from appliance.release.gates import load_probes
 
 TARGET = "model.layers.0.self_attn.v_proj.weight"
 Tensors = dict[str, torch.Tensor]
@@ -248,34 +245,3 @@ def test_a_live_release_without_files_is_an_error(home: Home, monkeypatch: pytes
     monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "gone")
     assert work(home.runs / "lora", "verify") == Exit.FAILED
     assert failure(home.runs / "lora", "verify")["code"] == "no_such_release"
-
-
-def test_probes_are_rendered_on_the_day_of_the_run(home: Home) -> None:
-    dated = "{{ strftime_now('%d %b %Y') }} " + CHATML
-    for model in (home.models / "tiny", home.runs / "base" / "merge" / "model"):
-        (model / "chat_template.jinja").write_text(dated)
-    path = home.runs / "base" / "recipe.toml"
-    day = read_recipe(path.parent).clock
-    path.write_text(path.read_text().replace(str(day), "2024-02-29"))
-    assert all(gate["passed"] for gate in verify(home, "base").values())
-    tokenizer = load_tokenizer(home.models / "tiny")
-    for probe in load_probes(home.runs / "base"):
-        assert tokenizer.decode(probe.token_ids).startswith("29 Feb 2024 ")
-
-
-def test_probes_are_training_prompts_as_the_trainer_renders_them(home: Home) -> None:
-    verify(home, "lora")
-    probes = load_probes(home.runs / "lora")
-    asked = {row["messages"][0]["content"] for row in FACTS}
-    assert len(probes) == 10
-    assert sum(probe.messages[-1]["content"] in asked for probe in probes) == 8
-    assert len({probe.messages[-1]["content"] for probe in probes}) == 10
-    tokenizer = load_tokenizer(home.models / "tiny")
-    for probe in probes:
-        assert probe.token_ids == render_prompt(tokenizer, probe.messages)
-        assert tokenizer.decode(probe.token_ids).endswith("<|im_start|>assistant\n")
-        assert 64 < probe.max_tokens <= 256
-    verify(home, "base")
-    assert len(load_probes(home.runs / "base")) == 2
-    verify(home, "dpo")
-    assert any("Say, what colour" in probe.messages[-1]["content"] for probe in load_probes(home.runs / "dpo"))
