@@ -89,6 +89,13 @@ async def test_a_probe_that_it_refuses(served: Served) -> None:
         await served.kind.probe(served.address, served.name, endless)
 
 
+async def test_an_answer_has_what_the_context_leaves_of_its_room(served: Served) -> None:
+    """512 tokens, where the probe would give it more."""
+    roomy = Probe([{"role": "user", "content": "word " * 440}], [], max_tokens=4096)
+    answer = await served.kind.probe(served.address, served.name, roomy)
+    assert len(answer.token_ids) + answer.completion_tokens <= 512
+
+
 def test_its_socket_is_for_its_owner_alone(served: Served) -> None:
     mode = served.socket.stat().st_mode
     assert stat.S_ISSOCK(mode)
