@@ -8,6 +8,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+OTHERS = [
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]", "</s>"),
+    *("<start_of_turn>", "<end_of_turn>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+]
+"""Special tokens of the other templates."""
 MERGES = [("h", "e"), ("Ċ", "Ċ"), ("s", "s")]
 """A few joined tokens, among them two newlines: what runs together in text runs together in tokens."""
 
@@ -24,11 +29,35 @@ THINKING = CHATML.replace(
     "{{ message['content'] }}",
     "{% if loop.last and message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}",
 )
+LLAMA = (
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] }}</s>"
+    "{% else %}[INST] {{ message['content'] }} [/INST]{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+HARMONY = (
+    "<|start|>system<|message|>Reasoning: low\n# Valid channels: analysis, final.<|end|>"
+    "{% for message in messages %}<|start|>{{ message['role'] }}"
+    "{% if message['role'] == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ message['content'] }}"
+    "{% if loop.last and message['role'] == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+"""The name of a channel stands between the prompt and the answer, and the last answer ends otherwise."""
 CALLING = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
     "{{ message['content'] }}",
     "{{ message['content'] }}"
     "{% for call in message.tool_calls or [] %}<|endoftext|>{{ call.function | tojson }}{% endfor %}",
 )
+DATED = "{% if strftime_now is defined %}It is {{ strftime_now('%d %b %Y') }}.\n{% endif %}" + CHATML
 RAISING = "{{ raise_exception('only the user may speak') }}"
 WITHOUT_END = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}" + (
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -38,8 +67,8 @@ COUNTING = "{{ messages | length }}" + CHATML
 
 
 def make_tokenizer(template: str, normalizer: Any = None) -> Any:
-    """A byte-level tokenizer of some 260 tokens with the chat template."""
-    symbols = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    """A byte-level tokenizer of some 270 tokens with the chat template."""
+    symbols = [*SPECIAL, *OTHERS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
     backend = Tokenizer(models.BPE(vocabulary, MERGES))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -51,6 +80,6 @@ def make_tokenizer(template: str, normalizer: Any = None) -> Any:
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
-        additional_special_tokens=["<|endoftext|>"],
+        additional_special_tokens=["<|endoftext|>", *OTHERS],
         chat_template=template,
     )

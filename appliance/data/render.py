@@ -34,13 +34,19 @@ def render_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tool
     but of turns whose weight is 0.
 
     A turn begins where the prompt of the messages before it ends: exactly what the model is given when it has
-    to answer. Raises InvalidInput where the template refuses the messages, where that prompt is not a prefix
-    of the whole, or where the turn does not decode to its text followed by an end-of-turn token.
+    to answer. So what the template puts between that prompt and the text is trained too: an empty thought, or the name
+    of a channel, which the model that is served has to write by itself. Raises InvalidInput where the template refuses
+    the messages, where that prompt is not a prefix of the whole, or where the turn does not decode to its text followed
+    by an end-of-turn token.
     """
     ids = _encode(tokenizer, messages, tools, add_generation_prompt=False)
+    whole = _render(tokenizer, messages, tools)
     special = special_ids(tokenizer)
+    positions = [position for position, token in enumerate(ids) if token in special]
     trained = [False] * len(ids)
-    for index, message in enumerate(messages):
+    place, following = len(whole), 0
+    for index in reversed(range(len(messages))):
+        message = messages[index]
         if message["role"] != "assistant" or message.get("weight") == 0:
             continue
         prompt = render_prompt(tokenizer, messages[:index], tools)
@@ -53,24 +59,36 @@ def render_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tool
                 raise _not_incremental(index)
             end = _end_of_calls(turn, start, special, index)
         else:
-            end = _end_of_text(tokenizer, message.get("content") or "", ids, start, special, index)
+            # Special tokens are cut out of a text before anything else is: a part of it has as many as it has in the
+            # whole, and the one that ends the turn is found by how many follow the text.
+            text_end = _end_of_text(tokenizer, messages, tools, whole, index)
+            tokens = tokenizer(whole[text_end:place], add_special_tokens=False)["input_ids"]
+            place, following = text_end, following + sum(token in special for token in tokens)
+            if not 0 < following <= len(positions):
+                raise _no_end_of_turn(index)
+            end = positions[-following] + 1
+            if _normal(message.get("content") or "") not in _normal(_decode(tokenizer, ids[start:end])):
+                raise _text_not_rendered(index)
         trained[start:end] = [True] * (end - start)
     return Rendered(ids, trained)
 
 
-def _end_of_text(tokenizer: Any, content: str, ids: list[int], start: int, special: frozenset[int], index: int) -> int:
-    """Position after the first special token before which ids[start:] decode to the whole of `content`."""
-    text = _normal(content)
-    for position in range(start, len(ids)):
-        if ids[position] in special and text in _normal(_decode(tokenizer, ids[start:position])):
-            return position + 1
-    if text in _normal(_decode(tokenizer, ids[start:])):
-        raise _no_end_of_turn(index)
-    raise InvalidInput(
-        "text_not_rendered",
-        f"the chat template does not render the text of message {index} as it is",
-        "take out of the text what the template cuts or rewrites, or use another base model",
-    )
+def _end_of_text(tokenizer: Any, messages: Sequence[Message], tools: Tools, whole: str, index: int) -> int:
+    """Where in `whole`, the conversation as a text, the text of message `index` ends.
+
+    The same text may stand elsewhere, in the words of the template too. So the conversation is rendered once more with
+    a word in its place that nothing else holds: what comes after that word comes after the text.
+    """
+    word = "text"
+    while word in whole:
+        word += "x"
+    other = [*messages[:index], {**messages[index], "content": word}, *messages[index + 1 :]]
+    _, found, after = _render(tokenizer, other, tools).rpartition(word)
+    end = len(whole) - len(after)
+    text = str(messages[index].get("content") or "").strip()
+    if not found or not whole.endswith(after) or not whole[:end].rstrip().endswith(text):
+        raise _text_not_rendered(index)
+    return end
 
 
 def _end_of_calls(turn: list[int], start: int, special: frozenset[int], index: int) -> int:
@@ -89,6 +107,14 @@ def _not_incremental(index: int) -> InvalidInput:
     )
 
 
+def _text_not_rendered(index: int) -> InvalidInput:
+    return InvalidInput(
+        "text_not_rendered",
+        f"the chat template does not render the text of message {index} as it is",
+        "take out of the text what the template cuts or rewrites, or use another base model",
+    )
+
+
 def _no_end_of_turn(index: int) -> InvalidInput:
     return InvalidInput(
         "no_end_of_turn",
@@ -98,13 +124,20 @@ def _no_end_of_turn(index: int) -> InvalidInput:
 
 
 def _encode(tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool) -> list[int]:
+    encoded = _apply(tokenizer, messages, tools, add_generation_prompt, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> str:
+    return str(_apply(tokenizer, messages, tools, False, tokenize=False))
+
+
+def _apply(
+    tokenizer: Any, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool, **options: bool
+) -> Any:
     try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools or None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
+        return tokenizer.apply_chat_template(
+            list(messages), tools=tools or None, add_generation_prompt=add_generation_prompt, **options
         )
     except Exception as error:  # a template is its publisher's program and raises what it likes
         raise InvalidInput(
@@ -112,7 +145,6 @@ def _encode(tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_ge
             f"the chat template refuses the messages: {type(error).__name__}: {error}",
             "mend the row, or use a base model whose template knows these roles",
         ) from error
-    return list(encoded["input_ids"])
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

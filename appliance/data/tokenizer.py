@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,28 @@ from appliance.errors import InvalidInput
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of the model in `folder`. Raises InvalidInput where it cannot be used."""
+def load_tokenizer(folder: Path, clock: date | None = None) -> Any:
+    """The tokenizer of the model in `folder`, whose chat template takes `clock` for today (None: what it is).
+
+    Raises InvalidInput where it cannot be used.
+    """
     try:
-        return _loader(folder).from_pretrained(folder, local_files_only=True)
+        tokenizer = _loader(folder).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise InvalidInput(
             "no_tokenizer", f"{folder} holds no usable tokenizer: {first}", "pull the base model again"
         ) from error
+    if clock:
+        set_clock(tokenizer, clock)
+    return tokenizer
+
+
+def set_clock(tokenizer: Any, day: date) -> None:
+    """Let the tokenizer's chat template be told `day` from now on where it asks for today's date."""
+    # The name under which templates ask. Those that do not are left alone: not every tokenizer takes other arguments.
+    if "strftime_now" in str(tokenizer.chat_template):
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=day.strftime)
 
 
 def _loader(folder: Path) -> Any:

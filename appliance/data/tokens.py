@@ -62,7 +62,7 @@ class TokenCount:
     A conversation is rendered by its chat template and cut where an answer begins and after the token that ends it, and
     the pieces are tokenised by a library that is several times as fast as Transformers'. Both may differ from what
     training does, which is `render_conversation`: on some conversations that is tried, and from the first difference
-    on it counts by itself, as it does where answers are not found in the rendered text as they are.
+    on it counts by itself, as it does where an answer is not found in the rendered text, or more than once.
     """
 
     def __init__(self, base: Path) -> None:
@@ -176,35 +176,48 @@ class TokenCount:
         return text
 
     def _cut(self, text: str, conversation: _Conversation) -> list[str] | None:
-        """The text in pieces, of which every second is trained; None where an answer is not found in it as it is."""
+        """The text in pieces, of which every second is trained; None where an answer is not found in it just once."""
         if self._bos:
             self._counts.starts[_repeated(text, self._bos)] += 1
-        pieces, done, place, spelled = [], 0, 0, False
+        if any(self._special.search(message["content"]) for message in conversation.messages):
+            self._counts.spelled += 1
+            if self._counts.first_spelled is None:
+                self._counts.first_spelled = conversation.row
+        pieces, done, place = [], 0, 0
         for message in conversation.messages:
             if message.get("tool_calls"):
                 return None
             content = message["content"].strip()
-            spelled = spelled or self._special.search(content) is not None
-            if not content:
+            if message["role"] != "assistant":
+                if (found := text.find(content, place)) < 0:
+                    return None
+                place = found + len(content)
                 continue
-            trained = message["role"] == "assistant" and message.get("weight") != 0
-            begin = text.find(self._header, place) + len(self._header) if trained else place
-            found = text.find(content, begin)
-            ending = self._ending.match(text, found + len(content)) if trained else None
-            while trained and not ending and found >= 0:
-                found = text.find(content, found + 1)
-                ending = self._ending.match(text, found + len(content))
-            if found < 0 or begin < place or (trained and not self._header):
+            header = text.find(self._header, place)
+            begin = header + len(self._header)
+            ends = self._ends(text, content, begin) if content and self._header and header >= 0 else []
+            if len(ends) != 1:
                 return None
-            place = ending.end() if ending else found + len(content)
-            if trained:
+            place = ends[0]
+            if message.get("weight") != 0:
                 pieces += [text[done:begin], text[begin:place]]
                 done = place
-        if spelled:
-            self._counts.spelled += 1
-            if self._counts.first_spelled is None:
-                self._counts.first_spelled = conversation.row
         return [*pieces, text[done:]]
+
+    def _ends(self, text: str, answer: str, begin: int) -> list[int]:
+        """Where the special token after `answer` ends, for each place from `begin` to the next header that it may have.
+
+        They are several where the words of the template or of who speaks next read like the answer.
+        """
+        next_header = text.find(self._header, begin)
+        until = next_header if next_header >= 0 else len(text)
+        ends: list[int] = []
+        found = text.find(answer, begin, until)
+        while found >= 0 and len(ends) < 2:
+            if ending := self._ending.match(text, found + len(answer)):
+                ends.append(ending.end())
+            found = text.find(answer, found + 1, until)
+        return ends
 
     def _count(self, batch: list[_Conversation], cuts: list[list[str] | None]) -> None:
         pieces = [piece for cut in cuts if cut for piece in cut]

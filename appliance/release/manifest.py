@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,12 @@ def _damaged(release_id: str, why: str) -> ApplianceError:
         f"the manifest of release {release_id} cannot be read: {why}",
         "make or import the release again; what it was is not proven any more",
     )
+
+
+def clock_of(manifest: dict[str, Any]) -> date:
+    """The day that a release's chat template takes for today: that of its run, else the day on which it was made."""
+    day = manifest["recipe"].get("clock")
+    return date.fromisoformat(day) if day else date.fromtimestamp(manifest["created"])
 
 
 def same_but_for_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:

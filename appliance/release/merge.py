@@ -68,7 +68,7 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> t
     if recipe.quantised:
         candidates[DEQUANTISED] = rounded_changes(base, changes)
 
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, recipe.clock)
     chosen = held_out_set(home, recipe, tokenizer).render(tokenizer)
     answered = last_stage_rows(home, recipe, tokenizer)
     conversations = [*chosen, *render_answered(tokenizer, answered)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from appliance.data.dataset import Dataset, Row, prompt_group, prompt_messages
@@ -12,34 +13,62 @@ from appliance.supervisor.engines import Probe
 from appliance.train.recipe import Recipe
 
 PROBES_FROM_DATA = 8
-PROBE_SLACK = 64
-"""Tokens that a probe's answer may have beyond twice the length of the answer that was trained on."""
-GENERIC_TOKENS = 256
+CANDIDATES = 32
+"""Rows looked at for those."""
 GENERIC_PROMPTS = ("Say hello.", "What is the capital of France?")
+ANSWER_TOKENS = 512
+"""What any answer may take: a model that was hardly changed answers as its base does, at more length than the rows. One
+that ends sooner costs no more for it."""
+ANSWER_SLACK = 64
+"""Tokens that an answer may have beyond twice the length of the row's own, where that comes to more."""
+THOUGHT_TOKENS = 2048
+"""What a thought may take before the answer."""
+_THOUGHT = re.compile("think|reasoning", re.IGNORECASE)
 
 
 def make_probes(home: Home, recipe: Recipe, tokenizer: Any) -> list[Probe]:
-    """Prompts of the run's training data, spread over it, then generic ones, as the trainer's tokenizer renders them.
+    """Prompts of the run's training data, then generic ones, as the trainer's tokenizer renders them.
 
-    Each is another prompt. Rows with tools are left out: a probe asks for text.
+    Those from the data are spread over it, from prompts of one turn to those of the most; each is another prompt. Rows
+    with tools are left out, because a probe asks for text, as are rows too long to be trained on.
     """
+    thought = THOUGHT_TOKENS if _THOUGHT.search(str(tokenizer.chat_template)) else 0
     probes = []
     if judged := judged_on(recipe):
-        dataset = Dataset.open(home, judged[0])
+        id, longest = judged
+        dataset = Dataset.open(home, id)
         train, _ = dataset.split(recipe.eval_share)
-        rows = ((index, dataset.rows[index]) for index in train)
-        plain = list({prompt_group(row): index for index, row in rows if not row.get("tools")}.values())
-        step = max(1, len(plain) // PROBES_FROM_DATA)
-        probes = [_probe(tokenizer, dataset.rows[index]) for index in plain[::step][:PROBES_FROM_DATA]]
+        candidates = [dataset.rows[index] for index in _evenly(_plain(dataset, train), CANDIDATES)]
+        asked = [_probe(tokenizer, row, thought, longest) for row in candidates]
+        probes = _evenly([probe for probe in asked if probe], PROBES_FROM_DATA)
     for prompt in GENERIC_PROMPTS:
         messages = [{"role": "user", "content": prompt}]
-        probes.append(Probe(messages, render_prompt(tokenizer, messages), GENERIC_TOKENS))
+        probes.append(Probe(messages, render_prompt(tokenizer, messages), ANSWER_TOKENS + thought, thought))
     return probes
 
 
-def _probe(tokenizer: Any, row: Row) -> Probe:
-    """The prompt of a row, its answer allowed twice the length of the row's own."""
+def _plain(dataset: Dataset, indices: list[int]) -> list[int]:
+    """Of the rows at `indices` those without tools, one of each prompt, in the order of their turns."""
+    turns = {}
+    for index in indices:
+        row = dataset.rows[index]
+        prompt = prompt_messages(row)
+        if not row.get("tools") and not any(message.get("tool_calls") for message in prompt):
+            turns[prompt_group(row)] = (len(prompt), index)
+    return [index for _, index in sorted(turns.values())]
+
+
+def _probe(tokenizer: Any, row: Row, thought: int, longest: int) -> Probe | None:
+    """The prompt of a row, with room for an answer and a thought; None where the row has more than `longest` tokens."""
     prompt = prompt_messages(row)
     ids = render_prompt(tokenizer, prompt)
-    whole = render_conversation(tokenizer, conversation(row)["messages"])
-    return Probe(prompt, ids, 2 * (len(whole.input_ids) - len(ids)) + PROBE_SLACK)
+    length = len(render_conversation(tokenizer, conversation(row)["messages"]).input_ids)
+    room = max(ANSWER_TOKENS, 2 * (length - len(ids)) + ANSWER_SLACK)
+    return Probe(prompt, ids, room + thought, thought) if length <= longest else None
+
+
+def _evenly(found: list[Any], count: int) -> list[Any]:
+    """At most `count` of the list, from its first to its last."""
+    if len(found) <= count:
+        return found
+    return [found[round(number * (len(found) - 1) / (count - 1))] for number in range(count)]

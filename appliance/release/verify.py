@@ -23,7 +23,7 @@ from appliance.release.held_out import (
     last_stage_rows,
     render_answered,
 )
-from appliance.release.manifest import DEQUANTISED, read_manifest
+from appliance.release.manifest import DEQUANTISED, clock_of, read_manifest
 from appliance.release.merge import SCORES
 from appliance.release.oracle import Oracle
 from appliance.release.probes import make_probes
@@ -47,7 +47,7 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
     """
     base = model_path(home, recipe.base)
     model_folder = run / "merge" / "model"
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, recipe.clock)
     write_json(run / "verify" / "probes.json", [asdict(probe) for probe in make_probes(home, recipe, tokenizer)])
 
     oracle = None
@@ -75,8 +75,8 @@ def _measure(home: Home, run: Path, recipe: Recipe, tokenizer: Any, live: str, p
     chosen, answered = held_out_set(home, recipe, tokenizer), last_stage_rows(home, recipe, tokenizer)
     conversations = [*chosen.render(tokenizer), *render_answered(tokenizer, answered)]
     count = len(chosen.conversations)
-    folder, against = _compared_with(home, recipe, live)
-    lived = _live_set(home, recipe, live if folder == home.releases / live else "")
+    folder, against, theirs = _compared_with(home, recipe, live)
+    lived = _live_set(home, recipe, live, theirs) if folder == home.releases / live else None
 
     model = load_model(run / "merge" / "model")
     own = score(model, conversations, measured.merged_into.ids)
@@ -88,7 +88,7 @@ def _measure(home: Home, run: Path, recipe: Recipe, tokenizer: Any, live: str, p
     gates = {"fidelity": judge_fidelity(measured, own, noisy, [row.sign for row in answered], count)}
     release_memory()
 
-    other, theirs = load_model(folder), load_tokenizer(folder)
+    other = load_model(folder)
     comparison = Comparison(own.part(0, count), score(other, chosen.render(theirs)))
     remembered = None
     if lived and own_of_live:
@@ -111,23 +111,23 @@ def _served(conversations: list[Rendered], adapter: Scores, own: Scores, noisy: 
     return Served(scored, TIMES_NOISE * noise + LEAST_SERVED)
 
 
-def _compared_with(home: Home, recipe: Recipe, live: str) -> tuple[Path, str]:
-    """Files and name of the model that the release has to match: the live release, else the base."""
-    if live and (home.releases / live).is_dir():
-        return home.releases / live, f"the live release {live}"
-    return model_path(home, recipe.base), f"the base {recipe.base}"
+def _compared_with(home: Home, recipe: Recipe, live: str) -> tuple[Path, str, Any]:
+    """Files, name and tokenizer of the model that the release has to match: the live release, else the base."""
+    folder = home.releases / live
+    if live and folder.is_dir():
+        return folder, f"the live release {live}", load_tokenizer(folder, clock_of(read_manifest(home, live)))
+    base = model_path(home, recipe.base)
+    return base, f"the base {recipe.base}", load_tokenizer(base, recipe.clock)
 
 
-def _live_set(home: Home, recipe: Recipe, live: str) -> HeldOutSet | None:
+def _live_set(home: Home, recipe: Recipe, live: str, tokenizer: Any) -> HeldOutSet | None:
     """The live release's own held-out set, where it has one that is here and is another than that of the run."""
-    if not live:
-        return None
     try:
         its_recipe = Recipe.model_validate(read_manifest(home, live)["recipe"])
         if judged_on(its_recipe) in (None, judged_on(recipe)):
             return None
-        found = held_out_set(home, its_recipe, load_tokenizer(home.releases / live))
-    except (ApplianceError, ValueError):
+        found = held_out_set(home, its_recipe, tokenizer)
+    except (ApplianceError, ValueError):  # its dataset is gone, or its recipe is another version's
         return None
     return found if found.held_out else None
 

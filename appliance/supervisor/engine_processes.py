@@ -9,19 +9,21 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
 from appliance import api, hardware
 from appliance.errors import ApplianceError
 from appliance.home import Home
-from appliance.release.manifest import read_manifest, same_but_for_weights
+from appliance.release.manifest import clock_of, read_manifest, same_but_for_weights
 from appliance.store.processes import SWAPPING, Processes, ProcessRow
 from appliance.store.releases import Releases
 from appliance.supervisor import processes
 from appliance.supervisor.engines import EngineKind, Probe
 from appliance.supervisor.snapshot import EngineView
 from appliance.supervisor.trial import CanaryRoutes
+from appliance.train.recipe import parse_recipe
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +179,7 @@ class EngineProcesses:
         """Start a process for the release. Raises ApplianceError where that cannot be done."""
         # A name of its own, because the process may go on with another release's weights while this one starts again.
         socket = self._home.engines / f"{secrets.token_hex(6)}.sock"
-        command = self.kind.command(self.directory(release), release, socket)
+        command = self.kind.command(self.directory(release), release, socket, self._clock(release))
         self._begun[release] = time.monotonic()
         row = processes.spawn(
             "engine",
@@ -265,7 +267,7 @@ class EngineProcesses:
         """Load the weights and see that they are those; why not, where it did not work."""
         begun = time.monotonic()
         try:
-            await self.kind.reload(row.address, self.directory(release), release)
+            await self.kind.reload(row.address, self.directory(release), release, self._clock(release))
             reference = self._manifest(release).get("reference", {})
             if reference.get("engine") == self.kind.name:
                 for asked in reference["answers"][:REFERENCE_PROMPTS]:
@@ -309,6 +311,13 @@ class EngineProcesses:
             return read_manifest(self._home, release)
         except ApplianceError:
             return {}
+
+    def _clock(self, release: str) -> date:
+        """What a release, or a run's merged model that is to become one, takes for today."""
+        if manifest := self._manifest(release):
+            return clock_of(manifest)
+        recipe = self._home.runs / release / "recipe.toml"
+        return parse_recipe(recipe.read_text()).clock if recipe.exists() else date.today()
 
     def _forget(self, release: str) -> None:
         for memory in (self._begun, self._ready_since, self._answered, self._adapters):

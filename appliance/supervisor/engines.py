@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +12,14 @@ from typing import Any, Protocol
 class Probe:
     """A prompt whose rendering and stopping are checked on the real engine.
 
-    `token_ids` is how the trainer's tokenizer renders `messages` with a generation prompt.
+    `token_ids` is how the trainer's tokenizer renders `messages` with a generation prompt. The answer may take
+    `max_tokens` or what the context leaves, `thought_tokens` of them for a thought that the template knows.
     """
 
     messages: list[dict[str, Any]]
     token_ids: list[int]
     max_tokens: int
+    thought_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,23 @@ class EngineKind(Protocol):
     adapter_rank: int
     """Largest rank of an adapter that a process can serve beside its release's weights; 0: it serves none."""
 
-    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
-        """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
+    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
+        """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
+
+        The chat template takes `clock` for today (None: what it is).
+        """
         ...
 
     async def ready(self, address: str) -> bool:
         """Whether the engine has loaded and answers."""
         ...
 
-    async def reload(self, address: str, release: Path, name: str) -> None:
+    async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:
         """Load the weights in `release` in place of those that are served, and answer as model `name`.
 
-        Answers that have not ended break off. Raises ConnectionError where the engine does not answer or fails, and
-        ApplianceError where it refuses; then nobody can say what it serves, until another call succeeds.
+        The chat template takes `clock` for today (None: what it took before). Answers that have not ended break off.
+        Raises ConnectionError where the engine does not answer or fails, and ApplianceError where it refuses; then
+        nobody can say what it serves, until another call succeeds.
         """
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -186,6 +187,9 @@ class Recipe(_Section):
     """Seed of data order, adapter initialisation and dropout."""
     promote: bool = False
     """Make the release live as soon as it is verified."""
+    clock: date = Field(default_factory=date.today)
+    """Today, for chat templates that ask (Llama 3.2, SmolLM3, gpt-oss): one day for training, gates and the engine that
+    serves the release, so that what is served is what was proven. By default the day on which the run is queued."""
     eval_share: float = Field(0.1, ge=0, le=0.5)
     """Share of the prompts of each dataset that is held out."""
     forgetting_limit: float = Field(0.0, ge=0)

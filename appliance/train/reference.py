@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -52,6 +53,8 @@ def _section(title: str, model: type[BaseModel], names: set[str]) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
+    if field.default_factory == date.today:
+        return "today"
     default = field.default
     text = str(default).lower() if isinstance(default, bool) else json.dumps(default)
     return f"`{text}`"

@@ -60,7 +60,7 @@ def train_stage(
     recipe = recipe.for_base(count_parameters(base))
     stage = recipe.stage(name)
     folder = run / name
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, recipe.clock)
     dataset = Dataset.open(home, stage.dataset)
     dataset.require_sound(recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
@@ -112,7 +112,8 @@ def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
     dataset = Dataset.open(home, stage.dataset)
     dataset.require_sound(recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
-    train, held_out, _ = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], load_tokenizer(base), stage)
+    tokenizer = load_tokenizer(base, recipe.clock)
+    train, held_out, _ = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage)
     room = Room(stage.micro_batch_size or stage.batch_size)
     return _forecast(base, recipe, stage, train, held_out, room)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ _RELOAD_TIMEOUT = aiohttp.ClientTimeout(total=110)
 """Requests are held for two minutes."""
 _LONGEST_DEFAULT_CONTEXT = 8192
 _READY_TIMEOUT = aiohttp.ClientTimeout(total=2)
-_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=300)
+_PROBE_SECONDS = 300
+_SLOWEST_TOKEN_SECONDS = 2
+"""Per token of a probe's answer: a large model on a CPU. An engine that hangs is found by its health much sooner."""
 
 
 class OpenAIEngine:
@@ -42,14 +45,15 @@ class OpenAIEngine:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def reload(self, address: str, release: Path, name: str) -> None:
+    async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:
         """Load the weights in `release` in place of those that are served, and answer as model `name`.
 
-        Raises ConnectionError where the engine does not answer or fails, and InvalidInput where it refuses.
+        The chat template takes `clock` for today (None: what it took before). Raises ConnectionError where the engine
+        does not answer or fails, and InvalidInput where it refuses.
         """
         try:
             async with _connect(address, _RELOAD_TIMEOUT) as engine:
-                await _post(engine, RELOAD, {"weights": str(release), "name": name})
+                await _post(engine, RELOAD, {"weights": str(release), "name": name, "clock": clock and str(clock)})
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine could not load other weights: {error}") from error
 
@@ -70,15 +74,17 @@ class OpenAIEngine:
             raise ConnectionError(f"the engine could not load the adapter: {error}") from error
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
-        """Render and answer one probe greedily.
+        """Render and answer one probe greedily, as far as the context goes.
 
         Raises ConnectionError where the engine does not answer, and InvalidInput where it refuses the probe.
         """
         prompt = {"model": name, "messages": probe.messages}
+        timeout = aiohttp.ClientTimeout(total=_PROBE_SECONDS + probe.max_tokens * _SLOWEST_TOKEN_SECONDS)
         try:
-            async with _connect(address, _PROBE_TIMEOUT) as engine:
-                asked = {**prompt, "max_tokens": probe.max_tokens, "temperature": 0}
+            async with _connect(address, timeout) as engine:
                 rendered = json.loads(await _post(engine, "/tokenize", {**prompt, "add_generation_prompt": True}))
+                left = max(1, rendered["max_model_len"] - len(rendered["tokens"]))
+                asked = {**prompt, "max_tokens": min(probe.max_tokens, left), "temperature": 0}
                 answer = json.loads(await _post(engine, "/v1/chat/completions", asked))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine at {address} does not answer: {error}") from error

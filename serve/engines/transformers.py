@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import date
 from pathlib import Path
 
 from appliance.settings import Settings
@@ -43,8 +44,11 @@ class TransformersEngine(OpenAIEngine):
         """Bytes of memory that a process for the model files in `release` will take."""
         return weights_in_float32(release) + int(self._settings.kv_cache_gib * (1 << 30)) + OVERHEAD
 
-    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
-        """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
+    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
+        """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
+
+        The chat template takes `clock` for today (None: what it is).
+        """
         options = {
             "--model": release,
             "--name": name,
@@ -55,4 +59,5 @@ class TransformersEngine(OpenAIEngine):
         }
         argv = [sys.executable, "-m", "serve.engines.transformers_server"]
         argv += [str(part) for option in options.items() for part in option]
+        argv += ["--clock", str(clock)] if clock else []
         return EngineCommand(argv, dict(OFFLINE), f"unix:{socket}")

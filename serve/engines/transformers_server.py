@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from transformers.utils.logging import disable_progress_bar
 
+from appliance.data.tokenizer import set_clock
 from serve.engines.answer import Answer
 from serve.engines.generation import EngineDead, Generator
 from serve.engines.transformers import HONOURS
@@ -143,10 +145,13 @@ def main() -> None:
     parser.add_argument("--kv-cache-gib", type=float, required=True)
     parser.add_argument("--gpu-memory-share", type=float, required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--clock", type=date.fromisoformat)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     disable_progress_bar()
     generator = Generator(options.model, options.kv_cache_gib, options.gpu_memory_share, options.max_model_len)
+    if options.clock:
+        set_clock(generator.tokenizer, options.clock)
     if generator.max_model_len < options.max_model_len:
         log.warning("the KV cache holds %d tokens; longer contexts are refused", generator.max_model_len)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from datetime import date
 from pathlib import Path
 
 from appliance.errors import InvalidInput
@@ -12,7 +13,7 @@ from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand
 from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, context_length, weights_in_float32
 from serve.engines.transformers import HONOURS as COMMON
-from serve.engines.vllm_reload import Reload
+from serve.engines.vllm_reload import CLOCK, Reload
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for."""
@@ -62,8 +63,11 @@ class VllmEngine(OpenAIEngine):
             return int(self._settings.gpu_memory_share * total_memory())
         return weights_in_float32(release) + (self._cache_gib << 30) + OVERHEAD
 
-    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
-        """The command that serves the model files in `release` as model `name` on the unix socket `socket`."""
+    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
+        """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
+
+        The chat template takes `clock` for today (None: what it is).
+        """
         options = {
             "--model": release,
             "--served-model-name": name,
@@ -84,6 +88,8 @@ class VllmEngine(OpenAIEngine):
             argv += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2"]
             argv += ["--max-lora-rank", str(self.adapter_rank)]
             environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if clock:
+            environment[CLOCK] = str(clock)
         if not self._gpu:
             environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(self._cache_gib),

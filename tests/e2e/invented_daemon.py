@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import AsyncIterator
+from datetime import date
 from pathlib import Path
 
 import uvicorn
@@ -38,7 +39,7 @@ class InventedEngine(OpenAIEngine):
     def memory(self, release: Path) -> int:
         return 0
 
-    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
+    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
         return EngineCommand([sys.executable, __file__, str(release), name, str(socket)], {}, f"unix:{socket}")
 
 

@@ -9,6 +9,11 @@ from chat_templates import (
     CLOSED_AT_THE_END,
     COUNTING,
     DEFAULT_SYSTEM,
+    GEMMA,
+    HARMONY,
+    LLAMA,
+    MISTRAL,
+    OTHERS,
     RAISING,
     SHOUTING,
     THINKING,
@@ -17,6 +22,7 @@ from chat_templates import (
     make_tokenizer,
 )
 from tokenizers import normalizers
+from transformers import ByT5Tokenizer
 
 from appliance.data.render import render_conversation, render_prompt
 from appliance.errors import InvalidInput
@@ -93,6 +99,64 @@ def test_what_the_template_puts_before_the_last_answer_is_trained() -> None:
     assert shown(make_tokenizer(THINKING), [USER, ANSWER, USER, ANSWER]).endswith(
         "[[he is here<|im_end|>]]\n<|im_start|>user\nhello<|im_end|>\n"
         "<|im_start|>assistant\n[[<think>\n\n</think>\n\nhe is here<|im_end|>]]\n"
+    )
+
+
+KINDS = {
+    "chatml": (CHATML, "{}<|im_end|>", "{}<|im_end|>"),
+    "system": (DEFAULT_SYSTEM, "{}<|im_end|>", "{}<|im_end|>"),
+    "trimming": (TRIMMING, "{}<|im_end|>", "{}<|im_end|>"),
+    "closed": (CLOSED_AT_THE_END, "{}<|im_end|>", "{}<|im_end|>"),
+    "llama": (LLAMA, "{}<|eot_id|>", "{}<|eot_id|>"),
+    "mistral": (MISTRAL, " {}</s>", " {}</s>"),
+    "gemma": (GEMMA, "{}<end_of_turn>", "{}<end_of_turn>"),
+    "harmony": (HARMONY, "<|channel|>final<|message|>{}<|end|>", "<|channel|>final<|message|>{}<|return|>"),
+    "thinking": (THINKING, "{}<|im_end|>", "<think>\n\n</think>\n\n{}<|im_end|>"),
+}
+"""Chat templates, and what is trained of an answer that others follow and of the last one."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("final", "a", "in", "assistant", "message", "model", "think", "hello", "hello\n\nhello", "l", ""),
+        *("日本 🎉", "e\u0301", "<|im_end|>", "<|channel|>final<|message|>final<|return|>", "<|end|>\n<|start|>user"),
+        *("</s>[INST] a [/INST]", "<end_of_turn>\n<start_of_turn>model\na", "<|eot_id|>", "<think>a</think>"),
+    ],
+)
+def test_an_answer_is_found_where_it_is_whatever_it_says(kind: str, answer: str) -> None:
+    template, followed, last = KINDS[kind]
+    tokenizer = make_tokenizer(template)
+    messages = [USER, {**ANSWER, "content": answer}, {**USER, "content": answer or "a"}, {**ANSWER, "content": answer}]
+    rendered = shown(tokenizer, messages)
+    spans = [piece.partition("]]")[0] for piece in rendered.split("[[")[1:]]
+    assert spans == [followed.format(answer), last.format(answer)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("answer", [" a", "a \n", "a\n\n", " final "])
+def test_white_space_around_an_answer_is_trained_unless_the_template_cuts_it(kind: str, answer: str) -> None:
+    template, _, last = KINDS[kind]
+    said = answer.strip() if "trim" in template else answer
+    assert f"[[{last.format(said)}]]" in shown(make_tokenizer(template), [USER, {**ANSWER, "content": answer}])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_composed_character_is_trained_as_the_tokenizer_has_it(kind: str) -> None:
+    template, _, last = KINDS[kind]
+    tokenizer = make_tokenizer(template, normalizers.NFC())
+    composed = last.format("\u00e9")
+    assert f"[[{composed}]]" in shown(tokenizer, [USER, {**ANSWER, "content": "e\u0301"}])
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_stand() -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=OTHERS, chat_template=HARMONY)
+    assert not tokenizer.is_fast
+    last = {**ANSWER, "content": "\u00e9 a"}
+    assert shown(tokenizer, [USER, {**ANSWER, "content": "final"}, USER, last]).endswith(
+        "<|start|>assistant[[<|channel|>final<|message|>final<|end|>]]<|start|>user<|message|>hello<|end|>"
+        "<|start|>assistant[[<|channel|>final<|message|>\u00e9 a<|return|>]]"
     )
 
 

@@ -71,11 +71,16 @@ ROWS: list[dict[str, Any]] = [
     {"messages": [ASKED, {**ANSWERED, "content": "he <|im_end|> he"}]},
     {"prompt": [ASKED, ANSWERED, ASKED], "chosen": [ANSWERED], "rejected": [{**ANSWERED, "content": "no"}]},
     {"prompt": [ASKED], "completion": [ANSWERED], "label": False},
+    {"messages": [ASKED, {**ANSWERED, "content": "final"}, {**ASKED, "content": "final"}, ANSWERED]},
+    {"messages": [{**ASKED, "content": "a"}, {**ANSWERED, "content": "a", "weight": 0}, ASKED, ANSWERED]},
 ]
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("template", ["CHATML", "DEFAULT_SYSTEM", "TRIMMING", "THINKING", "CLOSED_AT_THE_END"])
+@pytest.mark.parametrize(
+    "template",
+    ["CHATML", "DEFAULT_SYSTEM", "TRIMMING", "THINKING", "CLOSED_AT_THE_END", "LLAMA", "GEMMA", "MISTRAL", "HARMONY"],
+)
 def test_the_counts_are_those_of_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, fast: bool
 ) -> None:
@@ -139,7 +144,7 @@ def test_where_the_fast_count_differs_training_s_own_is_used(tmp_path: Path, mon
 
 
 def test_of_a_judged_row_only_the_answers_are_trained() -> None:
-    pair, judged = ROWS[5:]
+    pair, judged = ROWS[5:7]
     unsaid = {**ANSWERED, "weight": 0}
     assert list(conversations(pair)) == [
         [ASKED, unsaid, ASKED, ANSWERED],
@@ -155,7 +160,7 @@ def test_what_a_limit_cuts_off(tmp_path: Path) -> None:
     assert figures["truncated_rows"] == sum(length > lengths[3] for length in lengths) > 0
     assert figures["truncated_tokens"] == sum(max(0, length - lengths[3]) for length in lengths)
     assert figures["percentiles"]["0"] == lengths[0]
-    assert figures["percentiles"]["50"] == lengths[3]
+    assert figures["percentiles"]["50"] == lengths[(len(lengths) - 1) // 2]
     assert figures["percentiles"]["100"] == lengths[-1]
 
 

@@ -314,21 +314,3 @@ def test_a_live_release_without_files_is_no_hindrance(home: Home, monkeypatch: p
     gate = verify(home, id)["quality"]
     assert gate["passed"]
     assert id == "base" or gate["figures"]["against"] == "the base tiny"
-
-
-def test_probes_are_training_prompts_as_the_trainer_renders_them(home: Home) -> None:
-    verify(home, "lora")
-    probes = load_probes(home.runs / "lora")
-    asked = {row["messages"][0]["content"] for row in FACTS}
-    assert len(probes) == 10
-    assert sum(probe.messages[-1]["content"] in asked for probe in probes) == 8
-    assert len({probe.messages[-1]["content"] for probe in probes}) == 10
-    tokenizer = load_tokenizer(home.models / "tiny")
-    for probe in probes:
-        assert probe.token_ids == render_prompt(tokenizer, probe.messages)
-        assert tokenizer.decode(probe.token_ids).endswith("<|im_start|>assistant\n")
-        assert 64 < probe.max_tokens <= 256
-    verify(home, "base")
-    assert len(load_probes(home.runs / "base")) == 2
-    verify(home, "dpo")
-    assert any("Say, what colour" in probe.messages[-1]["content"] for probe in load_probes(home.runs / "dpo"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 from appliance.canary import Comparison
@@ -16,7 +17,7 @@ from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
 class FakeEngine:
     """`token_ids` is how it renders every prompt; `broken` releases never start, `unloadable` ones are not
     taken in place of others, `strange` ones answer otherwise when they are, and a load waits for `loading`.
-    `refusal`: why it takes no adapter."""
+    `refusal`: why it takes no adapter. Every answer says which day it is."""
 
     name: str = "fake"
     honours: frozenset[str] = frozenset({"messages", "model", "stream"})
@@ -32,12 +33,15 @@ class FakeEngine:
     adapter_rank: int = 0
     adapters: list[str] = field(default_factory=list)
     refusal: str = ""
+    clocks: dict[str, date | None] = field(default_factory=dict)
+    """What each process takes for today, by its address."""
 
     def memory(self, release: Path) -> int:
         return self.size
 
-    async def reload(self, address: str, release: Path, name: str) -> None:
+    async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:
         self.loaded.append(name)
+        self.clocks[address] = clock
         if self.loading:
             await self.loading.wait()
         if name in self.unloadable:
@@ -48,7 +52,8 @@ class FakeEngine:
             raise InvalidInput("engine_refused", self.refusal, "")
         self.adapters.append(name)
 
-    def command(self, release: Path, name: str, socket: Path) -> EngineCommand:
+    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
+        self.clocks[f"unix:{socket}"] = clock
         socket.unlink(missing_ok=True)
         code = f"open({str(socket)!r}, 'w').close(); import time; time.sleep(60)"
         argv = [sys.executable, "-c", "raise SystemExit(1)" if name in self.broken else code]
@@ -58,7 +63,8 @@ class FakeEngine:
         return Path(address.removeprefix("unix:")).exists()
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
-        return ProbeAnswer(self.token_ids, "hm" if name in self.loaded and name in self.strange else "hello", "stop", 1)
+        said = "hm" if name in self.loaded and name in self.strange else f"hello on {self.clocks[address]}"
+        return ProbeAnswer(self.token_ids, said, "stop", 1)
 
 
 @dataclass

@@ -6,11 +6,13 @@ import asyncio
 import json
 import os
 import signal
+from datetime import date, datetime
 
 import pytest
 from fake_engine import FakeEngine, FakeFrontage
-from mortal_daemon import Daemon
+from mortal_daemon import RECIPE, Daemon
 
+from appliance.release.manifest import read_manifest
 from appliance.store.processes import SWAPPING, Processes
 from appliance.store.releases import Releases
 from appliance.supervisor import engine_processes
@@ -42,6 +44,39 @@ async def test_the_engine_goes_on_with_the_other_weights(daemon: Daemon) -> None
     await daemon.until(lambda: daemon.supervisor.routed == second)
     assert daemon.pid("engine", second) == process
     assert daemon.supervisor.releases.setback() == ""
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+async def test_a_rollback_on_a_later_day_takes_the_day_of_the_release_for_today(daemon: Daemon, in_place: bool) -> None:
+    """The first release was made eight days before the second, both long ago."""
+    releases = {}
+    for day in (date(2024, 2, 29), date(2024, 3, 9)):
+        run = daemon.queue(RECIPE.model_copy(update={"clock": day}))
+        await daemon.until(lambda run=run: daemon.supervisor.routed == run)
+        await daemon.until(lambda run=run: daemon.running("engine") == [run])
+        releases[run] = day
+        (said,) = read_manifest(daemon.home, run)["reference"]["answers"]
+        assert said["text"] == f"hello on {day}", "as the candidate was probed"
+    daemon.engine.reloads = in_place
+    for release in releases:
+        daemon.supervisor.promote(release)
+        await daemon.until(lambda release=release: daemon.supervisor.routed == release)
+        (row,) = (row for row in daemon.supervisor.processes.all() if row.kind == "engine" and row.owner == release)
+        assert daemon.engine.clocks[row.address] == releases[release]
+    assert daemon.engine.loaded == (list(releases) if in_place else [])
+    assert daemon.supervisor.releases.setback() == ""
+
+
+async def test_a_release_that_has_no_clock_takes_the_day_it_was_made_on(daemon: Daemon) -> None:
+    first, _ = await two_releases(daemon)
+    path = daemon.home.releases / first / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["recipe"]["clock"]
+    path.write_text(json.dumps(manifest | {"created": datetime(2024, 2, 29, 23, 59).timestamp(), "reference": {}}))
+    daemon.supervisor.rollback()
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    (row,) = (row for row in daemon.supervisor.processes.all() if row.kind == "engine" and row.owner == first)
+    assert daemon.engine.clocks[row.address] == date(2024, 2, 29)
 
 
 async def test_a_release_with_another_tokenizer_gets_an_engine_of_its_own(daemon: Daemon) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 
 from appliance.api import ShippedRecipe
@@ -42,6 +44,17 @@ def test_a_dumped_recipe_reads_back_with_every_default_written_out() -> None:
     text = dump_recipe(recipe)
     assert parse_recipe(text) == recipe
     assert "checkpoint_every = 20" in text
+
+
+def test_a_recipe_has_the_day_on_which_it_was_first_read_or_its_own() -> None:
+    before = date.today()
+    recipe = parse_recipe(GOOD)
+    assert before <= recipe.clock <= date.today()
+    assert f'clock = "{recipe.clock}"' in dump_recipe(recipe)
+    for day in ("2024-02-29", '"2024-02-29"'):
+        earlier = parse_recipe(f"clock = {day}" + GOOD)
+        assert earlier.clock == date(2024, 2, 29)
+        assert parse_recipe(dump_recipe(earlier)) == earlier
 
 
 @pytest.mark.parametrize(
@@ -100,6 +113,7 @@ def test_every_shipped_recipe_parses(shipped: ShippedRecipe) -> None:
         (GOOD.replace('name = "facts"', 'name = "../x"'), "`name` is not valid"),
         (GOOD.replace('method = "dpo"', 'method = "sft"'), "two stages have the same name"),
         (GOOD.replace('method = "dpo"', 'method = "dpo"\nname = "merge"'), "cannot be named 'merge'"),
+        ('clock = "yesterday"' + GOOD, "`clock` is not valid"),
         ("", "lacks `name`"),
     ],
 )

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,14 @@ def test_vllms_command(release: Path, gpu: bool, dtype: str, share: str) -> None
     assert command.environment.get("VLLM_CPU_KVCACHE_SPACE") == (None if gpu else "2")
     module, _, name = given["--middleware"].rpartition(".")
     assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def test_an_engine_is_told_what_its_release_takes_for_today(release: Path) -> None:
+    day, socket = date(2024, 2, 29), release / "engine.sock"
+    embedded, vllm = TransformersEngine(load_settings({})), VllmEngine(load_settings({}), gpu=True)
+    assert options(embedded.command(release, "r1", socket, day).argv)["--clock"] == "2024-02-29"
+    assert vllm.command(release, "r1", socket, day).environment["APPLIANCE_CLOCK"] == "2024-02-29"
+    assert "APPLIANCE_CLOCK" not in vllm.command(release, "r1", socket).environment
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", 6), ("bfloat16", 12), (None, 12)])

@@ -5,21 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import stat
 import time
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from engine_process import Served
+from engine_process import Served, serving
 from transformers import AutoTokenizer
 
+from appliance.data.render import render_prompt
+from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import InvalidInput
+from appliance.settings import Settings
 from appliance.supervisor.engines import Probe
 
 pytestmark = pytest.mark.slow
+
+DAY, LATER = date(2024, 2, 29), date(2024, 3, 9)
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Answer in one word."},
@@ -43,6 +51,31 @@ async def test_probing_renders_as_the_trainer_does_and_is_repeatable(served: Ser
     assert 0 < answers[0].completion_tokens <= 24
 
 
+@pytest.fixture
+def long_ago(settings: Settings, smollm2: Path, tmp_path: Path) -> Iterator[Served]:
+    """An engine of a release of another day, whose chat template asks for the date."""
+    model = tmp_path / "model"
+    shutil.copytree(smollm2, model, copy_function=os.symlink)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    with serving(settings, model, tmp_path, DAY) as served:
+        yield served
+
+
+async def test_today_is_what_its_release_takes_for_it(long_ago: Served) -> None:
+    """Whatever the day on which it runs, a prompt is rendered as when the release was made, also after a swap."""
+    served, rendered = long_ago, {}
+    for day in (DAY, LATER):
+        rendered[day] = render_prompt(load_tokenizer(served.model, day), MESSAGES)
+    answer = await served.kind.probe(served.address, "r1", Probe(MESSAGES, [], 2))
+    assert answer.token_ids == rendered[DAY] != rendered[LATER]
+    if served.kind.reloads:
+        await served.kind.reload(served.address, served.model, "r2", LATER)
+        answer = await served.kind.probe(served.address, "r2", Probe(MESSAGES, [], 2))
+        assert answer.token_ids == rendered[LATER]
+
+
 async def test_an_engine_that_is_not_there(served: Served, probe: Probe, tmp_path: Path) -> None:
     nowhere = f"unix:{tmp_path / 'none.sock'}"
     assert not await served.kind.ready(nowhere)
@@ -54,6 +87,13 @@ async def test_a_probe_that_it_refuses(served: Served) -> None:
     endless = Probe([{"role": "user", "content": "word " * 600}], [], max_tokens=24)
     with pytest.raises(InvalidInput, match=r"refuses /tokenize.*512|refuses /v1/chat/completions.*512"):
         await served.kind.probe(served.address, served.name, endless)
+
+
+async def test_an_answer_has_what_the_context_leaves_of_its_room(served: Served) -> None:
+    """512 tokens, where the probe would give it more."""
+    roomy = Probe([{"role": "user", "content": "word " * 440}], [], max_tokens=4096)
+    answer = await served.kind.probe(served.address, served.name, roomy)
+    assert len(answer.token_ids) + answer.completion_tokens <= 512
 
 
 def test_its_socket_is_for_its_owner_alone(served: Served) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import httpx
 import pytest
+from chat_templates import DATED, make_tokenizer
 from engine_process import Served
 from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
@@ -20,9 +21,10 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from appliance.supervisor.engines import Probe
-from serve.engines.vllm_reload import Reload
+from serve.engines.vllm_reload import CLOCK, Reload
 
 ASKED = {"name": "r2", "weights": "/releases/r2"}
+ASKED_TEXT = [{"role": "user", "content": "hello"}]
 
 
 class EngineClient:
@@ -32,6 +34,8 @@ class EngineClient:
         self.calls: list[Any] = []
         self.cache_is_free = True
         self.broken = False
+        tokenizer = make_tokenizer(DATED)
+        self.renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
         self.calls.append(("pause", mode, clear_cache))
@@ -80,6 +84,25 @@ async def test_weights_cache_and_name_change_while_nothing_is_generated(app: Sta
         "reset",
         "resume",
     ]
+
+
+async def test_the_template_is_told_the_day_of_the_release_from_the_first_request_on(
+    app: Starlette, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def today() -> str:
+        return str(tokenizer.apply_chat_template(ASKED_TEXT, tokenize=False)).partition("\n")[0]
+
+    monkeypatch.setenv(CLOCK, "2024-02-29")
+    tokenizer = app.state.engine_client.renderer.get_tokenizer()
+    async with client(app) as engine:
+        await engine.get("/v1/models")
+        assert today() == "It is 29 Feb 2024."
+        await engine.post("/reload", json=ASKED)
+        assert today() == "It is 29 Feb 2024."
+        await engine.post("/reload", json={**ASKED, "clock": "2024-03-09"})
+        assert today() == "It is 09 Mar 2024."
+        await engine.get("/v1/models")
+        assert today() == "It is 09 Mar 2024."
 
 
 @pytest.mark.parametrize("fault", ["weights", "cache"])
