@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
+import itertools
 import json
 import mmap
 import re
@@ -36,6 +38,10 @@ ENTRY = struct.Struct("<QQQ")
 """An entry of rows.index: where the row's line ends, 64 bits of its hash, and its group."""
 ENTRY_FIELDS = [("end", "<u8"), ("digest", "<u8"), ("group", "<u8")]
 """The same for numpy. Rows of one group are never parted by a split."""
+
+HELD_OUT_AT_MOST = 256
+"""Rows that a split holds out at most, because more would say little more: the interval of a mean over so many is an
+eighth of what the rows differ by."""
 
 
 class RowWriter:
@@ -90,6 +96,29 @@ class Rows(Sequence[Row]):
         row: Row = json.loads(self._lines[start : self._end(position)])
         return row
 
+    def files(self) -> Any:
+        """[n] of each row the number of the source file that it came from; the rows of a file stand together."""
+        import numpy
+
+        found, numbers = numpy.zeros(len(self), numpy.int64), dict[str, int]()
+        begin = 0
+        while begin < len(self):
+            end = self._end_of_file(begin)
+            found[begin:end] = numbers.setdefault(self._file(begin), len(numbers))
+            begin = end
+        return found
+
+    def _end_of_file(self, begin: int) -> int:
+        """Where the rows of the file that row `begin` came from end."""
+        name, step = self._file(begin), 1
+        while begin + step < len(self) and self._file(begin + step) == name:
+            step *= 2
+        some = range(begin + step // 2, min(begin + step, len(self)))
+        return some.start + bisect.bisect_left(some, True, key=lambda row: self._file(row) != name)
+
+    def _file(self, position: int) -> str:
+        return str(self[position].get("source", {}).get("file", ""))
+
     def _end(self, position: int) -> int:
         end: int = ENTRY.unpack_from(self._index, position * ENTRY.size)[0]
         return end
@@ -132,32 +161,64 @@ class Dataset:
         return numpy.fromfile(self.directory / INDEX, ENTRY_FIELDS)
 
     def split(self, eval_share: float) -> tuple[list[int], list[int]]:
-        """Indices of the rows to train on and of those held out, as `split` says."""
-        train, held_out = split(self.index()["group"], eval_share)
+        """Indices of the rows to train on, in their order, and of those held out, in the order that `split` says.
+
+        What needs fewer of the held-out rows takes the first: any number of them is a draw from all files.
+        """
+        train, held_out = split(self.index()["group"], eval_share, self.rows.files())
         return train.tolist(), held_out.tolist()
 
 
-def split(groups: Any, eval_share: float) -> tuple[Any, Any]:
-    """Indices of the rows to train on and of those held out, each in the rows' order, of [n] u64 groups.
+def split(groups: Any, eval_share: float, files: Any) -> tuple[Any, Any]:
+    """Indices of the rows to train on and of those held out, of [n] u64 groups in [n] numbered source files.
 
-    A group falls on one side. Held out are the groups of the lowest hashes, as many as together hold at most
-    `eval_share` of the rows, but at least one group; none where `eval_share` is 0 or there is one group only.
+    A group falls on one side; its file is that of its first row. Held out are the groups that `_stratified` puts first,
+    of each file the same share, as many as hold `eval_share` of the rows and at most HELD_OUT_AT_MOST. The first of
+    each file of several groups is among them as far as there is room, and one group in any case; none where
+    `eval_share` is 0 or there is one group only. Rows to train on come in their order, those held out in that of their
+    groups.
     """
     import numpy
 
-    distinct, sizes = numpy.unique(groups, return_counts=True)
-    chosen = []
-    if eval_share > 0 and len(distinct) > 1:
-        room = round(eval_share * len(groups))
-        for group, size in zip(distinct[:-1], sizes[:-1], strict=True):
-            if size <= room:
-                chosen.append(group)
-                room -= size
-            if not room:
-                break
-        chosen = chosen or [distinct[0]]
-    held_out = numpy.isin(groups, numpy.array(chosen, dtype="<u8"))
-    return numpy.flatnonzero(~held_out), numpy.flatnonzero(held_out)
+    distinct, first, sizes = numpy.unique(groups, return_index=True, return_counts=True)
+    if not eval_share or len(distinct) < 2:
+        return numpy.arange(len(groups)), numpy.array([], numpy.int64)
+    order, firsts = _stratified(files[first], sizes)
+    room, smallest = min(round(eval_share * len(groups)), HELD_OUT_AT_MOST), sizes.min()
+    chosen: set[int] = set()
+    for group in itertools.chain(firsts, order[:-1]):
+        if room < smallest:
+            break
+        if sizes[group] <= room and group not in chosen:
+            chosen.add(group)
+            room -= sizes[group]
+    chosen = chosen or {order[0]}
+    is_held_out = numpy.isin(groups, distinct[list(chosen)])
+    rows = numpy.flatnonzero(is_held_out)
+    place = numpy.empty_like(order)
+    place[order] = numpy.arange(len(order))
+    by_place = numpy.argsort(place[numpy.searchsorted(distinct, groups[rows])], kind="stable")
+    return numpy.flatnonzero(~is_held_out), rows[by_place]
+
+
+def _stratified(files: Any, sizes: Any) -> tuple[Any, Any]:
+    """Indices of [n] groups, given by their hash with file and number of rows, in an order of which any beginning is a
+    draw of the same share of each file; and the first group of each file of several, in the same order.
+
+    Hashes are a random order that does not depend on that of the rows. A group stands at the share of its file's rows
+    whose groups have lower hashes, half of its own included.
+    """
+    import numpy
+
+    by_file = numpy.argsort(files, kind="stable")
+    rows_of = numpy.bincount(files, sizes)
+    begin_of = numpy.cumsum(rows_of) - rows_of
+    middle = numpy.cumsum(sizes[by_file]) - sizes[by_file] / 2
+    share = numpy.empty(len(files))
+    share[by_file] = (middle - begin_of[files[by_file]]) / rows_of[files[by_file]]
+    _, first, count = numpy.unique(files, return_index=True, return_counts=True)
+    several = first[count > 1]
+    return numpy.argsort(share, kind="stable"), several[numpy.argsort(share[several], kind="stable")]
 
 
 def compare(one: Dataset, other: Dataset) -> tuple[list[int], list[int], int]:

@@ -172,7 +172,7 @@ class _Import:
     def _repeats(self, repeats: Repeats) -> dict[str, Any]:
         """The figures of repeated rows, with examples by their places in the files."""
         rows = Rows(self.scratch)
-        train, held_out = split(repeats.groups, _EVAL_SHARE)
+        train, held_out = split(repeats.groups, _EVAL_SHARE, rows.files())
         both = numpy.isin(repeats.questions[held_out], repeats.questions[train])
 
         def place(row: int) -> str:

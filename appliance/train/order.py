@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from appliance.train.seeds import seed_for
+
 BATCHES_SORTED_TOGETHER = 32
 
 PART_TOKENS = 2048 if torch.cuda.is_available() else 512
@@ -19,7 +21,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
     epoch and hold little padding; then the batches are shuffled. The first batch of the first epoch has the
     longest row, so that a lack of memory shows at once.
     """
-    generator = torch.Generator().manual_seed(seed + epoch)
+    generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
     shuffled: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     if epoch == 0:
         longest = max(shuffled, key=lengths.__getitem__)

@@ -191,7 +191,8 @@ class Recipe(_Section):
     """Today, for chat templates that ask (Llama 3.2, SmolLM3, gpt-oss): one day for training, gates and the engine that
     serves the release, so that what is served is what was proven. By default the day on which the run is queued."""
     eval_share: float = Field(0.1, ge=0, le=0.5)
-    """Share of the prompts of each dataset that is held out."""
+    """Share of each dataset that is held out, drawn by the hash of its prompts, and 256 rows at most: more would make
+    the figures hardly surer."""
     forgetting_limit: float = Field(0.0, ge=0)
     """By how much the loss on the live release's own held-out rows may rise (nats a token) before the quality gate
     refuses; 0: by anything, and the release's card says by how much."""

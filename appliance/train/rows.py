@@ -17,7 +17,7 @@ IGNORED = -100
 """The label of a token that the loss leaves out."""
 
 HELD_OUT_ROWS = 64
-"""At most so many rows are evaluated, so that evaluation stays a small share of training."""
+"""So many of the held-out rows are evaluated in training, which thus stays a small share of it: the first, a draw."""
 
 
 def tokenise(

@@ -19,6 +19,7 @@ from appliance.train.model import ON_GPU
 from appliance.train.order import LengthSampler
 from appliance.train.room import Room
 from appliance.train.rows import Example
+from appliance.train.seeds import seed_for
 
 Batch = dict[str, torch.Tensor]
 """What TRL's collators make of rows: a value a row; a sequence a row; or all rows' first, then all rows' second."""
@@ -82,7 +83,7 @@ class PartwiseTrainer(Trainer):
         def attempt() -> torch.Tensor:
             model.zero_grad()
             # So that dropout follows from the recipe's seed and the step alone, whatever came before.
-            torch.manual_seed(self.args.seed + self.state.global_step)
+            torch.manual_seed(seed_for(self.args.seed, "dropout", self.state.global_step))
             losses: list[torch.Tensor] = []
             for part, share in self.parts(inputs):
                 if losses:

@@ -33,6 +33,12 @@ def test_the_same_seed_and_epoch_give_the_same_order() -> None:
     assert epoch_order(LENGTHS, 8, 17, 4) != epoch_order(LENGTHS, 8, 18, 4)
 
 
+def test_no_two_seeds_have_an_epoch_in_common() -> None:
+    rows = [10] * 200
+    orders = [tuple(epoch_order(rows, 8, seed, epoch)) for seed in range(17, 27) for epoch in range(1, 11)]
+    assert len(set(orders)) == 100
+
+
 def test_the_longest_row_comes_first() -> None:
     longest = max(LENGTHS)
     assert all(LENGTHS[epoch_order(LENGTHS, 8, seed, 0)[0]] == longest for seed in range(5))

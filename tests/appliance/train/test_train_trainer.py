@@ -116,6 +116,21 @@ def test_the_head_sees_the_trained_tokens_only(trainer: PartwiseTrainer, monkeyp
     assert not {"entropy", "mean_token_accuracy", "logits/chosen"} & trainer.state.log_history[-1].keys()
 
 
+def test_no_two_seeds_have_a_step_of_dropout_in_common(trainer: PartwiseTrainer) -> None:
+    trainer.create_optimizer_and_scheduler(1)
+    (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    for layer in (layer for layer in trainer.model.modules() if hasattr(layer, "lora_dropout")):
+        layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
+
+    def loss(seed: int, step: int) -> float:
+        trainer.args.seed, trainer.state.global_step = seed, step
+        return float(trainer.training_step(trainer.model, batch, items))
+
+    found = [loss(seed, step) for seed in (17, 18, 19) for step in (0, 1, 2)]
+    assert len(set(found)) == len(found)
+    assert loss(18, 1) == found[4]
+
+
 def test_the_optimiser_holds_its_memory_before_the_first_step_and_takes_none_in_it(trainer: PartwiseTrainer) -> None:
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.create_optimizer_and_scheduler(1)
