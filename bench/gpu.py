@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 from gpu_parts import PARTS, Part, shapes
-from runs import machine, say
+from runs import say
 
 WEIGHTS = next(part for part in PARTS if part.name == "weights")
-SCRATCH = 40 << 30
+SCRATCH = 28 << 30
 """Bytes that base models and runs take."""
 DRY_PATIENCE = 5
 """How many times longer a part may take without a GPU."""
@@ -188,7 +188,7 @@ def record(reported: dict[str, dict[str, Any]], *, dry: bool) -> dict[str, Any]:
         "parts": states,
         "seconds": {name: entry["seconds"] for name, entry in reported.items()},
         "figures": found,
-        "machine": machine(),
+        "machine": found.get("stack", {}).get("machine"),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from gpu_worker import use_older_attention
+from runs import machine
 from torch.nn import functional
 
 from appliance.train.forecast import matmul_speed
@@ -21,12 +22,12 @@ from appliance.train.model import ON_GPU, nf4_round_trip
 from appliance.train.packing import attend
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pydantic")
+PACKAGES = ("triton", "accelerate", "datasets", "pydantic", "numpy")
 MODULES = (*PACKAGES, "appliance.release.merge", "appliance.release.verify", "appliance.train.stage")
 
 
 def stack() -> dict[str, Any]:
-    """What is installed and imports, and the output head's kernel."""
+    """What is installed beside what `machine` names, what imports, and the output head's kernel."""
     figures: dict[str, Any] = {"python": platform.python_version(), "versions": {}, "missing": {}}
     for name in MODULES:
         try:
@@ -49,7 +50,7 @@ def stack() -> dict[str, Any]:
         }
     sizes = (2048, 8192) if ON_GPU else (256,)
     figures["matmul_speed"] = {size: matmul_speed(size) for size in sizes}
-    return figures | {"head": head()}
+    return figures | {"head": head(), "machine": machine()}
 
 
 def head(tokens: int = 600, width: int = 4096, vocabulary: int = 128256) -> dict[str, float]:

@@ -303,8 +303,8 @@ class Part(NamedTuple):
 
 PARTS = (
     Part(stack, 120, trains=False),
-    Part(rounding, 90, trains=False),
-    Part(attention, 90, trains=False),
+    Part(rounding, 120, trains=False),
+    Part(attention, 120, trains=False),
     Part(weights, 150, trains=False),
     Part(sft_checkpointed, 120, timed=True),
     Part(sft, 120, timed=True),
