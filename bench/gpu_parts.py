@@ -24,7 +24,7 @@ from appliance.home import Home
 HERE = Path(__file__).parent
 UNTIMED = 2
 """The first steps, in which kernels are compiled."""
-MEMORY = 8.0
+MEMORY = 7.0
 """GiB in which an 8B's short rows have no room eight at a time."""
 STAGE = """
 [[stages]]
@@ -223,7 +223,7 @@ def dpo(bench: Bench) -> dict[str, Any]:
 
 def out_of_memory(bench: Bench) -> dict[str, Any]:
     """Short rows in too little memory: parts are halved, and the run ends."""
-    figures = trained(bench.run(stage(bench.short_rows(), 4, rows=8)), "sft", "--memory", str(MEMORY))
+    figures = trained(bench.run(stage(bench.short_rows(), bench.steps(6), rows=8)), "sft", "--memory", str(MEMORY))
     halved = [warning for warning in figures["warnings"] if warning.startswith("out of memory")]
     return figures | {"halved": len(halved)}
 
