@@ -269,16 +269,19 @@ def short_padded(bench: Bench) -> dict[str, Any]:
 
 def short_plain_trl(bench: Bench) -> dict[str, Any]:
     """The same rows in a plain TRL script."""
-    return plain_trl(bench, bench.short_rows(), 8)
+    return plain_trl(bench, bench.short_rows(), bench.steps(25), 8)
 
 
 def long_plain_trl(bench: Bench) -> dict[str, Any]:
     """The rows of full length in a plain TRL script."""
-    return plain_trl(bench, bench.rows("sft", bench.steps(12)), 1)
+    count = bench.steps(12)
+    return plain_trl(bench, bench.rows("sft", count), count, 1)
 
 
-def plain_trl(bench: Bench, dataset: str, batch_size: int) -> dict[str, Any]:
-    rows = bench.home.datasets / dataset / "rows.jsonl"
+def plain_trl(bench: Bench, dataset: str, steps: int, batch_size: int) -> dict[str, Any]:
+    lines = (bench.home.datasets / dataset / "rows.jsonl").read_text().splitlines()
+    rows = bench.home.incoming / "plain.jsonl"
+    rows.write_text("\n".join(lines[: steps * batch_size]))
     argv = [str(HERE / "plain_trl.py"), str(bench.home.models / bench.large), str(rows), "--adapter", "qlora"]
     argv += ["--batch-size", str(batch_size), "--max-length", "2048", "--after", str(UNTIMED)]
     figures: dict[str, Any] = json.loads(run_python(argv).splitlines()[-1])
