@@ -45,8 +45,9 @@ $(VLLM_VENV)/ready: pyproject.toml setup.sh
 bench-data: $(READY)
 	@$(BIN)/python bench/data.py
 
+# Needs an NVIDIA GPU, without one ARGUMENTS=--dry.
 bench-gpu: $(READY)
-	@bench/gpu.sh
+	@bench/gpu.sh $(ARGUMENTS)
 
 # BASE: a base model's directory (a GPU gets an 8B shape without one); DATA: a file to train on; else rows are made up.
 bench-train: $(READY)

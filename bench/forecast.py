@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from random_llama import write_model
-from train import ON_GPU, imported, machine, say
+from runs import imported, machine, say
 
 from appliance.home import Home
+from appliance.train.model import ON_GPU
 from appliance.train.recipe import dump_recipe, parse_recipe
 
 TARGET = 0.10 if ON_GPU else 0.15

@@ -1,7 +1,7 @@
 """The peer: a plain TRL script, as its documentation writes one, on the same model, rows, adapter, precision and batch.
 
 Everything that is not said on the command line is TRL's default. It trains one pass over ROWS.jsonl; the last line is
-{"tokens", "seconds", "peak"}: tokens without padding, seconds of all steps, bytes (resident, or of the GPU).
+{"tokens", "seconds", "peak"}: tokens without padding, seconds of the steps, bytes (resident, or of the GPU).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
 class Clock(TrainerCallback):
-    """Seconds inside the steps."""
+    """Seconds inside the steps, and their tokens, from where they count."""
 
     seconds = 0.0
+    uncounted = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.begun = time.monotonic()
@@ -35,6 +36,8 @@ class Clock(TrainerCallback):
         if ON_GPU:
             torch.cuda.synchronize()
         self.seconds += time.monotonic() - self.begun
+        if state.global_step == given.after:
+            self.seconds, self.uncounted = 0.0, state.num_input_tokens_seen
 
 
 parser = argparse.ArgumentParser()
@@ -46,6 +49,7 @@ parser.add_argument("--max-length", type=int, default=1024)
 parser.add_argument("--learning-rate", type=float, default=2e-4)
 parser.add_argument("--sampling", default="random", help="group_by_length: batches of rows of like length")
 parser.add_argument("--seed", type=int, default=17)
+parser.add_argument("--after", type=int, default=0, help="steps before those that count")
 parser.add_argument("--save", type=Path, help="where the adapter goes")
 given = parser.parse_args()
 
@@ -90,4 +94,5 @@ trainer.train()
 if given.save:
     trainer.model.save_pretrained(given.save)
 peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"tokens": trainer.state.num_input_tokens_seen, "seconds": clock.seconds, "peak": peak}))
+tokens = trainer.state.num_input_tokens_seen - clock.uncounted
+print(json.dumps({"tokens": tokens, "seconds": clock.seconds, "peak": peak}))

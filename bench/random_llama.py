@@ -25,8 +25,11 @@ TOKENIZER = (
 )
 
 
-def write_model(directory: Path, shape: str, tokenizer: Path, seed: int = 0) -> int:
-    """Write the model in bfloat16, one shard a layer, with the tokenizer files of `tokenizer`; its parameters."""
+def write_model(directory: Path, shape: str, tokenizer: Path, seed: int = 0, device: str = "cpu") -> int:
+    """Write the model in bfloat16, one shard a layer, with the tokenizer files of `tokenizer`; its parameters.
+
+    The numbers are drawn on `device`, a GPU for the sake of time.
+    """
     size = SHAPES[shape]
     directory.mkdir(parents=True)
     for name in TOKENIZER:
@@ -44,7 +47,7 @@ def write_model(directory: Path, shape: str, tokenizer: Path, seed: int = 0) -> 
         "dtype": "bfloat16",
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     hidden, inner = size["hidden"], size["inner"]
     narrow = config["head_dim"] * size["kv_heads"]
     layer = {
@@ -59,7 +62,8 @@ def write_model(directory: Path, shape: str, tokenizer: Path, seed: int = 0) -> 
     ends = {"model.embed_tokens.weight": (size["vocabulary"], hidden), "lm_head.weight": (size["vocabulary"], hidden)}
 
     def weight(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * 0.02).to(torch.bfloat16)
+        numbers = torch.randn(rows, columns, generator=generator, device=device)
+        return (numbers * 0.02).to(torch.bfloat16).cpu()
 
     shards = [
         {name: weight(*shape) for name, shape in ends.items()}

@@ -16,29 +16,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from runs import Figures, imported, machine, made_up, queued, rate, run_python, said, say, seconds_to_leave, trained_in
 
-from appliance.data.importer import import_files
-from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
-from appliance.train.checkpoints import newest_usable, origin, step_of
-from appliance.train.events import EventLog
 from appliance.train.forecast import matmul_speed
-from appliance.train.interruption import INTERRUPTED
-from appliance.train.recipe import Adapter, dump_recipe, parse_recipe
+from appliance.train.recipe import Adapter
 from appliance.train.simulation import meta_model, simulate
 
 ON_GPU = torch.cuda.is_available()
@@ -47,10 +36,6 @@ TARGETS = {"trl_speed": 2.5, "trl_by_length_speed": 1.4, "trl_memory": 2.0, "trl
 """How many times faster than each peer, and how many times less memory."""
 AROUND = {"callbacks_share": 0.01, "leave_seconds": 20.0}
 """At most."""
-LEAVE_AFTER = 2
-"""Steps after which the worker is asked to leave."""
-Figures = dict[str, float]
-"""Tokens, seconds, and peak (bytes) of one run."""
 SEEDS = (17, 18, 19)
 HELD_OUT = 32
 RECIPE = """
@@ -100,7 +85,7 @@ class Bench:
 
     def __init__(self, home: Home, base: Path | None, data: Path | None) -> None:
         home.create()
-        self.home, self.base, self.runs = home, home.models / "base", 0
+        self.home, self.base = home, home.models / "base"
         if base is None:
             from random_llama import write_model
 
@@ -195,29 +180,11 @@ class Bench:
         (foretold,) = (event["seconds"] for event in said(run, "forecast"))
         ratios = {
             "callbacks_share": round(share, 5),
-            "leave_seconds": round(self._seconds_to_leave(self._queued("lora", self.lines[:count], SEEDS[0])), 2),
+            "leave_seconds": round(seconds_to_leave(self._queued("lora", self.lines[:count], SEEDS[0])), 2),
             "time_forecast_over_measured": round(foretold / trained_in(run)["seconds"], 2),
         }
         met = all(ratios[name] <= most for name, most in AROUND.items())
         return {"bench": "train-around", "ratios": ratios, "targets": AROUND, "met": met, "rows": count}
-
-    def _seconds_to_leave(self, run: Path) -> float:
-        """From SIGTERM in the middle of a step to the end of a worker that leaves a whole checkpoint."""
-        with subprocess.Popen([sys.executable, "-m", "appliance.worker", str(run), "sft"], stdout=sys.stderr) as worker:
-            while len(steps := said(run, "step")) < LEAVE_AFTER:
-                assert worker.poll() is None, "it trains"
-                time.sleep(0.02)
-            time.sleep((steps[-1]["time"] - steps[-2]["time"]) / 2)
-            begun = time.monotonic()
-            worker.send_signal(signal.SIGTERM)
-            status = worker.wait()
-            seconds = time.monotonic() - begun
-        assert status == INTERRUPTED, status
-        checkpoint, faults = newest_usable(run / "sft", origin(parse_recipe((run / "recipe.toml").read_text()), "sft"))
-        assert checkpoint is not None, faults
-        assert not faults, faults
-        assert step_of(checkpoint) == len(said(run, "step")), "no step is lost"
-        return seconds
 
     def _ours(self, adapter: str, lines: list[str], seed: int, saved: Path | None) -> Figures:
         run = self._queued(adapter, lines, seed)
@@ -228,81 +195,14 @@ class Bench:
 
     def _queued(self, adapter: str, lines: list[str], seed: int) -> Path:
         """A run of ours over `lines` that has not begun."""
-        self.runs += 1
         rows = self.home.incoming / "ours.jsonl"
         rows.write_text("\n".join(json.dumps({"messages": json.loads(line)["messages"]}) for line in lines))
-        dataset = imported(self.home, rows)
-        run = self.home.runs / f"bench-{self.runs}"
-        run.mkdir()
-        recipe = parse_recipe(RECIPE.format(adapter=adapter, dataset=dataset, seed=seed))
-        (run / "recipe.toml").write_text(dump_recipe(recipe))
-        return run
-
-
-def said(run: Path, kind: str, stage: str = "sft") -> list[dict[str, Any]]:
-    """The events of one kind of a run's stage."""
-    events = EventLog(run / "events.jsonl").read()
-    return [event for event in events if (event["event"], event["stage"]) == (kind, stage)]
-
-
-def trained_in(run: Path, stage: str = "sft") -> Figures:
-    """Tokens, seconds and peak bytes of the steps of a run's stage."""
-    steps = said(run, "step", stage)
-    before = 0
-    seconds = 0.0
-    for event in steps:
-        seconds += (event["tokens"] - before) / event["tokens_per_second"]
-        before = event["tokens"]
-    return {"tokens": before, "seconds": seconds, "peak": max(event["memory"] for event in steps)}
-
-
-def imported(home: Home, file: Path) -> str:
-    """The id of the dataset that a file becomes."""
-    request = ImportRequest(files=[Source(path=file, filename=file.name)], name="rows")
-    return str(import_files(request, home)["id"])
-
-
-def run_python(argv: list[str]) -> str:
-    """What a Python process prints on its standard output. Raises CalledProcessError, after its words on stderr."""
-    return subprocess.run([sys.executable, *argv], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def rate(runs: list[Figures]) -> float:
-    return sum(run["tokens"] for run in runs) / sum(run["seconds"] for run in runs)
+        return queued(self.home, RECIPE.format(adapter=adapter, dataset=imported(self.home, rows), seed=seed))
 
 
 def operations_per_token(base: Path, length: int = 256) -> float:
     """What LoRA training has to compute for a token of a row of this length: forward, and backward without the base."""
     return simulate(meta_model(base, Adapter(kind="lora")), 1, length, length).operations / length
-
-
-def made_up(file: Path) -> Path:
-    """Rows with the lengths of instruction data: half of them short, a few ten times as long."""
-    draw = random.Random(2)
-    words = ["river", "stone", "lamp", "cloud", "amber", "quiet", "harbour", "window", "seven", "garden"]
-    rows = []
-    for number in range(200):
-        answer = " ".join(draw.choices(words, k=min(int(draw.lognormvariate(4.5, 0.8)), 600)))
-        rows.append(json.dumps({"instruction": f"Question {number}: what is next?", "output": answer}))
-    file.write_text("\n".join(rows))
-    return file
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on and with."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-    return {
-        "device": torch.cuda.get_device_name() if ON_GPU else names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
