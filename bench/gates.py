@@ -2,10 +2,10 @@
 
     python bench/gates.py [--base DIRECTORY] [--seeds N ...] [--home DIRECTORY]
 
-Each fault of tests/appliance/release/planted.py is planted into the merge of two runs of each seed, that of the demo and
-one that is barely trained, and judged by the verify stage as a worker does (gates 1, 2 and 5; parity and stopping need
-an engine). Honest are ten kinds of run of each seed. What a home has already done is not done again. The last line is
-one JSON object.
+Each fault of tests/appliance/release/planted.py is planted into the merge of two runs of each seed, that of the demo
+and one that is barely trained, and judged by the verify stage as a worker does (gates 1, 2 and 5; parity and stopping
+need an engine). Honest are ten kinds of run of each seed. What a home has already done is not done again. The last
+line is one JSON object.
 """
 
 from __future__ import annotations

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from appliance.data.dataset import Dataset, Row
+from appliance.data.dataset import HELD_OUT_AT_MOST, Dataset, Row
 from appliance.data.render import Message, Rendered, render_conversation
 from appliance.home import Home
 from appliance.release.plain import PLAIN
 from appliance.train.recipe import Recipe
 
-MOST_ROWS = 256
 LEAST_ROWS = 64
 ENOUGH_TOKENS = 20_000
-"""A set has at most MOST_ROWS, and from LEAST_ROWS on not more than hold ENOUGH_TOKENS in all."""
+"""A set has at most HELD_OUT_AT_MOST rows, and from LEAST_ROWS on not more than hold ENOUGH_TOKENS in all."""
 LAST_STAGE_ROWS = 32
 LONGEST_GIVEN = 2048
 """Tokens of a row on which an adapter from elsewhere is judged."""
@@ -120,7 +119,7 @@ def _enough(tokenizer: Any, rows: Iterator[Row], longest: int) -> list[Row]:
         length = len(_render(tokenizer, row).input_ids)
         if length > longest:
             continue
-        if len(found) == MOST_ROWS or (len(found) >= LEAST_ROWS and tokens + length > ENOUGH_TOKENS):
+        if len(found) == HELD_OUT_AT_MOST or (len(found) >= LEAST_ROWS and tokens + length > ENOUGH_TOKENS):
             break
         found.append(row)
         tokens += length

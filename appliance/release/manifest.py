@@ -68,7 +68,7 @@ def finalise(
 ) -> Manifest:
     """Write the manifest of a run's merged model and move it to `releases/`, verified or refused.
 
-    `probe_gates` has gates 3 and 4; they may be missing where verify has failed already, and count as not passed.
+    `probe_gates` has gates 3 and 4, and as `served` what the engine's own log-probabilities say of gate 2; they may be missing where verify has failed already, and count as not passed.
     `reference` is what the probed engine answered.
     Safe to repeat after a kill at any moment: a release that exists is returned as it is.
     """
@@ -155,7 +155,9 @@ def _read_at_start(manifest: dict[str, Any]) -> dict[str, str]:
 def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:
     merge = _read(run / "merge" / "result.json")
     measured: dict[str, Any] = _read(run / "verify" / "result.json")["gates"]
-    measured |= {name: asdict(gate) for name, gate in probe_gates.items()}
+    measured |= {name: asdict(gate) for name, gate in probe_gates.items() if name != "served"}
+    if "served" in probe_gates:
+        measured["fidelity"] = _with_served(measured["fidelity"], probe_gates["served"])
     unmeasured = asdict(Gate(False, {}, "not measured, because another gate had failed"))
     gates = {name: measured.get(name, unmeasured) for name in GATES}
     failed = [name for name in GATES if name in measured and not gates[name]["passed"]]
@@ -174,7 +176,7 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
         datasets=recipe.datasets,
         dataset_rows=merge["dataset_rows"],
         gates=gates,
-        merge={"kept": merge["kept"], "losses": merge["losses"]},
+        merge={name: merge[name] for name in ("kept", "losses", "rows", "tokens") if name in merge},
         stages={stage.name: _read(run / stage.name / "result.json") for stage in recipe.stages},
         files=merge["files"],
         base_files=merge["base_files"],
@@ -186,6 +188,16 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
             **{package: version(package) for package in _PACKAGES},
         },
     )
+
+
+def _with_served(fidelity: dict[str, Any], served: Gate) -> dict[str, Any]:
+    """Gate 2 with the figures of what is served beside those of the files."""
+    failed = [gate["reason"] for gate in (fidelity, asdict(served)) if not gate["passed"]]
+    return {
+        "passed": not failed,
+        "figures": fidelity["figures"] | {"served": served.figures},
+        "reason": "; ".join(failed or [fidelity["reason"], served.reason]),
+    }
 
 
 def _source(home: Home, base: str) -> dict[str, Any]:

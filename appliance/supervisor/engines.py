@@ -85,6 +85,13 @@ class EngineKind(Protocol):
         """
         ...
 
+    async def logprobs(self, address: str, name: str, token_ids: list[int]) -> list[float] | None:
+        """Of each token the log-probability after those before it, 0 for the first; None where the engine cannot say.
+
+        Raises ConnectionError where the engine does not answer, and ApplianceError where it refuses.
+        """
+        ...
+
     def memory(self, release: Path) -> int:
         """Bytes of memory that a process for the model files in `release` will take."""
         ...

@@ -17,7 +17,7 @@ from appliance import api
 from appliance.canary import Limits
 from appliance.errors import ApplianceError, Conflict
 from appliance.home import Home, disk_error
-from appliance.release.gates import Gate, judge_parity, judge_stopping, load_probes
+from appliance.release.gates import Gate, judge_parity, judge_served, judge_stopping, load_probes, load_served
 from appliance.release.manifest import finalise
 from appliance.settings import Settings
 from appliance.store.canaries import Canaries
@@ -367,6 +367,8 @@ class Supervisor:
             kind, address = self.engines.kind, self.engines.row(run.id).address
             answers = [await kind.probe(address, run.id, probe) for probe in probes]
             gates = {"parity": judge_parity(probes, answers), "stopping": judge_stopping(probes, answers)}
+            if spoken := await self._spoken(run.id, address):
+                gates["served"] = spoken
             said = [
                 {"messages": probe.messages, "text": answer.text} for probe, answer in zip(probes, answers, strict=True)
             ]
@@ -379,6 +381,17 @@ class Supervisor:
         finally:
             self._probes.pop(run.id, None)
             self.poke()
+
+    async def _spoken(self, run: str, address: str) -> Gate | None:
+        """What the engine's own log-probabilities say of fidelity; None where it cannot say, or nothing was trained."""
+        served = load_served(self.run_directory(run))
+        said: list[list[float]] = []
+        for one in served.conversations if served else ():
+            logps = await self.engines.kind.logprobs(address, run, one.token_ids)
+            if logps is None:
+                return None
+            said.append(logps)
+        return judge_served(served, said) if served else None
 
     def _give_up(self, run: str, error: Exception) -> None:
         log.error("run %s cannot go on", run, exc_info=error)

@@ -73,6 +73,10 @@ class OpenAIEngine:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine could not load the adapter: {error}") from error
 
+    async def logprobs(self, address: str, name: str, token_ids: list[int]) -> list[float] | None:
+        """None: this engine does not say log-probabilities of a prompt."""
+        return None
+
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
         """Render and answer one probe greedily, as far as the context goes.
 
@@ -95,6 +99,18 @@ class OpenAIEngine:
             finish_reason=choice["finish_reason"],
             completion_tokens=answer["usage"]["completion_tokens"],
         )
+
+
+async def ask(address: str, path: str, body: dict[str, Any]) -> Any:
+    """The engine's answer to one request, read from JSON.
+
+    Raises ConnectionError where the engine does not answer, and InvalidInput where it refuses.
+    """
+    try:
+        async with _connect(address, aiohttp.ClientTimeout(total=_PROBE_SECONDS)) as engine:
+            return json.loads(await _post(engine, path, body))
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise ConnectionError(f"the engine at {address} does not answer: {error}") from error
 
 
 def weights_in_float32(release: Path) -> int:

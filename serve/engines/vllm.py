@@ -11,7 +11,7 @@ from appliance.errors import InvalidInput
 from appliance.hardware import total_memory
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand
-from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, context_length, weights_in_float32
+from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, ask, context_length, weights_in_float32
 from serve.engines.transformers import HONOURS as COMMON
 from serve.engines.vllm_reload import CLOCK, Reload
 
@@ -51,6 +51,16 @@ class VllmEngine(OpenAIEngine):
         self._settings = settings
         self._gpu = gpu
         self.adapter_rank = _room_for_rank(settings.adapter_rank)
+
+    async def logprobs(self, address: str, name: str, token_ids: list[int]) -> list[float] | None:
+        """Of each token the log-probability after those before it, 0 for the first.
+
+        Raises ConnectionError where the engine does not answer, and InvalidInput where it refuses.
+        """
+        asked = {"model": name, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        answer = await ask(address, "/v1/completions", asked)
+        said = answer["choices"][0]["prompt_logprobs"][1:]
+        return [0.0, *(of[str(id)]["logprob"] for of, id in zip(said, token_ids[1:], strict=True))]
 
     @property
     def _cache_gib(self) -> int:

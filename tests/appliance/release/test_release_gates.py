@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.release.gates import judge_parity, judge_stopping, load_probes
+from appliance.release.gates import Scored, Served, judge_parity, judge_served, judge_stopping, load_probes
 from appliance.supervisor.engines import Probe, ProbeAnswer
 
 PROBES = [Probe([{"role": "user", "content": word}], [1, 2, number], 32) for number, word in enumerate("abc")]
@@ -67,3 +67,29 @@ def test_probes_are_read_as_they_were_written(tmp_path: Path) -> None:
     (tmp_path / "verify").mkdir()
     (tmp_path / "verify" / "probes.json").write_text(json.dumps([vars(probe) for probe in PROBES]))
     assert load_probes(tmp_path) == PROBES
+
+
+SERVED = Served([Scored([5, 6, 7], [1, 2], [-1.0, -2.0]), Scored([5, 8], [1], [-0.5])], limit=0.1)
+
+
+def test_what_is_served_is_held_against_the_adapter_at_the_trained_tokens() -> None:
+    gate = judge_served(SERVED, [[0.0, -1.05, -2.1], [0.0, -0.5]])
+    assert gate.passed
+    assert gate.figures == {
+        "conversations": 2,
+        "tokens": 3,
+        "mean_difference": pytest.approx(0.05),
+        "largest_difference": pytest.approx(0.1),
+        "limit": 0.1,
+    }
+
+
+def test_an_engine_that_says_otherwise_is_caught_in_either_direction() -> None:
+    assert not judge_served(SERVED, [[0.0, -1.2, -2.2], [0.0, -0.5]]).passed
+    gate = judge_served(SERVED, [[0.0, -0.8, -1.8], [0.0, -0.5]])
+    assert not gate.passed
+    assert "above what rounding makes of it" in gate.reason
+
+
+def test_a_log_probability_that_is_no_number_is_caught() -> None:
+    assert not judge_served(SERVED, [[0.0, float("nan"), -2.0], [0.0, -0.5]]).passed

@@ -57,6 +57,19 @@ def test_a_gate_that_did_not_pass_refuses_the_release(home: Home) -> None:
     assert manifest.reason == "stopping: 1 of 3 answers do not end"
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_what_the_engine_says_of_fidelity_stands_beside_what_the_files_say(home: Home, passed: bool) -> None:
+    manifest = finish(home, {**PASSED, "served": Gate(passed, {"tokens": 9}, "the engine is apart")})
+    assert manifest.state == ("verified" if passed else "refused")
+    fidelity = manifest.gates["fidelity"]
+    assert list(manifest.gates) == list(GATES)
+    assert fidelity["passed"] == passed
+    assert fidelity["figures"]["served"] == {"tokens": 9}
+    assert fidelity["figures"]["tokens"] > 9
+    assert fidelity["reason"].endswith("the engine is apart")
+    assert ("divergence" in fidelity["reason"]) == passed
+
+
 def test_a_gate_that_was_not_measured_refuses_it_too(home: Home) -> None:
     manifest = finish(home, {"parity": PASSED["parity"]})
     assert manifest.state == "refused"

@@ -13,13 +13,11 @@ import pytest
 import torch
 from planted import FAULTS, merged, plant
 from safetensors.torch import load_file, save_file
-from tiny import FACTS, add_dataset, add_run, events, read_recipe, result, stage, work
+from tiny import add_dataset, add_run, events, read_recipe, result, stage, work
 
-from appliance.data.render import render_prompt
-from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
 from appliance.release.adapter import read_changes
-from appliance.release.gates import Gate, load_probes
+from appliance.release.gates import Gate
 from appliance.release.manifest import Manifest
 from appliance.release.rounding import Rounding
 

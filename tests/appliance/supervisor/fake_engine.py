@@ -33,6 +33,8 @@ class FakeEngine:
     adapter_rank: int = 0
     adapters: list[str] = field(default_factory=list)
     refusal: str = ""
+    logps: list[float] | None = None
+    """What it says of every conversation, if it can."""
     clocks: dict[str, date | None] = field(default_factory=dict)
     """What each process takes for today, by its address."""
 
@@ -61,6 +63,9 @@ class FakeEngine:
 
     async def ready(self, address: str) -> bool:
         return Path(address.removeprefix("unix:")).exists()
+
+    async def logprobs(self, address: str, name: str, token_ids: list[int]) -> list[float] | None:
+        return self.logps
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
         said = "hm" if name in self.loaded and name in self.strange else f"hello on {self.clocks[address]}"

@@ -42,6 +42,8 @@ if stage == "merge":
 if stage == "verify":
     probes = [{"messages": [{"role": "user", "content": "hi"}], "token_ids": [1, 2], "max_tokens": 8}]
     (run / "verify" / "probes.json").write_text(json.dumps(probes))
+    served = {"conversations": [{"token_ids": [1, 2], "positions": [1], "logps": [-1.0]}], "limit": 0.1}
+    (run / "verify" / "served.json").write_text(json.dumps(served))
 figures = {"gates": gates, "kept": "16-bit", "losses": {}, "files": {}, "base_files": {}, "seconds": 0.0}
 figures |= {"dataset_rows": {"d1": "0"}, "recipe_sha256": "0"}
 (run / stage / "result.json").write_text(json.dumps(figures))

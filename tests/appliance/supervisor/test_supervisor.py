@@ -45,6 +45,18 @@ async def test_the_next_release_takes_over_and_the_old_engine_stops(daemon: Daem
     await daemon.until(lambda: daemon.supervisor.routed == first)
 
 
+@pytest.mark.parametrize(("said", "state"), [(-1.05, "verified"), (-1.5, "refused")])
+async def test_an_engine_that_can_say_how_likely_text_is_has_to_agree(daemon: Daemon, said: float, state: str) -> None:
+    daemon.engine.logps = [0.0, said]
+    run = daemon.queue()
+    await daemon.until_state(run, "finished")
+    assert daemon.supervisor.releases.get(run).state == state
+    manifest = json.loads((daemon.home.releases / run / "manifest.json").read_bytes())
+    fidelity = manifest["gates"]["fidelity"]
+    assert fidelity["passed"] == (state == "verified")
+    assert fidelity["figures"]["served"]["mean_difference"] == pytest.approx(abs(said + 1))
+
+
 async def test_a_gate_that_fails_refuses_the_release(daemon: Daemon) -> None:
     daemon.engine.token_ids = [1, 3]
     run = daemon.queue()
