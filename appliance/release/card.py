@@ -59,7 +59,7 @@ def model_card(manifest: Manifest, source: dict[str, Any]) -> str:
 
 Kept: the merge into the {manifest.merge["kept"]} base.
 
-| held-out loss of | nats a token |
+| loss over {_conversations(manifest.merge)} of | nats a token |
 |---|---|
 {losses or "| nothing was trained | |"}
 
@@ -70,6 +70,11 @@ All figures and the SHA-256 of every file are in `manifest.json`.
 ```toml
 {recipe}```
 """
+
+
+def _conversations(merge: dict[str, Any]) -> str:
+    """How many held-out conversations the losses of a merge are over, as far as it says."""
+    return f"{merge['rows']} held-out conversations, {merge['tokens']} tokens," if "rows" in merge else "held-out rows"
 
 
 def _cell(text: str) -> str:

@@ -120,7 +120,8 @@ def judge_fidelity(measured: Measured, own: Scores, noisy: Scores, signs: Sequen
             faults.append(f"on the base as published the loss is {worse['difference']:.2g} nats a token higher")
     if faults:
         return Gate(False, figures, "; ".join(faults))
-    kept = f", {figures['margin']['kept']:.1%} of the margin kept" if any(signs) else ""
+    margin = figures.get("margin", {}).get("kept")
+    kept = "" if margin is None else f", {margin:.1%} of the margin kept"
     return Gate(
         True,
         figures,
@@ -140,13 +141,12 @@ def _judge_margin(
         for scores in (measured.merged_into, own, noisy)
     )
     allowed = MARGIN_KEPT * abs(adapter) + TIMES_NOISE * abs(shaken - merged) + LEAST_DIFFERENCE
-    figures = {"adapter": adapter, "merged": merged, "kept": merged / adapter if adapter else 0.0, "allowed": allowed}
+    figures = {"adapter": adapter, "merged": merged, "allowed": allowed}
+    if abs(adapter) > LEAST_DIFFERENCE:
+        figures["kept"] = merged / adapter
     if abs(merged - adapter) <= allowed:
         return figures, []
-    return figures, [
-        f"the margin over the reference is {merged:.3f} nats merged and {adapter:.3f} with the adapter, "
-        f"{figures['kept']:.0%} of it"
-    ]
+    return figures, [f"the margin over the reference is {merged:.3f} nats merged and {adapter:.3f} with the adapter"]
 
 
 def _answers(logps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ class HeldOutSet:
 
     conversations: list[Row]
     held_out: bool
+    plain: bool = False
+    """Whether they have nothing to do with what was trained."""
 
     def render(self, tokenizer: Any) -> list[Rendered]:
         """The conversations through a tokenizer's own template."""
@@ -57,7 +59,7 @@ def held_out_set(home: Home, recipe: Recipe, tokenizer: Any) -> HeldOutSet:
     """
     judged = judged_on(recipe)
     if judged is None:
-        return HeldOutSet(PLAIN, held_out=False)
+        return HeldOutSet(PLAIN, held_out=False, plain=True)
     id, longest = judged
     dataset = Dataset.open(home, id)
     train, held_out = dataset.split(recipe.eval_share)
@@ -65,7 +67,7 @@ def held_out_set(home: Home, recipe: Recipe, tokenizer: Any) -> HeldOutSet:
         rows = (conversation(dataset.rows[index]) for index in indices if dataset.rows[index].get("label", True))
         if found := _enough(tokenizer, rows, longest):
             return HeldOutSet(found, held_out=indices is held_out)
-    return HeldOutSet(PLAIN, held_out=False)
+    return HeldOutSet(PLAIN, held_out=False, plain=True)
 
 
 def last_stage_rows(home: Home, recipe: Recipe, tokenizer: Any) -> list[Answered]:

@@ -68,7 +68,8 @@ def finalise(
 ) -> Manifest:
     """Write the manifest of a run's merged model and move it to `releases/`, verified or refused.
 
-    `probe_gates` has gates 3 and 4, and as `served` what the engine's own log-probabilities say of gate 2; they may be missing where verify has failed already, and count as not passed.
+    `probe_gates` has gates 3 and 4, and as `served` what the engine's own log-probabilities say of gate 2. They may be
+    missing where verify has failed already, and count as not passed.
     `reference` is what the probed engine answered.
     Safe to repeat after a kill at any moment: a release that exists is returned as it is.
     """

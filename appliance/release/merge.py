@@ -90,7 +90,7 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> t
         write_weights(base, folder, candidates[kept])
     if recipe.quantised and kept == SIXTEEN_BIT:
         model = load_adapter(load_model(base), adapter, trainable=False).eval()
-        merged_into = score(model, conversations)
+        merged_into = score(model, conversations, trained.ids)
     figures = {"kept": kept, "losses": losses, "rows": len(chosen), "tokens": int(trained.tokens[: len(chosen)].sum())}
     return figures, Measured(trained, merged_into, reference)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
         gates["fidelity"] = Gate(True, {}, "nothing was trained: the release is the base")
         gates["quality"] = Gate(True, {}, "nothing was trained: the release is the base")
     else:
-        parameters, oracle = oracle.parameters, None
-        gates |= _measure(home, run, recipe, tokenizer, live, parameters)
+        gates |= _measure(home, run, recipe, tokenizer, live, oracle.parameters)
     for name, gate in gates.items():
         events.append("gate", "verify", gate=name, **asdict(gate))
     return {"gates": {name: asdict(gate) for name, gate in gates.items()}}
@@ -75,8 +75,7 @@ def _measure(home: Home, run: Path, recipe: Recipe, tokenizer: Any, live: str, p
     chosen, answered = held_out_set(home, recipe, tokenizer), last_stage_rows(home, recipe, tokenizer)
     conversations = [*chosen.render(tokenizer), *render_answered(tokenizer, answered)]
     count = len(chosen.conversations)
-    folder, against, theirs = _compared_with(home, recipe, live)
-    lived = _live_set(home, recipe, live, theirs) if folder == home.releases / live else None
+    lived = _live_set(home, recipe, live)
 
     model = load_model(run / "merge" / "model")
     own = score(model, conversations, measured.merged_into.ids)
@@ -84,19 +83,17 @@ def _measure(home: Home, run: Path, recipe: Recipe, tokenizer: Any, live: str, p
     shake(model, parameters, _rounding_step(run / "merge" / "model"))
     noisy = score(model, conversations, own.ids)
     del model
-    write_json(run / "verify" / SERVED, asdict(_served(conversations, measured.merged_into, own, noisy)))
-    gates = {"fidelity": judge_fidelity(measured, own, noisy, [row.sign for row in answered], count)}
     release_memory()
+    write_json(run / "verify" / SERVED, asdict(_served(conversations, measured.merged_into, own, noisy)))
+    fidelity = judge_fidelity(measured, own, noisy, [row.sign for row in answered], count)
 
-    other = load_model(folder)
-    comparison = Comparison(own.part(0, count), score(other, chosen.render(theirs)))
+    rival = _rival(home, recipe, live, chosen)
+    comparison = Comparison(own.part(0, count), score(rival.model, rival.conversations))
     remembered = None
-    if lived and own_of_live:
-        remembered = Comparison(own_of_live, score(other, lived.render(theirs)))
-    gates["quality"] = judge_quality(
-        against, comparison, plain=judged_on(recipe) is None, lived=remembered, limit=recipe.forgetting_limit
-    )
-    return gates
+    if lived and own_of_live and rival.live:
+        remembered = Comparison(own_of_live, score(rival.model, lived.render(rival.tokenizer)))
+    quality = judge_quality(rival.name, comparison, plain=chosen.plain, lived=remembered, limit=recipe.forgetting_limit)
+    return {"fidelity": fidelity, "quality": quality}
 
 
 def _served(conversations: list[Rendered], adapter: Scores, own: Scores, noisy: Scores) -> Served:
@@ -111,23 +108,45 @@ def _served(conversations: list[Rendered], adapter: Scores, own: Scores, noisy: 
     return Served(scored, TIMES_NOISE * noise + LEAST_SERVED)
 
 
-def _compared_with(home: Home, recipe: Recipe, live: str) -> tuple[Path, str, Any]:
-    """Files, name and tokenizer of the model that the release has to match: the live release, else the base."""
-    folder = home.releases / live
-    if live and folder.is_dir():
-        return folder, f"the live release {live}", load_tokenizer(folder, clock_of(read_manifest(home, live)))
+@dataclass(frozen=True)
+class _Rival:
+    """The model that the release has to match."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    conversations: list[Rendered]
+    """The held-out set through its own template."""
+    live: bool
+
+
+def _rival(home: Home, recipe: Recipe, live: str, chosen: HeldOutSet) -> _Rival:
+    """The live release, else the base.
+
+    A live release that cannot be read, or not be told these conversations, must not keep another from taking its place.
+    """
+    if live:
+        folder = home.releases / live
+        try:
+            tokenizer = load_tokenizer(folder, clock_of(read_manifest(home, live)))
+            rendered = chosen.render(tokenizer)
+            return _Rival(f"the live release {live}", load_model(folder), tokenizer, rendered, live=True)
+        except ApplianceError as error:
+            print(f"the live release is not what this one is compared with: {error}", file=sys.stderr)
     base = model_path(home, recipe.base)
-    return base, f"the base {recipe.base}", load_tokenizer(base, recipe.clock)
+    tokenizer = load_tokenizer(base, recipe.clock)
+    return _Rival(f"the base {recipe.base}", load_model(base), tokenizer, chosen.render(tokenizer), live=False)
 
 
-def _live_set(home: Home, recipe: Recipe, live: str, tokenizer: Any) -> HeldOutSet | None:
+def _live_set(home: Home, recipe: Recipe, live: str) -> HeldOutSet | None:
     """The live release's own held-out set, where it has one that is here and is another than that of the run."""
     try:
-        its_recipe = Recipe.model_validate(read_manifest(home, live)["recipe"])
+        manifest = read_manifest(home, live)
+        its_recipe = Recipe.model_validate(manifest["recipe"])
         if judged_on(its_recipe) in (None, judged_on(recipe)):
             return None
-        found = held_out_set(home, its_recipe, tokenizer)
-    except (ApplianceError, ValueError):  # its dataset is gone, or its recipe is another version's
+        found = held_out_set(home, its_recipe, load_tokenizer(home.releases / live, clock_of(manifest)))
+    except (ApplianceError, ValueError):  # there is none, its dataset is gone, or its recipe is another version's
         return None
     return found if found.held_out else None
 
