@@ -167,9 +167,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of `value` as indented JSON."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_atomic(path, json_bytes(value))
 
 
 def fsync_tree(root: Path) -> None:

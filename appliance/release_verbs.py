@@ -5,19 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from appliance import console
-from appliance.command import ask, follow_run, json_option
-from appliance.errors import InvalidInput
+from appliance.command import ask, each, follow_run, json_option
+from appliance.errors import ApplianceError, InvalidInput
 
 if TYPE_CHECKING:
     from appliance import api
 
 _path = click.Path(path_type=Path)
+_PROGRESS_SECONDS = 3.0
 
 
 class _Share(click.ParamType[float]):
@@ -54,7 +56,7 @@ def releases(release: str | None, as_json: bool) -> None:
             _state(one),
             " ".join(f"{gate}:{'ok' if passed else 'FAILED'}" for gate, passed in one.gates.items()),
             console.ago(one.created),
-            "; ".join(why for why in (one.reason, _canary_words(one.canary)) if why),
+            "; ".join(why for why in (one.damage, one.reason, _canary_words(one.canary)) if why),
         )
         for one in found
     ]
@@ -62,6 +64,8 @@ def releases(release: str | None, as_json: bool) -> None:
 
 
 def _state(release: api.Release) -> str:
+    if release.damage:
+        return "damaged"
     if release.live:
         return "live"
     return "canary" if release.canary and release.canary.outcome == "under way" else release.state
@@ -97,9 +101,39 @@ def promote(release: str, accept: str | None, canary: float | None, adapter: boo
             else f"it will answer when the engine of {now.live} is ready; see `appliance status`"
         )
         return
-    print(ask(lambda client: client.promote(release, accept, canary)).id)
-    if canary:
+    promoted = ask(lambda client: client.promote(release, accept, canary))
+    print(promoted.id)
+    if promoted.check:
+        console.say(f"{console.check_line(promoted.check)}; it answers when they are whole, see `appliance status`")
+    elif canary:
         console.say(f"it is to answer {console.percent(canary)} of the conversations; see `appliance status`")
+
+
+@click.command()
+@click.argument("release")
+@json_option
+def verify(release: str, as_json: bool) -> None:
+    """Read all files of RELEASE from the disk, and see that they are those that its manifest lists."""
+    checks: list[api.Check] = []
+    said = [time.monotonic()]
+
+    def show(check: api.Check) -> None:
+        checks.append(check)
+        if check.state == "reading" and time.monotonic() - said[-1] > _PROGRESS_SECONDS:
+            said.append(time.monotonic())
+            console.say(console.check_line(check))
+
+    each(lambda client: client.check(release), show)
+    if as_json:
+        console.print_json(checks[-1])
+    if checks[-1].state != "whole":
+        raise ApplianceError(
+            "damaged_release",
+            f"release {release} is damaged: {checks[-1].damage or 'something writes to its files'}",
+            "restore its files, import it again, or train again",
+        )
+    if not as_json:
+        print(f"{release} is whole: its files are those that its manifest lists")
 
 
 @click.command()
@@ -153,7 +187,7 @@ def import_release(file: Path, name: str | None) -> None:
 
 
 @click.command()
-@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many newest releases stay.")
+@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many newest whole releases stay.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @json_option
 def gc(keep: int, dry_run: bool, as_json: bool) -> None:
@@ -168,4 +202,4 @@ def gc(keep: int, dry_run: bool, as_json: bool) -> None:
     console.say(f"{'would free' if dry_run else 'freed'} {console.size(garbage.bytes)}")
 
 
-RELEASE_VERBS = (releases, promote, rollback, merge, export, import_release, gc)
+RELEASE_VERBS = (releases, promote, verify, rollback, merge, export, import_release, gc)

@@ -92,6 +92,7 @@ def control_app(
             unmerged=supervisor.adapter_status(),
             engines=supervisor.engines.shown(),
             setback=releases.setback(),
+            checks=supervisor.checks.shown(),
             lease="exclusive" if supervisor.exclusive else "share",
             queued=sum(run.state == "queued" for run in active),
             running=next((run.id for run in active if run.state != "queued"), None),

@@ -28,6 +28,8 @@ from appliance.train.recipe import Given, Recipe, dump_recipe
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LONGEST_CONFIG = 1 << 20
+CHECK_SECONDS = 5.0
+"""How long a promotion waits for the files of its release to be read; what takes longer goes on without."""
 
 
 def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> APIRouter:
@@ -38,8 +40,11 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
 
     @routes.get("/v1/releases")
     async def all_releases() -> list[api.Release]:
-        canaries = supervisor.trial.newest()
-        return [release.model_copy(update={"canary": canaries.get(release.id)}) for release in releases.all()]
+        canaries, checks = supervisor.trial.newest(), {check.release: check for check in supervisor.checks.shown()}
+        return [
+            release.model_copy(update={"canary": canaries.get(release.id), "check": checks.get(release.id)})
+            for release in releases.all()
+        ]
 
     @routes.get("/v1/releases/{id}")
     async def manifest(id: str) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
 
     @routes.get("/v1/releases/{id}/files/{name:path}")
     async def file(id: str, name: str) -> FileResponse:
-        releases.require_verified(id)
+        releases.require_fit(id)
         if name != MANIFEST and name not in read_manifest(home, id)["files"]:
             raise NotFound("no_such_file", f"release {id} has no file {name}", f"see `appliance releases {id}`")
         return FileResponse(home.releases / id / name)
@@ -57,15 +62,35 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
     async def promote(
         id: str, accept: Literal["quality"] | None = None, canary: Annotated[float | None, Query(gt=0, lt=1)] = None
     ) -> api.Release:
+        """It answers when its files have been read and an engine has started on them; a damaged one is refused."""
         if accept and releases.get(id).state == "refused":
-            releases.accept(id, accept_quality(home, id).reason)
-        if canary is not None:
-            return releases.get(id).model_copy(update={"canary": supervisor.start_canary(id, canary)})
-        return supervisor.promote(id)
+            accepted = accept_quality(home, id, releases.proof(id).manifest_sha256)
+            releases.accept(id, accepted.reason, sha256(home.releases / id / MANIFEST))
+        releases.require_fit(id)
+        check = await supervisor.checks.settle(id, CHECK_SECONDS)
+        if canary is None:
+            release = supervisor.promote(id)
+        else:
+            release = releases.get(id).model_copy(update={"canary": supervisor.start_canary(id, canary)})
+        return release.model_copy(update={"check": check if check.state == "reading" else None})
 
     @routes.post("/v1/rollback")
     async def rollback() -> api.Release:
+        """Where a release goes live again, past those whose files are found damaged."""
+        while (before := releases.before()) and (await supervisor.checks.settle(before, CHECK_SECONDS)).damage:
+            pass
         return supervisor.rollback()
+
+    @routes.get("/v1/releases/{id}/check")
+    async def check(id: str) -> api.Check:
+        return supervisor.checks.view(id)
+
+    @routes.post("/v1/releases/{id}/check")
+    async def start_check(id: str) -> api.Check:
+        """Read all its files from the disk; `GET` tells how far that is, and in the end what was found."""
+        releases.get(id)
+        supervisor.checks.start(id, thorough=True)
+        return supervisor.checks.view(id)
 
     @routes.post("/v1/releases")
     async def import_release(request: Request, name: str | None = None) -> api.Release:
@@ -75,7 +100,8 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
             async with arriving:
                 id, manifest = await asyncio.to_thread(_unpack, home, folder / "release.tar", name)
                 gates = {gate: bool(outcome["passed"]) for gate, outcome in manifest["gates"].items()}
-                releases.add(id, manifest["base"], manifest["state"], manifest["reason"], gates, promote=False)
+                digest = sha256(home.releases / id / MANIFEST)
+                releases.add(id, manifest["base"], manifest["state"], manifest["reason"], gates, False, digest)
         return releases.get(id)
 
     @routes.post("/v1/adapters")

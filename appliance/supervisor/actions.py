@@ -122,6 +122,21 @@ class FallBack:
 
 
 @dataclass(frozen=True)
+class CheckRelease:
+    """Read its files, to see whether they are still those that its manifest lists."""
+
+    release: str
+
+
+@dataclass(frozen=True)
+class GiveWay:
+    """The live release may not be served any more: `to` is live instead; None: nothing is."""
+
+    to: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Route:
     """Let this release's engine answer the endpoint; None: nobody answers. `adapter`: with the adapter of this run."""
 
@@ -173,6 +188,8 @@ Action = (
     | LoadAdapter
     | EndUnmerged
     | FallBack
+    | CheckRelease
+    | GiveWay
     | Route
     | RouteCanary
     | EndCanary

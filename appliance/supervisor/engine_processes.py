@@ -217,6 +217,10 @@ class EngineProcesses:
         """The release, which was to go live, does not come up: what was live before is so again."""
         log.warning("%s does not go live: %s", release, reason)
         self._releases.give_up(release, reason)
+        self.forgive(release)
+
+    def forgive(self, release: str) -> None:
+        """Let its failures count no longer."""
         self.failures.pop(release, None)
         self._rest_until.pop(release, None)
 

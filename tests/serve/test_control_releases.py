@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,8 +18,11 @@ from typing import Any
 import pytest
 from controlling import Control
 
+from appliance import api
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
-from appliance.home import hashes, write_json
+from appliance.home import hashes, sha256, write_json
+from appliance.release import integrity
+from appliance.store.releases import Releases
 from appliance.train.recipe import Recipe, parse_recipe
 
 FILES = {"model.safetensors": bytes(range(256)) * 4000, "adapter/adapter_config.json": b"{}", "config.json": b"{}"}
@@ -40,10 +45,11 @@ class Box(Control):
         parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions")
         manifest: dict[str, Any] = {part: {} for part in parts}
         manifest |= {"release": id, "state": state, "reason": reason, "created": 1.0, "base": "tiny", "gates": gates}
-        write_json(folder / "manifest.json", manifest | {"files": hashes(folder), "recipe_sha256": ""})
-        self.supervisor.releases.add(
-            id, "tiny", "refused" if failed else "verified", reason, {name: name not in failed for name in gates}, False
-        )
+        manifest |= {"files": hashes(folder), "recipe_sha256": "", "accepted": {}}
+        write_json(folder / "manifest.json", manifest)
+        passed = {name: name not in failed for name in gates}
+        digest = sha256(folder / "manifest.json")
+        self.supervisor.releases.add(id, "tiny", manifest["state"], reason, passed, False, digest)
         return folder
 
     def model(self) -> None:
@@ -95,6 +101,82 @@ async def test_a_damaged_manifest_stands_in_the_way_of_its_release_alone(box: Bo
     await box.client.export("r-1", tmp_path / "out")
 
 
+def spoil(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"[]")
+
+
+async def test_one_that_is_damaged_is_refused_by_the_call_that_promotes_it(box: Box, tmp_path: Path) -> None:
+    spoil(box.release("r-1"))
+    for _ in range(2):
+        with pytest.raises(Conflict, match=r"r-1 is damaged: config\.json is not what its manifest says") as caught:
+            await box.client.promote("r-1")
+    assert "verify r-1" in caught.value.next
+    for attempt in (box.client.promote("r-1", canary=0.1), box.client.export("r-1", tmp_path / "out")):
+        with pytest.raises(Conflict, match="damaged"):
+            await attempt
+    assert box.supervisor.releases.live() is None
+    (listed,) = await box.client.releases()
+    assert (listed.state, listed.damage) == ("verified", "config.json is not what its manifest says")
+
+
+async def test_what_takes_long_to_read_is_promoted_and_said_to_be_read(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.releases.CHECK_SECONDS", 0.05)
+    go = threading.Event()
+    original = integrity._sha256
+
+    def slow(path: Path, reading: integrity.Reading) -> str:
+        go.wait(10)
+        return original(path, reading)
+
+    monkeypatch.setattr(integrity, "_sha256", slow)
+    box.release("r-1")
+    promoted = await box.client.promote("r-1")
+    assert (promoted.live, promoted.check and promoted.check.state) == (True, "reading")
+    assert [check.release for check in (await box.client.status()).checks] == ["r-1"]
+    assert [release.check for release in await box.client.releases()] == [promoted.check]
+    go.set()
+    assert (await box.supervisor.checks.settle("r-1", 10)).state == "whole"
+    assert (await box.client.promote("r-1")).check is None
+
+
+async def test_verify_reads_everything_and_tells_the_outcome(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = box.release("r-1")
+    monkeypatch.setattr("appliance.client._CHECK_SECONDS", 0.01)
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert last == api.Check(release="r-1", state="whole")
+    read: list[str] = []
+    original = integrity._sha256
+    monkeypatch.setattr(
+        integrity, "_sha256", lambda path, reading: (read.append(path.name), original(path, reading))[1]
+    )
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert "model.safetensors" in read, "though nothing has changed"
+    assert last.state == "whole"
+    spoil(folder)
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert (last.state, last.damage) == ("damaged", "config.json is not what its manifest says")
+    with pytest.raises(NotFound):
+        [check async for check in box.client.check("r-2")]
+
+
+async def test_a_rollback_passes_over_what_it_finds_damaged(box: Box) -> None:
+    folders = {id: box.release(id) for id in ("r-1", "r-2", "r-3")}
+    for id in folders:
+        await box.client.promote(id)
+    spoil(folders["r-2"])
+    assert (await box.client.rollback()).id == "r-1"
+    assert (await box.client.status()).live == "r-1"
+
+
+async def test_gc_counts_and_keeps_what_is_whole(box: Box) -> None:
+    for id in ("r-1", "r-2", "r-3"):
+        box.release(id)
+    box.supervisor.releases.found_damaged("r-3", "bits")
+    assert (await box.client.gc(keep=1)).releases == ("r-1", "r-3")
+
+
 async def test_quality_alone_can_be_accepted_by_name(box: Box) -> None:
     box.release("r-1", "quality")
     with pytest.raises(Conflict, match="quality"):
@@ -106,6 +188,36 @@ async def test_quality_alone_can_be_accepted_by_name(box: Box) -> None:
     manifest = await box.client.manifest("r-1")
     assert manifest["accepted"].keys() == {"quality"}
     assert (await box.client.promote("r-1", accept="quality")).live
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert last.state == "whole", "with the manifest as it is now"
+
+
+@pytest.mark.parametrize("moment", ["appliance.release.manifest.write_json", "appliance.home.os.replace", "accept"])
+async def test_killed_while_it_is_accepted_it_is_accepted_the_next_time(
+    box: Box, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    box.release("r-1", "quality")
+    with monkeypatch.context() as patch:
+
+        def die(*_: object) -> None:
+            raise asyncio.CancelledError
+
+        patch.setattr(*((Releases, "accept") if moment == "accept" else (moment,)), die)
+        with pytest.raises((asyncio.CancelledError, ApplianceError)):
+            await box.client.promote("r-1", accept="quality")
+    assert box.supervisor.releases.live() is None
+    assert (await box.client.promote("r-1", accept="quality")).live
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert last.state == "whole"
+
+
+async def test_a_refused_release_does_not_accept_itself(box: Box) -> None:
+    folder = box.release("r-1", "fidelity")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    write_json(folder / "manifest.json", manifest | {"state": "verified"})
+    with pytest.raises(Conflict, match="not the one that was recorded"):
+        await box.client.promote("r-1", accept="quality")
+    assert box.supervisor.releases.get("r-1").state == "refused"
 
 
 async def test_accepting_what_has_passed_changes_nothing(box: Box) -> None:

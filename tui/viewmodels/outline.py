@@ -70,6 +70,10 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
         head += [("   ", ""), states.LIVE.label()]
     head += [("   base ", MUTED), (release.base, "")]
     lines = [Content.assemble(*head)]
+    if release.damage:
+        lines.append(Content.styled(plain(release.damage), "$text-error"))
+    if release.check:
+        lines.append(Content.styled(f"its files are being read: {_share_read(release.check)}", "$text-warning"))
     if release.reason:
         lines.append(Content.styled(plain(release.reason), "$text-error" if look is states.REFUSED else ""))
     lines += _canary(release.canary) if release.canary else []
@@ -84,6 +88,10 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
     if not release.gates:
         lines += [Content(""), Content.styled("no gate was measured", MUTED)]
     return Content("\n").join(lines)
+
+
+def _share_read(check: api.Check) -> str:
+    return f"{100 * check.read // max(1, check.bytes)}%"
 
 
 def _canary(canary: api.Canary) -> list[Content]:

@@ -31,6 +31,7 @@ ACTIVE = frozenset({"queued", "running", "stopping"})
 
 VERIFIED = Look("✓", "verified", "$text-success")
 REFUSED = Look("✗", "refused", "$text-error")
+DAMAGED = Look("✗", "damaged", "$text-error")
 LIVE = Look("◆", "live", "bold $text-accent")
 CANARY = Look("◇", "canary", "$text-accent")
 
@@ -55,4 +56,6 @@ def is_canary(release: api.Release) -> bool:
 
 
 def release_look(release: api.Release) -> Look:
+    if release.damage:
+        return DAMAGED
     return VERIFIED if release.state == "verified" else REFUSED

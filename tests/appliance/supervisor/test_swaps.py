@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 
@@ -16,9 +15,9 @@ from appliance.store.releases import Releases
 from appliance.supervisor import engine_processes
 
 
-async def two_releases(daemon: Daemon) -> tuple[str, str]:
+async def two_releases(daemon: Daemon, **first_behaviour: str) -> tuple[str, str]:
     """The second one is live; from here on, engines take other weights."""
-    first = daemon.queue()
+    first = daemon.queue(**first_behaviour)
     await daemon.until(lambda: daemon.supervisor.routed == first)
     second = daemon.queue()
     await daemon.until(lambda: daemon.supervisor.routed == second)
@@ -45,9 +44,7 @@ async def test_the_engine_goes_on_with_the_other_weights(daemon: Daemon) -> None
 
 
 async def test_a_release_with_another_tokenizer_gets_an_engine_of_its_own(daemon: Daemon) -> None:
-    first, second = await two_releases(daemon)
-    path = daemon.home.releases / first / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"files": {"tokenizer.json": "another"}}))
+    first, second = await two_releases(daemon, merge="another tokenizer")
     process = daemon.pid("engine", second)
     daemon.supervisor.rollback()
     await daemon.until(lambda: daemon.supervisor.routed == first)
