@@ -12,7 +12,8 @@ class Shape(BaseModel):
 
 
 RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopped"]
-ReleaseState = Literal["verified", "refused"]
+ReleaseState = Literal["verified", "verified elsewhere", "refused"]
+"""verified elsewhere: its gates have run on another box only, and its archive says so of itself."""
 EngineState = Literal["starting", "ready", "backoff"]
 CanaryOutcome = Literal["under way", "promoted", "rolled back"]
 Rating = Literal["good", "bad"]
@@ -147,6 +148,7 @@ class Release(Shape):
     """Merged weights with their manifest. `id` is that of the run that made it; `canary` is its newest.
 
     `damage`: how its files were found to be others than the manifest lists. `check`: where they are being read.
+    `replay`: what became of the reference answers of one that was verified elsewhere, when it was to answer here.
     """
 
     id: str
@@ -158,6 +160,7 @@ class Release(Shape):
     gates: dict[str, bool] = {}
     damage: str = ""
     check: Check | None = None
+    replay: str = ""
     canary: Canary | None = None
 
 

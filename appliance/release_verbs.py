@@ -56,7 +56,7 @@ def releases(release: str | None, as_json: bool) -> None:
             _state(one),
             " ".join(f"{gate}:{'ok' if passed else 'FAILED'}" for gate, passed in one.gates.items()),
             console.ago(one.created),
-            "; ".join(why for why in (one.damage, one.reason, _canary_words(one.canary)) if why),
+            "; ".join(why for why in (one.damage, one.reason, one.replay, _canary_words(one.canary)) if why),
         )
         for one in found
     ]
@@ -182,12 +182,15 @@ def export(release: str, path: Path, gguf: bool) -> None:
 @click.argument("file", type=_path)
 @click.option("--name", help="What it is called here; its own name where not given.")
 def import_release(file: Path, name: str | None) -> None:
-    """Take in a release from FILE, an archive that `export` has written on another box; every hash is checked."""
+    """Take in a release from FILE, an archive that `export` has written on another box; every hash is checked.
+
+    It says of itself that it was verified: it is listed as verified elsewhere, until `verify --gates` has done so here.
+    """
     print(ask(lambda client: client.import_release(file, name)).id)
 
 
 @click.command()
-@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many newest whole releases stay.")
+@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many newest, if whole, stay.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @json_option
 def gc(keep: int, dry_run: bool, as_json: bool) -> None:

@@ -129,14 +129,19 @@ def read_manifest(home: Home, release_id: str) -> dict[str, Any]:
     """The manifest of a release as it is on disk. Raises NotFound, and ApplianceError for one that is damaged."""
     try:
         manifest: dict[str, Any] = json.loads((home.releases / release_id / MANIFEST).read_bytes())
-        missing = _REQUIRED - set(manifest)
+        missing = lacks(manifest)
     except FileNotFoundError:
         raise NotFound("no_such_release", f"there is no release {release_id}", "see `appliance releases`") from None
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(release_id, str(error)) from None
     if missing:
-        raise _damaged(release_id, f"it lacks '{min(missing)}'")
+        raise _damaged(release_id, f"it lacks '{missing}'")
     return manifest
+
+
+def lacks(manifest: dict[str, Any]) -> str:
+    """The first key that what should be a manifest has not; empty: it has all."""
+    return min(_REQUIRED - set(manifest), default="")
 
 
 def _damaged(release_id: str, why: str) -> ApplianceError:

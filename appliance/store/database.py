@@ -73,6 +73,9 @@ MIGRATIONS = (
     ALTER TABLE releases ADD COLUMN seen TEXT NOT NULL DEFAULT '{}';
     ALTER TABLE releases ADD COLUMN damage TEXT NOT NULL DEFAULT '';
     """,
+    """
+    ALTER TABLE releases ADD COLUMN replay TEXT NOT NULL DEFAULT '';
+    """,
 )
 
 

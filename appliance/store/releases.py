@@ -100,8 +100,10 @@ class Releases:
         what = "did not go live" if row["answered"] is None else "is live no longer"
         now = f"{live} is live instead" if live else "no other verified release is whole"
         next = f"`appliance promote {id}` tries once more"
-        if self.get(id).damage:
+        if (release := self.get(id)).damage:
             next = f"restore its files and `appliance verify {id}`, or train again"
+        elif release.state == "refused":
+            next = f"see `appliance releases {id}`"
         return f"{id} {what}: {row['failed']}; {now} — {next}"
 
     def proof(self, id: str) -> Proof:
@@ -148,7 +150,7 @@ class Releases:
         ).fetchone()
         if row is None:
             row = self._db.execute(
-                f"SELECT id FROM releases WHERE {fit} AND id NOT IN"
+                f"SELECT id FROM releases WHERE {fit} AND state = 'verified' AND id NOT IN"
                 " (SELECT release FROM deployments WHERE failed != '' AND answered IS NULL)"
                 " ORDER BY created DESC, rowid DESC LIMIT 1",
                 (live,),
@@ -166,6 +168,22 @@ class Releases:
                 "INSERT INTO deployments (release, since, answered, failed) VALUES (?, ?, ?, ?)",
                 (row["release"], time.time(), row["answered"], reason),
             )
+
+    def unproven(self) -> frozenset[str]:
+        """Releases that were verified elsewhere and have not yet been asked for their reference answers here."""
+        rows = self._db.execute("SELECT id FROM releases WHERE state = 'verified elsewhere' AND replay = ''")
+        return frozenset(row["id"] for row in rows)
+
+    def replayed(self, id: str, replay: str) -> None:
+        """Record what became of its reference answers: it may answer."""
+        self._db.execute("UPDATE releases SET replay = ? WHERE id = ?", (replay, id))
+
+    def refuse(self, id: str, reason: str) -> None:
+        """Let it be refused from now on. If it is live, `give_way` is to follow."""
+        with transaction(self._db):
+            self._db.execute("UPDATE releases SET state = 'refused', reason = ? WHERE id = ?", (reason, id))
+            if id != self.live():
+                self._withdraw(id, f"it was refused: {reason}")
 
     def accept(self, id: str, reason: str, manifest_sha256: str) -> None:
         """Record that a refused release counts as verified. Its gates stay as they were measured."""
@@ -264,4 +282,5 @@ def _release(row: sqlite3.Row, live: str | None) -> api.Release:
         reason=row["reason"],
         gates=json.loads(row["gates"]),
         damage=row["damage"],
+        replay=row["replay"],
     )

@@ -129,6 +129,13 @@ class CheckRelease:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Ask the engine of a release that was verified elsewhere for the reference answers in its manifest."""
+
+    release: str
+
+
+@dataclass(frozen=True)
 class GiveWay:
     """The live release may not be served any more: `to` is live instead; None: nothing is."""
 
@@ -189,6 +196,7 @@ Action = (
     | EndUnmerged
     | FallBack
     | CheckRelease
+    | Replay
     | GiveWay
     | Route
     | RouteCanary

@@ -17,6 +17,7 @@ from appliance.supervisor.actions import (
     KillWorker,
     LoadAdapter,
     ProbeRun,
+    Replay,
     Route,
     RouteCanary,
     StartEngine,
@@ -56,6 +57,8 @@ def decide(snapshot: Snapshot) -> list[Action]:
             actions.append(action)
     unread = snapshot.unread - snapshot.checking - snapshot.unfit.keys()
     actions += [CheckRelease(release) for release in sorted(unread)]
+    unproven = (snapshot.unproven & snapshot.ready) - snapshot.replaying - snapshot.unread - snapshot.unfit.keys()
+    actions += [Replay(release) for release in sorted(unproven)]
     return actions + _canary_actions(snapshot) + _adapter_actions(snapshot) + _engine_actions(head, snapshot)
 
 
@@ -223,9 +226,12 @@ def _waits(release: str, snapshot: Snapshot) -> bool:
 
 
 def _may_answer(release: str, snapshot: Snapshot) -> bool:
-    """Whether its engine is ready, on files that are whole; one that answers goes on while they are read again."""
+    """Whether its engine is ready, on files that are whole, and has repeated what it said elsewhere.
+
+    One that answers goes on while its files are read again.
+    """
     answers = release in (snapshot.routed, snapshot.routed_canary and snapshot.routed_canary[0])
-    return release in snapshot.ready and (answers or release not in snapshot.unread)
+    return release in snapshot.ready and (answers or release not in snapshot.unread | snapshot.unproven)
 
 
 def _makes_room(wanted: list[str], snapshot: Snapshot) -> bool:

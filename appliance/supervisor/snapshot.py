@@ -94,6 +94,10 @@ class Snapshot:
     """The live release and the canary, where something was written to their files since these were found whole."""
     checking: frozenset[str] = frozenset()
     """Releases whose files are being read."""
+    unproven: frozenset[str] = frozenset()
+    """Releases from elsewhere that have not yet repeated their reference answers here."""
+    replaying: frozenset[str] = frozenset()
+    """Releases whose engine is being asked for them."""
     unfit: dict[str, str] = field(default_factory=dict)
     """Releases that may not be served, and why."""
     swappable: frozenset[str] = frozenset()

@@ -42,6 +42,7 @@ from appliance.supervisor.actions import (
     KillWorker,
     LoadAdapter,
     ProbeRun,
+    Replay,
     Route,
     RouteCanary,
     RunAction,
@@ -249,6 +250,8 @@ class Supervisor:
             successor=self.releases.successor(),
             unread=frozenset(release for release in served if not self.checks.whole(release)),
             checking=self.checks.under_way,
+            unproven=self.releases.unproven(),
+            replaying=self.engines.replaying,
             unfit=self.releases.unfit(),
             swappable=self.engines.swappable(live),
             room=not present or self.engines.room(to_start - present),
@@ -333,6 +336,8 @@ class Supervisor:
                 self.engines.give_up(failing, f"its engine does not start; see {self.engines.log(failing)}")
             case CheckRelease(release):
                 self.checks.start(release)
+            case Replay(release):
+                self.engines.replay(release)
             case GiveWay(to, reason):
                 self._give_way(str(self.releases.live()), to, reason)
             case Route(release, adapter):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -22,6 +23,7 @@ from appliance import api
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
 from appliance.home import hashes, sha256, write_json
 from appliance.release import integrity
+from appliance.release.foreign import ForeignRequest
 from appliance.store.releases import Releases
 from appliance.train.recipe import Recipe, parse_recipe
 
@@ -72,6 +74,21 @@ async def other(tmp_path: Path) -> AsyncIterator[Box]:
     box = Box(tmp_path / "other")
     yield box
     await box.client.close()
+
+
+@pytest.fixture(autouse=True)
+def foreign(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where releases lay that a process was to look at before they were taken in; here it finds all of them good."""
+    looked_at: list[Path] = []
+
+    async def look(module: str, home: object, asked: ForeignRequest, *_: object) -> dict[str, Any]:
+        assert module == "appliance.release.foreign"
+        assert (asked.folder / "manifest.json").exists()
+        looked_at.append(asked.folder)
+        return {}
+
+    monkeypatch.setattr("serve.releases.run_module", look)
+    return looked_at
 
 
 async def test_a_refused_release_is_inspected_and_not_served(box: Box, tmp_path: Path) -> None:
@@ -262,8 +279,10 @@ async def test_another_box_takes_it_in_and_again_and_can_promote_it(box: Box, ot
     await box.client.export("r-1", tmp_path / "r.tar")
     for _ in range(2):
         release = await other.client.import_release(tmp_path / "r.tar")
-        assert (release.id, release.state, release.live) == ("r-1", "verified", False)
+        assert (release.id, release.state, release.live) == ("r-1", "verified elsewhere", False)
     assert hashes(other.home.releases / "r-1") == hashes(folder)
+    assert json.loads((folder / "manifest.json").read_bytes())["state"] == "verified", "the manifest stays as it is"
+    assert other.supervisor.checks.whole("r-1"), "its files have been read"
     assert (await other.client.promote("r-1")).live
     assert list(other.home.incoming.iterdir()) == []
     assert other.supervisor.runs.new_id(Recipe(name="r", base="tiny")) == "r-2", "its id is taken"
@@ -300,6 +319,84 @@ async def test_a_tampered_or_cut_archive_leaves_nothing(box: Box, other: Box, tm
         await other.client.import_release(tmp_path / "none.tar")
 
 
+async def test_what_would_run_code_or_cannot_be_loaded_leaves_nothing(
+    box: Box, other: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+
+    async def refuse(*_: object) -> dict[str, Any]:
+        raise InvalidInput("bad_archive", "the release cannot be imported: it runs code", "")
+
+    monkeypatch.setattr("serve.releases.run_module", refuse)
+    with pytest.raises(InvalidInput, match="it runs code"):
+        await other.client.import_release(tmp_path / "r.tar")
+    assert await other.client.releases() == []
+    assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gates": None},
+        {"gates": {"structure": "passed"}},
+        {"base": 7},
+        {"recipe": ...},
+        {"state": "verified elsewhere"},
+        {"release": "../x"},
+    ],
+)
+async def test_a_manifest_that_is_none_leaves_nothing(
+    box: Box, other: Box, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = box.release("r-1")
+    manifest = json.loads((folder / "manifest.json").read_bytes()) | change
+    write_json(folder / "manifest.json", {key: value for key, value in manifest.items() if value is not ...})
+    subprocess.run(["tar", "-cf", tmp_path / "r.tar", "-C", box.home.releases, "r-1"], check=True)
+    with tarfile.open(tmp_path / "r.tar") as old, tarfile.open(tmp_path / "clean.tar", "w") as new:
+        for member in old:
+            if member.isfile():
+                new.addfile(member, old.extractfile(member))
+    with pytest.raises(InvalidInput):
+        await other.client.import_release(tmp_path / "clean.tar")
+    assert await other.client.releases() == []
+    assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_imported_again_a_damaged_release_is_whole_again(box: Box, other: Box, tmp_path: Path, own: bool) -> None:
+    """One that was made elsewhere, or one of our own that we have exported."""
+    folder = box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    place = box if own else other
+    if own:
+        (box.home.runs / "r-1").mkdir()
+    else:
+        await other.client.import_release(tmp_path / "r.tar")
+    state = place.supervisor.releases.get("r-1").state
+    whole = hashes(folder)
+    spoil(place.home.releases / "r-1")
+    with pytest.raises(Conflict, match="damaged"):
+        await place.client.promote("r-1")
+    release = await place.client.import_release(tmp_path / "r.tar")
+    assert (release.damage, release.state) == ("", state)
+    assert hashes(place.home.releases / "r-1") == whole
+    assert [path.name for path in place.home.releases.iterdir()] == ["r-1"]
+    assert (await place.client.promote("r-1")).live
+
+
+async def test_another_release_of_that_name_does_not_mend_a_damaged_one(box: Box, other: Box, tmp_path: Path) -> None:
+    folder = box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    await other.client.import_release(tmp_path / "r.tar")
+    write_json(folder / "manifest.json", json.loads((folder / "manifest.json").read_bytes()) | {"created": 2.0})
+    box.db.execute("UPDATE releases SET manifest_sha256 = ''")
+    await box.client.export("r-1", tmp_path / "other.tar")
+    spoil(other.home.releases / "r-1")
+    with pytest.raises(Conflict, match="another release"):
+        await other.client.import_release(tmp_path / "other.tar")
+
+
 async def test_a_full_disk_is_said_and_leaves_nothing(
     box: Box, other: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +431,7 @@ import sys
 from pathlib import Path
 import appliance.archive as archive
 from appliance.home import Home
-from serve.releases import _unpack
+from serve.releases import _place
 archive._CHUNK = 512
 real = archive._extract
 def slow(tar, member, target):
@@ -342,7 +439,8 @@ def slow(tar, member, target):
     import time; time.sleep(float(sys.argv[3]))
     return real(tar, member, target)
 archive._extract = slow
-_unpack(Home(Path(sys.argv[1])), Path(sys.argv[2]), None)
+archive.unpack(Path(sys.argv[2]), Path(sys.argv[2]).parent / "release")
+_place(Path(sys.argv[2]).parent / "release", Home(Path(sys.argv[1])).releases / "r-1")
 """
 
 

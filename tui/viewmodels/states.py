@@ -30,6 +30,7 @@ RUNS: dict[str, Look] = {
 ACTIVE = frozenset({"queued", "running", "stopping"})
 
 VERIFIED = Look("✓", "verified", "$text-success")
+ELSEWHERE = Look("✓", "verified elsewhere", "$text-warning")
 REFUSED = Look("✗", "refused", "$text-error")
 DAMAGED = Look("✗", "damaged", "$text-error")
 LIVE = Look("◆", "live", "bold $text-accent")
@@ -58,4 +59,4 @@ def is_canary(release: api.Release) -> bool:
 def release_look(release: api.Release) -> Look:
     if release.damage:
         return DAMAGED
-    return VERIFIED if release.state == "verified" else REFUSED
+    return {"verified": VERIFIED, "verified elsewhere": ELSEWHERE, "refused": REFUSED}[release.state]

@@ -16,7 +16,7 @@ from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
 class FakeEngine:
     """`token_ids` is how it renders every prompt; `broken` releases never start, `unloadable` ones are not
     taken in place of others, `strange` ones answer otherwise when they are, and a load waits for `loading`.
-    `refusal`: why it takes no adapter."""
+    `refusal`: why it takes no adapter. `forgetful`: prompts that a release answers otherwise than all others."""
 
     name: str = "fake"
     honours: frozenset[str] = frozenset({"messages", "model", "stream"})
@@ -32,6 +32,9 @@ class FakeEngine:
     adapter_rank: int = 0
     adapters: list[str] = field(default_factory=list)
     refusal: str = ""
+    forgetful: dict[str, set[str]] = field(default_factory=dict)
+    probed: list[str] = field(default_factory=list)
+    unreachable: int = 0
 
     def memory(self, release: Path) -> int:
         return self.size
@@ -58,6 +61,12 @@ class FakeEngine:
         return Path(address.removeprefix("unix:")).exists()
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
+        self.probed.append(name)
+        if self.unreachable:
+            self.unreachable -= 1
+            raise ConnectionError("it is gone")
+        if probe.messages[0]["content"] in self.forgetful.get(name, ()):
+            return ProbeAnswer(self.token_ids, "what?", "stop", 1)
         return ProbeAnswer(self.token_ids, "hm" if name in self.loaded and name in self.strange else "hello", "stop", 1)
 
 

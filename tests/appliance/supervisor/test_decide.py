@@ -22,6 +22,7 @@ from appliance.supervisor.actions import (
     KillWorker,
     LoadAdapter,
     ProbeRun,
+    Replay,
     Route,
     RouteCanary,
     StartEngine,
@@ -589,6 +590,26 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "other stages do not wait for that": (
         Snapshot(runs=(SFT,), live="a", unread=frozenset("a"), checking=frozenset("a"), exclusive=True),
         [StartWorker("r1")],
+    ),
+    "a release from elsewhere repeats what it said there before it answers": (
+        Snapshot(live="b", unproven=frozenset("b"), engines=(A, B), routed="a"),
+        [Replay("b")],
+    ),
+    "and is asked once": (
+        Snapshot(live="b", unproven=frozenset("b"), replaying=frozenset("b"), engines=(A, B), routed="a"),
+        [],
+    ),
+    "not before its engine is ready": (
+        Snapshot(live="b", unproven=frozenset("b"), engines=(A, EngineView("b", alive=True)), routed="a"),
+        [],
+    ),
+    "exclusive: requests wait for that": (
+        Snapshot(live="b", unproven=frozenset("b"), engines=(B,), holding=True, exclusive=True),
+        [Replay("b")],
+    ),
+    "a canary from elsewhere does so too": (
+        Snapshot(live="a", routed="a", engines=(A, B), canary=WAITING, unproven=frozenset("b")),
+        [Replay("b")],
     ),
     "a canary's files are read before an engine starts on them": (
         Snapshot(live="a", routed="a", engines=(A,), canary=WAITING, unread=frozenset("b")),
