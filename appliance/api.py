@@ -148,7 +148,7 @@ class Release(Shape):
     """Merged weights with their manifest. `id` is that of the run that made it; `canary` is its newest.
 
     `damage`: how its files were found to be others than the manifest lists. `check`: where they are being read.
-    `replay`: what became of the reference answers of one that was verified elsewhere, when it was to answer here.
+    `note`: what was seen of it on this box since: its reference answers, where it was verified elsewhere, or its gates.
     """
 
     id: str
@@ -160,7 +160,7 @@ class Release(Shape):
     gates: dict[str, bool] = {}
     damage: str = ""
     check: Check | None = None
-    replay: str = ""
+    note: str = ""
     canary: Canary | None = None
 
 

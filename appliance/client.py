@@ -196,6 +196,10 @@ class Client:
             now = await self._call("GET", f"/v1/releases/{release}/check", api.Check)
             yield now
 
+    async def repeat_gates(self, release: str) -> api.Run:
+        """Queue a run that judges a release's own files by its gates. Raises Conflict where its base is not here."""
+        return await self._call("POST", f"/v1/releases/{release}/gates", api.Run)
+
     async def promote_adapter(self, run: str) -> api.Unmerged:
         """Let the adapter of a run answer before its release can. Raises Conflict where it cannot."""
         return await self._call("POST", f"/v1/runs/{run}/promote-adapter", api.Unmerged)

@@ -56,7 +56,7 @@ def releases(release: str | None, as_json: bool) -> None:
             _state(one),
             " ".join(f"{gate}:{'ok' if passed else 'FAILED'}" for gate, passed in one.gates.items()),
             console.ago(one.created),
-            "; ".join(why for why in (one.damage, one.reason, one.replay, _canary_words(one.canary)) if why),
+            "; ".join(why for why in (one.damage, one.reason, one.note, _canary_words(one.canary)) if why),
         )
         for one in found
     ]
@@ -111,16 +111,24 @@ def promote(release: str, accept: str | None, canary: float | None, adapter: boo
 
 @click.command()
 @click.argument("release")
+@click.option("--gates", is_flag=True, help="Then queue a run that repeats its gates here, and print the run's id.")
+@click.option("-f", "--follow", "following", is_flag=True, help="Print the run's events until it ends.")
 @json_option
-def verify(release: str, as_json: bool) -> None:
-    """Read all files of RELEASE from the disk, and see that they are those that its manifest lists."""
+def verify(release: str, gates: bool, following: bool, as_json: bool) -> None:
+    """Read all files of RELEASE from the disk, and see that they are those that its manifest lists.
+
+    With --gates they are merged again and judged by the gates once more; that takes the base model, and where it is
+    here, the dataset.
+    """
+    if (following and not gates) or (gates and as_json):
+        raise click.UsageError("--follow goes with --gates, and --gates without --json")
     checks: list[api.Check] = []
-    said = [time.monotonic()]
+    spoke = [time.monotonic()]
 
     def show(check: api.Check) -> None:
         checks.append(check)
-        if check.state == "reading" and time.monotonic() - said[-1] > _PROGRESS_SECONDS:
-            said.append(time.monotonic())
+        if check.state == "reading" and time.monotonic() - spoke[-1] > _PROGRESS_SECONDS:
+            spoke.append(time.monotonic())
             console.say(console.check_line(check))
 
     each(lambda client: client.check(release), show)
@@ -132,8 +140,15 @@ def verify(release: str, as_json: bool) -> None:
             f"release {release} is damaged: {checks[-1].damage or 'something writes to its files'}",
             "restore its files, import it again, or train again",
         )
-    if not as_json:
-        print(f"{release} is whole: its files are those that its manifest lists")
+    said = f"{release} is whole: its files are those that its manifest lists"
+    if gates:
+        console.say(said)
+        run = ask(lambda client: client.repeat_gates(release))
+        print(run.id, flush=True)
+        if following:
+            follow_run(run.id)
+    elif not as_json:
+        print(said)
 
 
 @click.command()

@@ -23,6 +23,7 @@ from appliance.home import NAME_PATTERN, Home, building, disk_error, require_spa
 from appliance.models import model_path
 from appliance.release.foreign import ForeignRequest
 from appliance.release.manifest import accept_quality, lacks, read_manifest
+from appliance.release.recheck import plan_recheck, write_recheck
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Proof
 from appliance.supervisor.supervisor import Supervisor
@@ -94,6 +95,19 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         releases.get(id)
         supervisor.checks.start(id, thorough=True)
         return supervisor.checks.view(id)
+
+    @routes.post("/v1/releases/{id}/gates")
+    async def repeat_gates(id: str) -> api.Run:
+        """Queue a run that judges the release's own files by its gates, with the base and the data that are here."""
+        releases.get(id)
+        recipe = await asyncio.to_thread(plan_recheck, home, id)
+        weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
+        require_space(home.root, weights, "a merge to compare with")
+        run = runs.new_id(recipe)
+        await asyncio.to_thread(write_recheck, home, run, recipe, id)
+        queued = runs.add(run, recipe)
+        supervisor.poke()
+        return queued
 
     @routes.post("/v1/releases")
     async def import_release(request: Request, name: str | None = None) -> api.Release:

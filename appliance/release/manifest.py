@@ -88,6 +88,11 @@ def finalise(
     return Manifest(**read_manifest(home, run_id))
 
 
+def judge(home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:
+    """What the manifest of a run says whose gates have been measured. Nothing is written."""
+    return _manifest(home.runs / run_id, recipe, probe_gates)
+
+
 def accept_quality(home: Home, release_id: str, recorded: str) -> Manifest:
     """Verify a release that only gate 5 has refused, because the operator says so, and say so in its manifest.
 

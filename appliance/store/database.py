@@ -74,7 +74,7 @@ MIGRATIONS = (
     ALTER TABLE releases ADD COLUMN damage TEXT NOT NULL DEFAULT '';
     """,
     """
-    ALTER TABLE releases ADD COLUMN replay TEXT NOT NULL DEFAULT '';
+    ALTER TABLE releases ADD COLUMN note TEXT NOT NULL DEFAULT '';
     """,
 )
 

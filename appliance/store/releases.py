@@ -171,12 +171,13 @@ class Releases:
 
     def unproven(self) -> frozenset[str]:
         """Releases that were verified elsewhere and have not yet been asked for their reference answers here."""
-        rows = self._db.execute("SELECT id FROM releases WHERE state = 'verified elsewhere' AND replay = ''")
+        rows = self._db.execute("SELECT id FROM releases WHERE state = 'verified elsewhere' AND note = ''")
         return frozenset(row["id"] for row in rows)
 
-    def replayed(self, id: str, replay: str) -> None:
-        """Record what became of its reference answers: it may answer."""
-        self._db.execute("UPDATE releases SET replay = ? WHERE id = ?", (replay, id))
+    def note(self, id: str, note: str, verified: bool = False) -> None:
+        """Record what was seen of it here; `verified`: all of its gates have passed here."""
+        state = ", state = 'verified'" if verified else ""
+        self._db.execute(f"UPDATE releases SET note = ?{state} WHERE id = ?", (note, id))
 
     def refuse(self, id: str, reason: str) -> None:
         """Let it be refused from now on. If it is live, `give_way` is to follow."""
@@ -282,5 +283,5 @@ def _release(row: sqlite3.Row, live: str | None) -> api.Release:
         reason=row["reason"],
         gates=json.loads(row["gates"]),
         damage=row["damage"],
-        replay=row["replay"],
+        note=row["note"],
     )

@@ -314,7 +314,7 @@ class EngineProcesses:
             made_on = reference.get("engine")
             if made_on != self.kind.name:
                 what = f"are those of another engine ({made_on})" if made_on else "are not in its archive"
-                self._releases.replayed(release, f"its reference answers {what}, so none was repeated here")
+                self._releases.note(release, f"its reference answers {what}, so none was repeated here")
                 return
             answers = reference["answers"][:MOST_REPLAYED]
             differing = [said for asked in answers if (said := await self._says_otherwise(row, asked))]
@@ -323,14 +323,14 @@ class EngineProcesses:
             if len(differing) > max(1, len(answers) // DIFFERING_SHARE):
                 self._releases.refuse(release, f"only {count}: {differing[0]}")
             else:
-                self._releases.replayed(release, count)
+                self._releases.note(release, count)
         except ConnectionError as error:
             log.warning("the engine went away while %s repeated its reference answers: %s", release, error)
             await asyncio.sleep(REPLAY_REST_SECONDS)
         except Exception as error:
             log.exception("the reference answers of %s cannot be asked for", release)
             why = error.message if isinstance(error, ApplianceError) else f"{type(error).__name__}: {error}"
-            self._releases.replayed(release, f"its reference answers could not be asked for here: {why}")
+            self._releases.note(release, f"its reference answers could not be asked for here: {why}")
         finally:
             self._replays.pop(release, None)
             self._changed()

@@ -18,7 +18,8 @@ from appliance.canary import Limits
 from appliance.errors import ApplianceError, Conflict
 from appliance.home import Home, disk_error, sha256
 from appliance.release.gates import Gate, judge_parity, judge_stopping, load_probes
-from appliance.release.manifest import MANIFEST, finalise
+from appliance.release.manifest import MANIFEST, Manifest, finalise, judge, read_manifest
+from appliance.release.recheck import WITHOUT_DATA
 from appliance.settings import Settings
 from appliance.store.canaries import Canaries
 from appliance.store.feedback import Feedback
@@ -296,8 +297,7 @@ class Supervisor:
     def _perform(self, action: Action) -> None:
         match action:
             case StartWorker(run):
-                live = self.releases.live()
-                self.workers.start(self.runs.get(run), live if live and self.checks.whole(live) else None)
+                self.workers.start(self.runs.get(run), self._compared_with(run))
             case StopWorker(run):
                 self.workers.tell_to_stop(run)
             case KillWorker(run):
@@ -417,17 +417,43 @@ class Supervisor:
         events = self._events(run.id)
         for name, gate in gates.items():
             events.append("gate", "probe", gate=name, passed=gate.passed, figures=gate.figures, reason=gate.reason)
-        manifest = finalise(self.home, run.id, self.recipe(run.id), gates, reference)
+        recipe = self.recipe(run.id)
+        if recipe.rechecks:
+            self._conclude_recheck(run, recipe.rechecks, judge(self.home, run.id, recipe, gates))
+            return
+        manifest = finalise(self.home, run.id, recipe, gates, reference)
         passed = {name: bool(gate["passed"]) for name, gate in manifest.gates.items()}
-        begun = [event["time"] for event in events.read() if event["event"] == "stage_started"]
-        events.append("stage_finished", "probe", seconds=round(time.time() - begun[-1], 1))
+        self._end_probe(run.id)
         digest, promote = sha256(self.home.releases / run.id / MANIFEST), self.runs.promotes(run.id)
         self.releases.add(run.id, run.base, manifest.state, manifest.reason, passed, promote, digest)
         reason = "" if manifest.state == "verified" else f"the release was refused: {manifest.reason}"
         next = "" if manifest.state == "verified" else f"see `appliance releases {run.id}`"
         self.runs.finish(run.id, "finished", reason, next)
 
+    def _conclude_recheck(self, run: api.Run, release: str, found: Manifest) -> None:
+        """A release that fails another gate than quality is refused. That one depends on what is live meanwhile."""
+        self._end_probe(run.id)
+        failed = [name for name, gate in found.gates.items() if not gate["passed"]]
+        without = "" if found.datasets or not read_manifest(self.home, release)["datasets"] else WITHOUT_DATA
+        if failed not in ([], ["quality"]):
+            log.error("release %s does not pass its gates here: %s", release, found.reason)
+            self.releases.refuse(release, f"repeated here, {found.reason}{without}")
+        else:
+            self.releases.note(release, f"repeated here, {found.reason}{without}", verified=not failed)
+        reason = f"{release} did not pass again: {found.reason}" if failed else ""
+        self.runs.finish(run.id, "finished", reason, f"see `appliance logs {run.id} --events`" if failed else "")
+
+    def _end_probe(self, run: str) -> None:
+        events = self._events(run)
+        begun = [event["time"] for event in events.read() if event["event"] == "stage_started"]
+        events.append("stage_finished", "probe", seconds=round(time.time() - begun[-1], 1))
+
     # Reading
+
+    def _compared_with(self, run: str) -> str | None:
+        """The live release, unless its files are not whole, or are the very ones that are judged."""
+        live = self.releases.live()
+        return live if live and live != self.recipe(run).rechecks and self.checks.whole(live) else None
 
     def recipe(self, run: str) -> Recipe:
         """The run's recipe as it was queued."""

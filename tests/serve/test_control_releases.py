@@ -25,7 +25,7 @@ from appliance.home import hashes, sha256, write_json
 from appliance.release import integrity
 from appliance.release.foreign import ForeignRequest
 from appliance.store.releases import Releases
-from appliance.train.recipe import Recipe, parse_recipe
+from appliance.train.recipe import Recipe, SftStage, parse_recipe
 
 FILES = {"model.safetensors": bytes(range(256)) * 4000, "adapter/adapter_config.json": b"{}", "config.json": b"{}"}
 
@@ -500,6 +500,41 @@ async def test_an_adapter_that_is_none_or_has_no_base_is_refused(box: Box, tmp_p
     with pytest.raises(InvalidInput, match="holds no adapter"):
         await box.client.merge(source, "tiny", "mine")
     assert list(box.home.runs.iterdir()) == []
+
+
+async def test_gates_are_repeated_by_a_run_of_the_base_and_the_adapter_that_are_here(box: Box) -> None:
+    folder = box.release("r-1")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"factors")
+    made_by = Recipe(name="r", base="tiny", stages=(SftStage(method="sft", name="sft", dataset="d1"),), eval_share=0.3)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest |= {"recipe": made_by.model_dump(mode="json", exclude_none=True), "datasets": {"sft": "d1"}}
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(NotFound, match="no base model tiny"):
+        await box.client.repeat_gates("r-1")
+    box.model()
+    write_json(folder / "manifest.json", manifest | {"base_files": hashes(box.home.models / "tiny")})
+    run = await box.client.repeat_gates("r-1")
+    assert (run.id, run.stages, run.state) == ("r-1-gates-1", ("merge", "verify", "probe"), "queued")
+    recipe = parse_recipe((box.home.runs / run.id / "recipe.toml").read_text())
+    assert recipe.given
+    assert (recipe.rechecks, recipe.eval_share, recipe.promote, recipe.given.dataset) == ("r-1", 0.3, False, "")
+    assert (box.home.runs / run.id / "adapter" / "adapter_model.safetensors").read_bytes() == b"factors"
+    (warning,) = await box.client.events(run.id)
+    assert "no dataset of r-1 is on this box" in warning["message"]
+    (box.home.datasets / "d1").mkdir()
+    second = await box.client.repeat_gates("r-1")
+    given = parse_recipe((box.home.runs / second.id / "recipe.toml").read_text()).given
+    assert given
+    assert given.dataset == "d1"
+    assert await box.client.events(second.id) == []
+    with pytest.raises(NotFound):
+        await box.client.repeat_gates("r-2")
+
+
+async def test_a_recipe_cannot_name_a_release_to_judge(box: Box) -> None:
+    box.model()
+    with pytest.raises(InvalidInput, match="verify RELEASE --gates"):
+        await box.client.train('name = "r"\nbase = "tiny"\nrechecks = "r-1"\n')
 
 
 async def test_a_recipe_cannot_name_a_given_adapter(box: Box) -> None:

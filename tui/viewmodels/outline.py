@@ -76,8 +76,8 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
         lines.append(Content.styled(f"its files are being read: {_share_read(release.check)}", "$text-warning"))
     if release.reason:
         lines.append(Content.styled(plain(release.reason), "$text-error" if look is states.REFUSED else ""))
-    if release.replay:
-        lines.append(Content(plain(release.replay)))
+    if release.note:
+        lines.append(Content(plain(release.note)))
     lines += _canary(release.canary) if release.canary else []
     recorded: dict[str, Any] = (manifest or {}).get("gates", {})
     for name, passed in release.gates.items():

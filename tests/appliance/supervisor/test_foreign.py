@@ -38,7 +38,7 @@ async def test_it_repeats_what_it_said_elsewhere_before_it_answers(daemon: Daemo
     await daemon.until(lambda: daemon.supervisor.routed == imported)
     assert daemon.engine.probed.count(imported) == 10
     release = daemon.supervisor.releases.get(imported)
-    assert (release.state, release.replay) == (
+    assert (release.state, release.note) == (
         "verified elsewhere",
         "10 of 10 reference answers were repeated here",
     )
@@ -83,7 +83,7 @@ async def test_where_it_cannot_repeat_them_that_is_said(daemon: Daemon, engine: 
     imported = arrive(daemon, "imported", engine)
     daemon.supervisor.promote(imported)
     await daemon.until(lambda: daemon.supervisor.routed == imported)
-    assert daemon.supervisor.releases.get(imported).replay == said
+    assert daemon.supervisor.releases.get(imported).note == said
     assert daemon.engine.probed == []
 
 
@@ -94,7 +94,7 @@ async def test_reference_answers_that_are_none_are_no_reason_to_hang(daemon: Dae
     daemon.db.execute("UPDATE releases SET manifest_sha256 = ''")
     daemon.supervisor.promote(imported)
     await daemon.until(lambda: daemon.supervisor.routed == imported)
-    assert "could not be asked for here: TypeError" in daemon.supervisor.releases.get(imported).replay
+    assert "could not be asked for here: TypeError" in daemon.supervisor.releases.get(imported).note
 
 
 async def test_an_engine_that_goes_away_meanwhile_is_asked_again(
@@ -105,7 +105,7 @@ async def test_an_engine_that_goes_away_meanwhile_is_asked_again(
     daemon.engine.unreachable = 2
     daemon.supervisor.promote(imported)
     await daemon.until(lambda: daemon.supervisor.routed == imported)
-    assert daemon.supervisor.releases.get(imported).replay == "10 of 10 reference answers were repeated here"
+    assert daemon.supervisor.releases.get(imported).note == "10 of 10 reference answers were repeated here"
 
 
 async def test_as_a_canary_it_repeats_them_too(daemon: Daemon) -> None:
