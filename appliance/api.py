@@ -12,7 +12,8 @@ class Shape(BaseModel):
 
 
 RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopped"]
-ReleaseState = Literal["verified", "refused"]
+ReleaseState = Literal["verified", "verified elsewhere", "refused"]
+"""verified elsewhere: its gates have run on another box only, and its archive says so of itself."""
 EngineState = Literal["starting", "ready", "backoff"]
 CanaryOutcome = Literal["under way", "promoted", "rolled back"]
 Rating = Literal["good", "bad"]
@@ -130,8 +131,25 @@ class Unmerged(Shape):
     answers: bool
 
 
+class Check(Shape):
+    """Whether the files of a release are those that its manifest lists: `read` of `bytes` have been compared so far.
+
+    unread: they have changed since they were last compared, or never were.
+    """
+
+    release: str
+    state: Literal["unread", "reading", "whole", "damaged"]
+    damage: str = ""
+    read: int = 0
+    bytes: int = 0
+
+
 class Release(Shape):
-    """Merged weights with their manifest. `id` is that of the run that made it; `canary` is its newest."""
+    """Merged weights with their manifest. `id` is that of the run that made it; `canary` is its newest.
+
+    `damage`: how its files were found to be others than the manifest lists. `check`: where they are being read.
+    `note`: what was seen of it on this box since: its reference answers, where it was verified elsewhere, or its gates.
+    """
 
     id: str
     base: str
@@ -140,6 +158,9 @@ class Release(Shape):
     live: bool = False
     reason: str = ""
     gates: dict[str, bool] = {}
+    damage: str = ""
+    check: Check | None = None
+    note: str = ""
     canary: Canary | None = None
 
 
@@ -210,7 +231,9 @@ class Status(Shape):
     unmerged: Unmerged | None = None
     """The adapter that answers in place of the live release, if one does."""
     setback: str = ""
-    """Why the last release that was to go live did not, and what was live before is so again; empty: it did."""
+    """Why the last release that was to go live did not, or is so no longer, and what to do; empty: it is."""
+    checks: tuple[Check, ...] = ()
+    """Releases whose files are being read."""
     engines: tuple[Engine, ...]
     lease: Literal["share", "exclusive"]
     queued: int

@@ -268,7 +268,9 @@ def status(as_json: bool) -> None:
     for line in console.canary_lines(now.canary) if now.canary else ():
         print(f"canary    {line}")
     if now.setback:
-        print(f"setback   {now.setback} — what was live before is so again; `appliance promote` tries once more")
+        print(f"setback   {now.setback}")
+    for check in now.checks:
+        print(f"check     {console.check_line(check)}")
     for engine in now.engines:
         print(f"engine    {engine.kind} {engine.state} for {engine.release}")
     print(f"running   {now.running or 'nothing'}, {now.queued} queued, lease {now.lease}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import sys
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 _BY_STATUS = {400: InvalidInput, 403: NotAllowed, 404: NotFound, 409: Conflict, 503: Unreachable}
 _UPLOAD_CHUNK = 1 << 20
+_CHECK_SECONDS = 0.2
 _CHAT_TEMPERATURE = 0.2
 """An operator chats to judge the model: close to its best guess, not a draw from all it might say."""
 
@@ -184,6 +186,19 @@ class Client:
         params = {"accept": accept} if accept else {}
         params |= {"canary": str(canary)} if canary else {}
         return await self._call("POST", f"/v1/releases/{release}/promote", api.Release, params=params)
+
+    async def check(self, release: str) -> AsyncIterator[api.Check]:
+        """Have all files of a release read and compared with its manifest: how far that is, and at last the outcome."""
+        now = await self._call("POST", f"/v1/releases/{release}/check", api.Check)
+        yield now
+        while now.state == "reading":
+            await asyncio.sleep(_CHECK_SECONDS)
+            now = await self._call("GET", f"/v1/releases/{release}/check", api.Check)
+            yield now
+
+    async def repeat_gates(self, release: str) -> api.Run:
+        """Queue a run that judges a release's own files by its gates. Raises Conflict where its base is not here."""
+        return await self._call("POST", f"/v1/releases/{release}/gates", api.Run)
 
     async def promote_adapter(self, run: str) -> api.Unmerged:
         """Let the adapter of a run answer before its release can. Raises Conflict where it cannot."""

@@ -79,6 +79,11 @@ def canary_lines(canary: api.Canary) -> list[str]:
     return [*lines, *canary.limits]
 
 
+def check_line(check: api.Check) -> str:
+    """How far the reading of a release's files is."""
+    return f"the files of {check.release} are being read: {size(check.read)} of {size(check.bytes)}"
+
+
 def percent(share: float) -> str:
     """A share of 1 in per cent."""
     return f"{100 * share:.3g}%"

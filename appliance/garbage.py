@@ -23,10 +23,11 @@ LEFTOVER_SECONDS = 24 * 3600.0
 def find_garbage(
     home: Home, releases: Releases, runs: Runs, datasets: Datasets, serving: Set[str], keep: int
 ) -> api.Garbage:
-    """What `remove_garbage` would remove. The newest `keep` releases stay, and those that engines are `serving`."""
+    """What `remove_garbage` would remove. The newest `keep` whole releases stay, and what engines are `serving`."""
     oldest = time.time() - LEFTOVER_SECONDS
     every = releases.all()
-    kept = {release.id for release in every[:keep]} | releases.needed() | serving
+    whole = [release.id for release in every if not release.damage]
+    kept = {*whole[:keep]} | releases.needed() | serving
     unfinished = {run.id for run in runs.all() if run.state != "finished"}
     recorded = {release.id for release in every}
     old = [id for id in recorded if id not in kept]

@@ -13,6 +13,22 @@ from appliance.errors import InvalidInput, NotFound
 from appliance.home import NAME_PATTERN, Home, hashes
 
 SOURCE = "source.json"
+MODEL_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What is taken of a model; consolidated copies of the weights, pickles and code are left behind."""
 
 _LARGEST_HEADER = 100_000_000
 """In bytes; the format's own limit."""
@@ -84,18 +100,30 @@ def context_length(directory: Path) -> int:
 
 def count_parameters(directory: Path) -> int:
     """How many numbers the model's weight files hold, by their headers. Raises InvalidInput for a broken file."""
-    count = 0
-    for path in directory.glob("model*.safetensors"):
-        try:
-            with open(path, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(size, _LARGEST_HEADER)))
-            count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidInput(
-                "bad_model", f"{path} holds no usable model: {error}", "pull the base model again"
-            ) from None
-    return count
+    return sum(math.prod(shape) for path in directory.glob("model*.safetensors") for shape, _ in _tensors(path)[1])
+
+
+def check_weights(path: Path) -> None:
+    """Raise InvalidInput unless the weight file is as long as its header says."""
+    begin, tensors = _tensors(path)
+    if begin + max((end for _, end in tensors), default=0) != path.stat().st_size:
+        raise _unusable(path, "it is not as long as its header says")
+
+
+def _tensors(path: Path) -> tuple[int, list[tuple[list[int], int]]]:
+    """Where the values of a weight file begin; shape and end of each, counted from there. Raises InvalidInput."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+        header.pop("__metadata__", None)
+        return 8 + size, [(tensor["shape"], tensor["data_offsets"][1]) for tensor in header.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _unusable(path, str(error)) from None
+
+
+def _unusable(path: Path, why: str) -> InvalidInput:
+    return InvalidInput("bad_model", f"{path} holds no usable model: {why}", "pull the base model again")
 
 
 def base_hashes(directory: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from appliance.errors import ApplianceError, Exit, InvalidInput, NotFound, Unreachable
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_json
-from appliance.models import SOURCE, check_model, context_length, model_path
+from appliance.models import MODEL_FILES, SOURCE, check_model, context_length, model_path
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -27,23 +27,6 @@ SMOLLM2_SPACE = 700 << 20
 
 HUB_TIMEOUT = 10.0
 """Seconds after which the Hub counts as out of reach."""
-
-MODEL_FILES = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""What is taken of a model; consolidated copies of the weights, pickles and code are left behind."""
 
 
 def pull(name: str, home: Home, source: Path | None = None) -> Path:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from appliance import console
-from appliance.command import ask, follow_run, json_option
-from appliance.errors import InvalidInput
+from appliance.command import ask, each, follow_run, json_option
+from appliance.errors import ApplianceError, InvalidInput
 
 if TYPE_CHECKING:
     from appliance import api
 
 _path = click.Path(path_type=Path)
+_PROGRESS_SECONDS = 3.0
 
 
 class _Share(click.ParamType[float]):
@@ -54,7 +56,7 @@ def releases(release: str | None, as_json: bool) -> None:
             _state(one),
             " ".join(f"{gate}:{'ok' if passed else 'FAILED'}" for gate, passed in one.gates.items()),
             console.ago(one.created),
-            "; ".join(why for why in (one.reason, _canary_words(one.canary)) if why),
+            "; ".join(why for why in (one.damage, one.reason, one.note, _canary_words(one.canary)) if why),
         )
         for one in found
     ]
@@ -62,6 +64,8 @@ def releases(release: str | None, as_json: bool) -> None:
 
 
 def _state(release: api.Release) -> str:
+    if release.damage:
+        return "damaged"
     if release.live:
         return "live"
     return "canary" if release.canary and release.canary.outcome == "under way" else release.state
@@ -97,9 +101,54 @@ def promote(release: str, accept: str | None, canary: float | None, adapter: boo
             else f"it will answer when the engine of {now.live} is ready; see `appliance status`"
         )
         return
-    print(ask(lambda client: client.promote(release, accept, canary)).id)
-    if canary:
+    promoted = ask(lambda client: client.promote(release, accept, canary))
+    print(promoted.id)
+    if promoted.check:
+        console.say(f"{console.check_line(promoted.check)}; it answers when they are whole, see `appliance status`")
+    elif canary:
         console.say(f"it is to answer {console.percent(canary)} of the conversations; see `appliance status`")
+
+
+@click.command()
+@click.argument("release")
+@click.option("--gates", is_flag=True, help="Then queue a run that repeats its gates here, and print the run's id.")
+@click.option("-f", "--follow", "following", is_flag=True, help="Print the run's events until it ends.")
+@json_option
+def verify(release: str, gates: bool, following: bool, as_json: bool) -> None:
+    """Read all files of RELEASE from the disk, and see that they are those that its manifest lists.
+
+    With --gates they are merged again and judged by the gates once more; that takes the base model, and where it is
+    here, the dataset.
+    """
+    if (following and not gates) or (gates and as_json):
+        raise click.UsageError("--follow goes with --gates, and --gates without --json")
+    checks: list[api.Check] = []
+    spoke = [time.monotonic()]
+
+    def show(check: api.Check) -> None:
+        checks.append(check)
+        if check.state == "reading" and time.monotonic() - spoke[-1] > _PROGRESS_SECONDS:
+            spoke.append(time.monotonic())
+            console.say(console.check_line(check))
+
+    each(lambda client: client.check(release), show)
+    if as_json:
+        console.print_json(checks[-1])
+    if checks[-1].state != "whole":
+        raise ApplianceError(
+            "damaged_release",
+            f"release {release} is damaged: {checks[-1].damage or 'something writes to its files'}",
+            "restore its files, import it again, or train again",
+        )
+    said = f"{release} is whole: its files are those that its manifest lists"
+    if gates:
+        console.say(said)
+        run = ask(lambda client: client.repeat_gates(release))
+        print(run.id, flush=True)
+        if following:
+            follow_run(run.id)
+    elif not as_json:
+        print(said)
 
 
 @click.command()
@@ -148,12 +197,15 @@ def export(release: str, path: Path, gguf: bool) -> None:
 @click.argument("file", type=_path)
 @click.option("--name", help="What it is called here; its own name where not given.")
 def import_release(file: Path, name: str | None) -> None:
-    """Take in a release from FILE, an archive that `export` has written on another box; every hash is checked."""
+    """Take in a release from FILE, an archive that `export` has written on another box; every hash is checked.
+
+    It says of itself that it was verified: it is listed as verified elsewhere, until `verify --gates` has done so here.
+    """
     print(ask(lambda client: client.import_release(file, name)).id)
 
 
 @click.command()
-@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many newest releases stay.")
+@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many newest, if whole, stay.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @json_option
 def gc(keep: int, dry_run: bool, as_json: bool) -> None:
@@ -168,4 +220,4 @@ def gc(keep: int, dry_run: bool, as_json: bool) -> None:
     console.say(f"{'would free' if dry_run else 'freed'} {console.size(garbage.bytes)}")
 
 
-RELEASE_VERBS = (releases, promote, rollback, merge, export, import_release, gc)
+RELEASE_VERBS = (releases, promote, verify, rollback, merge, export, import_release, gc)

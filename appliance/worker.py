@@ -78,6 +78,10 @@ def _stage(
     home: Home, run: Path, recipe: Recipe, stage: str, events: EventLog, interruption: Interruption
 ) -> dict[str, Any]:
     """The stage's figures. Only here are torch and its like imported."""
+    if stage == "merge" and recipe.rechecks:
+        from appliance.release.recheck import recheck_stage
+
+        return recheck_stage(home, run, recipe)
     if stage == "merge":
         from appliance.release.merge import merge_stage
 

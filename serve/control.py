@@ -92,6 +92,7 @@ def control_app(
             unmerged=supervisor.adapter_status(),
             engines=supervisor.engines.shown(),
             setback=releases.setback(),
+            checks=supervisor.checks.shown(),
             lease="exclusive" if supervisor.exclusive else "share",
             queued=sum(run.state == "queued" for run in active),
             running=next((run.id for run in active if run.state != "queued"), None),
@@ -111,6 +112,8 @@ def control_app(
         recipe = parse_recipe(text)
         if recipe.given:
             raise InvalidInput("given_adapter", "the recipe has a given adapter", "use `appliance merge --adapter DIR`")
+        if recipe.rechecks:
+            raise InvalidInput("rechecks", "the recipe names a release", "use `appliance verify RELEASE --gates`")
         recipe = recipe.for_base(count_parameters(model_path(home, recipe.base)))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
         for name, dataset in {dataset.id: dataset for dataset in found}.items():

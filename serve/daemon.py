@@ -59,7 +59,9 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
         )
     engine = choose_engine(settings)
     ledger = Ledger(home.database)
-    gateway = Gateway(keys.authenticate, ledger, Releases(db).wanted, hold_seconds=settings.drain_seconds + 60)
+    releases = Releases(db)
+    hold = settings.drain_seconds + 60
+    gateway = Gateway(keys.authenticate, ledger, releases.wanted, hold_seconds=hold, setback=releases.setback)
     supervisor = Supervisor(
         home,
         db,

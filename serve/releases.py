@@ -21,13 +21,19 @@ from appliance.errors import Conflict, InvalidInput, NotFound
 from appliance.garbage import find_garbage, forget_garbage, remove_garbage
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, sha256, write_atomic
 from appliance.models import model_path
-from appliance.release.manifest import accept_quality, read_manifest
+from appliance.release.foreign import ForeignRequest
+from appliance.release.manifest import accept_quality, lacks, read_manifest
+from appliance.release.recheck import plan_recheck, write_recheck
 from appliance.store.datasets import Datasets
+from appliance.store.releases import Proof
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.recipe import Given, Recipe, dump_recipe
+from serve.datasets import run_module
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LONGEST_CONFIG = 1 << 20
+CHECK_SECONDS = 5.0
+"""How long a promotion waits for the files of its release to be read; what takes longer goes on without."""
 
 
 def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> APIRouter:
@@ -38,8 +44,11 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
 
     @routes.get("/v1/releases")
     async def all_releases() -> list[api.Release]:
-        canaries = supervisor.trial.newest()
-        return [release.model_copy(update={"canary": canaries.get(release.id)}) for release in releases.all()]
+        canaries, checks = supervisor.trial.newest(), {check.release: check for check in supervisor.checks.shown()}
+        return [
+            release.model_copy(update={"canary": canaries.get(release.id), "check": checks.get(release.id)})
+            for release in releases.all()
+        ]
 
     @routes.get("/v1/releases/{id}")
     async def manifest(id: str) -> dict[str, Any]:
@@ -48,7 +57,7 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
 
     @routes.get("/v1/releases/{id}/files/{name:path}")
     async def file(id: str, name: str) -> FileResponse:
-        releases.require_verified(id)
+        releases.require_fit(id)
         if name != MANIFEST and name not in read_manifest(home, id)["files"]:
             raise NotFound("no_such_file", f"release {id} has no file {name}", f"see `appliance releases {id}`")
         return FileResponse(home.releases / id / name)
@@ -57,25 +66,71 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
     async def promote(
         id: str, accept: Literal["quality"] | None = None, canary: Annotated[float | None, Query(gt=0, lt=1)] = None
     ) -> api.Release:
+        """It answers when its files have been read and an engine has started on them; a damaged one is refused."""
         if accept and releases.get(id).state == "refused":
-            releases.accept(id, accept_quality(home, id).reason)
-        if canary is not None:
-            return releases.get(id).model_copy(update={"canary": supervisor.start_canary(id, canary)})
-        return supervisor.promote(id)
+            accepted = accept_quality(home, id, releases.proof(id).manifest_sha256)
+            releases.accept(id, accepted.reason, sha256(home.releases / id / MANIFEST))
+        releases.require_fit(id)
+        check = await supervisor.checks.settle(id, CHECK_SECONDS)
+        if canary is None:
+            release = supervisor.promote(id)
+        else:
+            release = releases.get(id).model_copy(update={"canary": supervisor.start_canary(id, canary)})
+        return release.model_copy(update={"check": check if check.state == "reading" else None})
 
     @routes.post("/v1/rollback")
     async def rollback() -> api.Release:
+        """Where a release goes live again, past those whose files are found damaged."""
+        while (before := releases.before()) and (await supervisor.checks.settle(before, CHECK_SECONDS)).damage:
+            pass
         return supervisor.rollback()
+
+    @routes.get("/v1/releases/{id}/check")
+    async def check(id: str) -> api.Check:
+        return supervisor.checks.view(id)
+
+    @routes.post("/v1/releases/{id}/check")
+    async def start_check(id: str) -> api.Check:
+        """Read all its files from the disk; `GET` tells how far that is, and in the end what was found."""
+        releases.get(id)
+        supervisor.checks.start(id, thorough=True)
+        return supervisor.checks.view(id)
+
+    @routes.post("/v1/releases/{id}/gates")
+    async def repeat_gates(id: str) -> api.Run:
+        """Queue a run that judges the release's own files by its gates, with the base and the data that are here."""
+        releases.get(id)
+        recipe = await asyncio.to_thread(plan_recheck, home, id)
+        weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
+        require_space(home.root, weights, "a merge to compare with")
+        run = runs.new_id(recipe)
+        await asyncio.to_thread(write_recheck, home, run, recipe, id)
+        queued = runs.add(run, recipe)
+        supervisor.poke()
+        return queued
 
     @routes.post("/v1/releases")
     async def import_release(request: Request, name: str | None = None) -> api.Release:
+        """Take in what another box has exported; where a damaged release is that very one, in its place."""
         with _incoming(home) as folder:
             await _receive(request, folder / "release.tar")
             require_space(home.releases, (folder / "release.tar").stat().st_size, "unpacking the release")
+            files = folder / "release"
+            manifest = await asyncio.to_thread(unpack, folder / "release.tar", files)
+            id, gates = _described(manifest, name)
+            await run_module("appliance.release.foreign", home, ForeignRequest(folder=files, name=id), folder, request)
+            digest = sha256(files / MANIFEST)
             async with arriving:
-                id, manifest = await asyncio.to_thread(_unpack, home, folder / "release.tar", name)
-                gates = {gate: bool(outcome["passed"]) for gate, outcome in manifest["gates"].items()}
-                releases.add(id, manifest["base"], manifest["state"], manifest["reason"], gates, promote=False)
+                recorded = any(release.id == id for release in releases.all())
+                if not _may_take(home, id, digest, releases.proof(id) if recorded else None):
+                    raise Conflict(
+                        "name_taken", f"there is another release or run {id} here", "choose another with --name"
+                    )
+                if not recorded or (await supervisor.checks.settle(id, CHECK_SECONDS)).damage:
+                    await asyncio.to_thread(_place, files, home.releases / id)
+                    releases.add(id, manifest["base"], "verified elsewhere", manifest["reason"], gates, False, digest)
+                    supervisor.checks.start(id)
+                await supervisor.checks.settle(id, CHECK_SECONDS)
         return releases.get(id)
 
     @routes.post("/v1/adapters")
@@ -132,21 +187,43 @@ async def _receive(request: Request, path: Path) -> None:
         raise disk_error(error, path.parent) from error
 
 
-def _unpack(home: Home, archive: Path, name: str | None) -> tuple[str, dict[str, Any]]:
-    """Id and manifest of the release in `archive`, now on disk, where a kill may have left it without a record."""
-    with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
-        manifest = unpack(archive, Path(scratch))
-        id = _checked_name(name or manifest["release"])
-        if manifest["state"] != "verified":
-            raise InvalidInput("refused_release", f"the release was refused: {manifest['reason']}", "import another")
-        final = home.releases / id
-        if (home.runs / id).exists() or (final.exists() and read_manifest(home, id) != manifest):
-            raise Conflict("name_taken", f"there is another release or run {id} here", "choose another with --name")
-        if not final.exists():
-            with building(final) as folder:
-                for path in Path(scratch).iterdir():
-                    path.rename(folder / path.name)
-    return id, manifest
+def _described(manifest: dict[str, Any], name: str | None) -> tuple[str, dict[str, bool]]:
+    """What the release of an archive is to be called, and which of its gates have passed, as the archive says."""
+    try:
+        said = [manifest[key] for key in ("release", "base", "state", "reason")]
+        gates = {gate: bool(outcome["passed"]) for gate, outcome in manifest["gates"].items()}
+        if lacks(manifest) or not all(isinstance(value, str) for value in said):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError):
+        raise InvalidInput(
+            "bad_archive", "the release cannot be imported: its manifest is none of a release", "export it again"
+        ) from None
+    if manifest["state"] != "verified":
+        raise InvalidInput("refused_release", f"the release was refused: {manifest['reason']}", "import another")
+    return _checked_name(name or manifest["release"]), gates
+
+
+def _may_take(home: Home, id: str, digest: str, recorded: Proof | None) -> bool:
+    """Whether a release with a manifest of that hash may be called `id`: nothing else is, or it is the very one."""
+    if recorded is None and (home.runs / id).exists():
+        return False
+    if recorded is None and not (home.releases / id).exists():
+        return True
+    present = home.releases / id / MANIFEST
+    known = recorded.manifest_sha256 if recorded else ""
+    return digest == (known or (sha256(present) if present.is_file() else ""))
+
+
+def _place(files: Path, final: Path) -> None:
+    """Move a release to where it belongs, in the place of what is there. Killed in between, it is not there."""
+    aside = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    with building(final) as folder:
+        for path in files.iterdir():
+            path.rename(folder / path.name)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _split_adapter(upload: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from appliance import __version__
 from appliance.errors import ApplianceError, Conflict, NotFound
-from appliance.home import Home, fsync_directory, write_atomic, write_json
+from appliance.home import Home, fsync_directory, json_bytes, sha256, write_atomic, write_json
 from appliance.models import SOURCE
 from appliance.release.card import CARD, model_card
 from appliance.release.gates import GATES, Gate
@@ -24,6 +24,7 @@ from appliance.train.recipe import Recipe
 MANIFEST = "manifest.json"
 SIXTEEN_BIT, DEQUANTISED = "16-bit", "dequantised"
 """The form of the base that an adapter was merged into."""
+_ACCEPTED = "accepted by the operator in spite of "
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -89,13 +90,33 @@ def finalise(
     return Manifest(**read_manifest(home, run_id))
 
 
-def accept_quality(home: Home, release_id: str) -> Manifest:
+def judge(home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:
+    """What the manifest of a run says whose gates have been measured. Nothing is written."""
+    return _manifest(home.runs / run_id, recipe, probe_gates)
+
+
+def accept_quality(home: Home, release_id: str, recorded: str) -> Manifest:
     """Verify a release that only gate 5 has refused, because the operator says so, and say so in its manifest.
 
     This is the one change that a manifest ever sees; the files that it lists stay as they are. Safe to repeat.
-    Raises NotFound, and Conflict where another gate has refused it too.
+    `recorded` is the hash of the manifest that refused it, empty where that is not known. Raises NotFound, and Conflict
+    where the manifest is another, or another gate has refused the release too.
     """
-    manifest = Manifest(**read_manifest(home, release_id))
+    folder = home.releases / release_id
+    for left_by_a_kill in folder.glob(".*.tmp"):
+        left_by_a_kill.unlink()
+    content = read_manifest(home, release_id)
+    manifest = Manifest(**content)
+    before = sha256(folder / MANIFEST)
+    if manifest.accepted:
+        refused = {"state": "refused", "reason": manifest.reason.removeprefix(_ACCEPTED), "accepted": {}}
+        before = hashlib.sha256(json_bytes(content | refused)).hexdigest()
+    if recorded and before != recorded:
+        raise Conflict(
+            "damaged_release",
+            f"release {release_id} is damaged: {MANIFEST} is not the one that was recorded",
+            "restore it, or train again",
+        )
     if manifest.state == "verified":
         return manifest
     failed = [name for name, gate in manifest.gates.items() if not gate["passed"]]
@@ -105,24 +126,29 @@ def accept_quality(home: Home, release_id: str) -> Manifest:
             f"release {release_id} was refused by {', '.join(failed)}: {manifest.reason}",
             "only the quality gate can be accepted",
         )
-    reason = f"accepted by the operator in spite of {manifest.reason}"
-    accepted = replace(manifest, state="verified", reason=reason, accepted={"quality": round(time.time(), 3)})
-    write_json(home.releases / release_id / MANIFEST, asdict(accepted))
-    return accepted
+    now = {"quality": round(time.time(), 3)}
+    content |= {"state": "verified", "reason": f"{_ACCEPTED}{manifest.reason}", "accepted": now}
+    write_json(folder / MANIFEST, content)
+    return Manifest(**content)
 
 
 def read_manifest(home: Home, release_id: str) -> dict[str, Any]:
     """The manifest of a release as it is on disk. Raises NotFound, and ApplianceError for one that is damaged."""
     try:
         manifest: dict[str, Any] = json.loads((home.releases / release_id / MANIFEST).read_bytes())
-        missing = _REQUIRED - set(manifest)
+        missing = lacks(manifest)
     except FileNotFoundError:
         raise NotFound("no_such_release", f"there is no release {release_id}", "see `appliance releases`") from None
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(release_id, str(error)) from None
     if missing:
-        raise _damaged(release_id, f"it lacks '{min(missing)}'")
+        raise _damaged(release_id, f"it lacks '{missing}'")
     return manifest
+
+
+def lacks(manifest: dict[str, Any]) -> str:
+    """The first key that what should be a manifest has not; empty: it has all."""
+    return min(_REQUIRED - set(manifest), default="")
 
 
 def _damaged(release_id: str, why: str) -> ApplianceError:

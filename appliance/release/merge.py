@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 
 from appliance.data.dataset import ROWS
 from appliance.data.tokenizer import load_tokenizer
-from appliance.home import Home, building, hashes, require_space, sha256, write_json
+from appliance.home import Home, building, copy_file, hashes, require_space, sha256, write_json
 from appliance.models import SOURCE, model_path
 from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.fidelity import Measured
@@ -119,17 +118,10 @@ def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:
 
 
 def _copy_files(base: Path, folder: Path, *, weights: bool) -> None:
-    """The base's files as published; its weights, where they stay as they are, as further names of the same files."""
+    """The base's files as published, and its `weights` where they stay as they are."""
     for path in base.iterdir():
-        if not path.is_file() or path.name in OURS:
-            continue
-        if path.suffix != ".safetensors":
-            shutil.copyfile(path, folder / path.name)
-        elif weights:
-            try:
-                os.link(path.resolve(), folder / path.name)
-            except OSError:
-                shutil.copyfile(path, folder / path.name)
+        if path.is_file() and path.name not in OURS and (weights or path.suffix != ".safetensors"):
+            copy_file(path, folder / path.name)
 
 
 def _write_generation_config(base: Path, folder: Path) -> None:

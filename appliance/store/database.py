@@ -68,6 +68,14 @@ MIGRATIONS = (
     );
     CREATE INDEX feedback_given ON feedback (given);
     """,
+    """
+    ALTER TABLE releases ADD COLUMN manifest_sha256 TEXT NOT NULL DEFAULT '';
+    ALTER TABLE releases ADD COLUMN seen TEXT NOT NULL DEFAULT '{}';
+    ALTER TABLE releases ADD COLUMN damage TEXT NOT NULL DEFAULT '';
+    """,
+    """
+    ALTER TABLE releases ADD COLUMN note TEXT NOT NULL DEFAULT '';
+    """,
 )
 
 

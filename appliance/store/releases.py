@@ -5,32 +5,51 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+from dataclasses import dataclass
 
 from appliance import api
 from appliance.errors import Conflict, NotFound
+from appliance.release.integrity import Seen, dump_seen, load_seen
 from appliance.store.database import transaction
 
 _COUNTING = "deployments WHERE failed = '' ORDER BY position DESC"
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What a release's files are compared with: the hash of its manifest (empty: not known yet), and the files as they
+    were when all of them were found to be what it lists (empty: not yet, or not any more)."""
+
+    manifest_sha256: str
+    seen: dict[str, Seen]
+
+
 class Releases:
     """The newest row of `deployments` is the live release; the rows before it are what a rollback returns to.
 
-    A row says when its release first answered as the live one, or why it never did; the latter do not count.
+    A row says when its release first answered as the live one. It may also say why it never did, or may not any more;
+    then it does not count.
     """
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
     def add(
-        self, id: str, base: str, state: api.ReleaseState, reason: str, gates: dict[str, bool], promote: bool
+        self,
+        id: str,
+        base: str,
+        state: api.ReleaseState,
+        reason: str,
+        gates: dict[str, bool],
+        promote: bool,
+        manifest_sha256: str = "",
     ) -> None:
         """Record a finished release and, with `promote` and if verified, make it live: both or neither."""
         with transaction(self._db):
             self._db.execute(
-                "INSERT INTO releases (id, base, state, created, reason, gates) VALUES (?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (id) DO NOTHING",
-                (id, base, state, time.time(), reason, json.dumps(gates)),
+                "INSERT INTO releases (id, base, state, created, reason, gates, manifest_sha256)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                (id, base, state, time.time(), reason, json.dumps(gates), manifest_sha256),
             )
             if promote and state == "verified" and self.live() != id:
                 self._deploy(id)
@@ -73,24 +92,123 @@ class Releases:
         )
 
     def setback(self) -> str:
-        """Why the last release that was to go live did not; empty where it did."""
-        row = self._db.execute("SELECT release, failed FROM deployments ORDER BY position DESC LIMIT 1").fetchone()
-        return f"{row['release']} did not go live: {row['failed']}" if row and row["failed"] else ""
+        """Why the last release that was to go live did not or is so no longer, and what now; empty where it is."""
+        row = self._db.execute("SELECT * FROM deployments ORDER BY position DESC LIMIT 1").fetchone()
+        if row is None or not row["failed"]:
+            return ""
+        id, live = row["release"], self.live()
+        what = "did not go live" if row["answered"] is None else "is live no longer"
+        now = f"{live} is live instead" if live else "no other verified release is whole"
+        next = f"`appliance promote {id}` tries once more"
+        if (release := self.get(id)).damage:
+            next = f"restore its files and `appliance verify {id}`, or train again"
+        elif release.state == "refused":
+            next = f"see `appliance releases {id}`"
+        return f"{id} {what}: {row['failed']}; {now} — {next}"
 
-    def accept(self, id: str, reason: str) -> None:
+    def proof(self, id: str) -> Proof:
+        """What its files are compared with. Raises NotFound."""
+        self.get(id)
+        row = self._db.execute("SELECT manifest_sha256, seen FROM releases WHERE id = ?", (id,)).fetchone()
+        return Proof(row["manifest_sha256"], load_seen(row["seen"]))
+
+    def found_whole(self, id: str, proof: Proof) -> None:
+        """Record that its files are those that its manifest lists, as they were seen."""
+        self._db.execute(
+            "UPDATE releases SET damage = '', manifest_sha256 = ?, seen = ? WHERE id = ?",
+            (proof.manifest_sha256, dump_seen(proof.seen), id),
+        )
+
+    def found_damaged(self, id: str, damage: str) -> None:
+        """Record that they are not. No way back leads to it any more; if it is live, `give_way` is to follow."""
+        with transaction(self._db):
+            self._db.execute("UPDATE releases SET damage = ?, seen = '{}' WHERE id = ?", (damage, id))
+            if id != self.live():
+                self._withdraw(id, f"it is damaged: {damage}")
+
+    def unfit(self) -> dict[str, str]:
+        """Releases that may not be served, and why."""
+        rows = self._db.execute(
+            "SELECT id, state, reason, damage FROM releases WHERE damage != '' OR state = 'refused'"
+        )
+        return {
+            row["id"]: f"it is damaged: {row['damage']}" if row["damage"] else f"it was refused: {row['reason']}"
+            for row in rows
+        }
+
+    def successor(self) -> str | None:
+        """What is to be live where the live release may not be: what was so before, else the newest verified one.
+
+        One that was to go live and did not is passed over.
+        """
+        fit = "damage = '' AND state != 'refused' AND id IS NOT ?"
+        live = self.live()
+        row = self._db.execute(
+            f"SELECT release AS id FROM deployments JOIN releases ON id = release WHERE failed = '' AND {fit}"
+            " ORDER BY position DESC LIMIT 1",
+            (live,),
+        ).fetchone()
+        if row is None:
+            row = self._db.execute(
+                f"SELECT id FROM releases WHERE {fit} AND state = 'verified' AND id NOT IN"
+                " (SELECT release FROM deployments WHERE failed != '' AND answered IS NULL)"
+                " ORDER BY created DESC, rowid DESC LIMIT 1",
+                (live,),
+            ).fetchone()
+        return None if row is None else str(row["id"])
+
+    def give_way(self, to: str | None, reason: str) -> None:
+        """The live release may not be so any more: `to` is in its place, or where that is None nothing."""
+        with transaction(self._db):
+            row = self._db.execute(f"SELECT release, answered FROM {_COUNTING} LIMIT 1").fetchone()
+            self._withdraw(row["release"], reason)
+            if to is not None and self.live() != to:
+                self._deploy(to)
+            self._db.execute(
+                "INSERT INTO deployments (release, since, answered, failed) VALUES (?, ?, ?, ?)",
+                (row["release"], time.time(), row["answered"], reason),
+            )
+
+    def unproven(self) -> frozenset[str]:
+        """Releases that were verified elsewhere and have not yet been asked for their reference answers here."""
+        rows = self._db.execute("SELECT id FROM releases WHERE state = 'verified elsewhere' AND note = ''")
+        return frozenset(row["id"] for row in rows)
+
+    def note(self, id: str, note: str, verified: bool = False) -> None:
+        """Record what was seen of it here; `verified`: all of its gates have passed here."""
+        state = ", state = 'verified'" if verified else ""
+        self._db.execute(f"UPDATE releases SET note = ?{state} WHERE id = ?", (note, id))
+
+    def refuse(self, id: str, reason: str) -> None:
+        """Let it be refused from now on. If it is live, `give_way` is to follow."""
+        with transaction(self._db):
+            self._db.execute("UPDATE releases SET state = 'refused', reason = ? WHERE id = ?", (reason, id))
+            if id != self.live():
+                self._withdraw(id, f"it was refused: {reason}")
+
+    def accept(self, id: str, reason: str, manifest_sha256: str) -> None:
         """Record that a refused release counts as verified. Its gates stay as they were measured."""
-        self._db.execute("UPDATE releases SET state = 'verified', reason = ? WHERE id = ?", (reason, id))
+        self._db.execute(
+            "UPDATE releases SET state = 'verified', reason = ?, manifest_sha256 = ? WHERE id = ?",
+            (reason, manifest_sha256, id),
+        )
 
     def promote(self, id: str) -> api.Release:
-        """Make a verified release live. Raises NotFound, or Conflict for a refused one."""
-        if not self.require_verified(id).live:
+        """Make a verified release live. Raises NotFound, or Conflict for a refused or damaged one."""
+        if not self.require_fit(id).live:
             self._deploy(id)
         return self.get(id)
 
-    def require_verified(self, id: str) -> api.Release:
-        """The release. Raises NotFound, or Conflict for a refused one."""
+    def require_fit(self, id: str) -> api.Release:
+        """The release. Raises NotFound, or Conflict for one that is damaged or was refused."""
         release = self.get(id)
-        if release.state != "verified":
+        if release.damage:
+            raise Conflict(
+                "damaged_release",
+                f"release {id} is damaged: {release.damage}",
+                f"restore its files and `appliance verify {id}`, import it again, or train again",
+            )
+        if release.state == "refused":
             raise Conflict(
                 "refused_release",
                 f"release {id} was refused: {release.reason}",
@@ -111,11 +229,7 @@ class Releases:
         with transaction(self._db):
             self._db.execute("DELETE FROM deployments WHERE release = ?", (id,))
             self._db.execute("DELETE FROM releases WHERE id = ?", (id,))
-            self._db.execute(
-                "DELETE FROM deployments WHERE position IN (SELECT position FROM (SELECT position, release,"
-                " lag(release) OVER (ORDER BY position) AS before FROM deployments WHERE failed = '')"
-                " WHERE release = before)"
-            )
+            self._join_repeats()
 
     def rollback(self) -> api.Release:
         """Make the release that was live before the live one live again. Raises Conflict where there is none."""
@@ -129,6 +243,11 @@ class Releases:
         self._db.execute("DELETE FROM deployments WHERE position >= ?", (rows[0]["position"],))
         return self.get(rows[1]["release"])
 
+    def before(self) -> str | None:
+        """What a rollback makes live."""
+        rows = self._db.execute(f"SELECT release FROM {_COUNTING} LIMIT 2").fetchall()
+        return str(rows[1]["release"]) if len(rows) == 2 else None
+
     def _newest_and_canary(self, count: int) -> set[str]:
         rows = self._db.execute(
             f"SELECT release FROM (SELECT release FROM {_COUNTING} LIMIT ?)"
@@ -136,6 +255,19 @@ class Releases:
             (count,),
         )
         return {str(row["release"]) for row in rows}
+
+    def _withdraw(self, id: str, reason: str) -> None:
+        """Let the times when it was live count no longer."""
+        self._db.execute("UPDATE deployments SET failed = ? WHERE failed = '' AND release = ?", (reason, id))
+        self._join_repeats()
+
+    def _join_repeats(self) -> None:
+        """Of times that follow each other and are the same release's, leave the first: a way back leads elsewhere."""
+        self._db.execute(
+            "DELETE FROM deployments WHERE position IN (SELECT position FROM (SELECT position, release,"
+            " lag(release) OVER (ORDER BY position) AS before FROM deployments WHERE failed = '')"
+            " WHERE release = before)"
+        )
 
     def _deploy(self, id: str) -> None:
         self._db.execute("INSERT INTO deployments (release, since) VALUES (?, ?)", (id, time.time()))
@@ -150,4 +282,6 @@ def _release(row: sqlite3.Row, live: str | None) -> api.Release:
         live=row["id"] == live,
         reason=row["reason"],
         gates=json.loads(row["gates"]),
+        damage=row["damage"],
+        note=row["note"],
     )

@@ -122,6 +122,28 @@ class FallBack:
 
 
 @dataclass(frozen=True)
+class CheckRelease:
+    """Read its files, to see whether they are still those that its manifest lists."""
+
+    release: str
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Ask the engine of a release that was verified elsewhere for the reference answers in its manifest."""
+
+    release: str
+
+
+@dataclass(frozen=True)
+class GiveWay:
+    """The live release may not be served any more: `to` is live instead; None: nothing is."""
+
+    to: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Route:
     """Let this release's engine answer the endpoint; None: nobody answers. `adapter`: with the adapter of this run."""
 
@@ -173,6 +195,9 @@ Action = (
     | LoadAdapter
     | EndUnmerged
     | FallBack
+    | CheckRelease
+    | Replay
+    | GiveWay
     | Route
     | RouteCanary
     | EndCanary

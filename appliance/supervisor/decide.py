@@ -5,16 +5,19 @@ from __future__ import annotations
 from appliance.supervisor.actions import (
     Action,
     Advance,
+    CheckRelease,
     Conclude,
     EndCanary,
     EndUnmerged,
     FailRun,
     FallBack,
     ForgetWorker,
+    GiveWay,
     Hold,
     KillWorker,
     LoadAdapter,
     ProbeRun,
+    Replay,
     Route,
     RouteCanary,
     StartEngine,
@@ -37,7 +40,8 @@ def decide(snapshot: Snapshot) -> list[Action]:
     """The actions that this moment calls for. Doing them and asking again converges.
 
     Runs go one at a time. An engine is wanted for the live release, the canary and a release that is being probed.
-    Under an exclusive lease nothing else runs beside a worker, and one engine at a time.
+    Under an exclusive lease nothing else runs beside a worker, and one engine at a time. None is started on a release,
+    and nobody is sent to it, before its files have been found whole.
     """
     head = snapshot.head
     actions: list[Action] = []
@@ -51,6 +55,10 @@ def decide(snapshot: Snapshot) -> list[Action]:
         action = _run_action(head, snapshot)
         if action is not None:
             actions.append(action)
+    unread = snapshot.unread - snapshot.checking - snapshot.unfit.keys()
+    actions += [CheckRelease(release) for release in sorted(unread)]
+    unproven = (snapshot.unproven & snapshot.ready) - snapshot.replaying - snapshot.unread - snapshot.unfit.keys()
+    actions += [Replay(release) for release in sorted(unproven)]
     return actions + _canary_actions(snapshot) + _adapter_actions(snapshot) + _engine_actions(head, snapshot)
 
 
@@ -76,6 +84,8 @@ def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
         return None
     if snapshot.exclusive and snapshot.engines:
         return None
+    if run.stage == "verify" and snapshot.live in snapshot.unread | snapshot.unfit.keys():
+        return None
     return StartWorker(run.id)
 
 
@@ -100,7 +110,8 @@ def _canary_actions(snapshot: Snapshot) -> list[Action]:
     canary = snapshot.canary
     if canary is not None and (ending := _canary_ending(canary, snapshot)):
         return [ending]
-    routed = (canary.release, canary.share) if canary and canary.release in snapshot.ready else None
+    answers = canary is not None and _may_answer(canary.release, snapshot)
+    routed = (canary.release, canary.share) if canary is not None and answers else None
     if routed == snapshot.routed_canary:
         return []
     return [RouteCanary(*routed) if routed else RouteCanary(None)]
@@ -112,6 +123,8 @@ def _canary_ending(canary: CanaryView, snapshot: Snapshot) -> EndCanary | None:
         return EndCanary("promoted", "by hand")
     if snapshot.live != canary.live:
         return EndCanary("rolled back", f"{snapshot.live} went live meanwhile")
+    if reason := snapshot.unfit.get(canary.release):
+        return EndCanary("rolled back", reason)
     if snapshot.exclusive or (not snapshot.room and canary.release in _missing([canary.release], snapshot)):
         return EndCanary("rolled back", "the lease or the memory leaves no room for its engine")
     if (failures := snapshot.failures.get(canary.release, 0)) >= MOST_CANDIDATE_FAILURES:
@@ -157,7 +170,10 @@ def _routed_adapter(routed: str | None, snapshot: Snapshot) -> str | None:
 
 
 def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
-    if snapshot.live not in snapshot.ready and snapshot.fallback and snapshot.failures.get(snapshot.live or ""):
+    if snapshot.live is not None and (reason := snapshot.unfit.get(snapshot.live)):
+        return [GiveWay(snapshot.successor, reason)]
+    failed = snapshot.live not in snapshot.ready | snapshot.unread and snapshot.failures.get(snapshot.live or "")
+    if failed and snapshot.fallback:
         return [FallBack(snapshot.fallback)]
     wanted = _wanted_engines(head, snapshot)
     swap = _swap(wanted, snapshot)
@@ -192,8 +208,30 @@ def _wanted_engines(head: RunView | None, snapshot: Snapshot) -> list[str]:
     if snapshot.exclusive and training:
         return []
     canary = snapshot.canary.release if snapshot.canary and not snapshot.exclusive else None
-    wanted = list(dict.fromkeys(release for release in (snapshot.live, canary, candidate) if release))
+    canary = None if canary and _waits(canary, snapshot) else canary
+    wanted = list(dict.fromkeys(release for release in (_answering(snapshot), canary, candidate) if release))
     return [candidate or wanted[0]] if wanted and _makes_room(wanted, snapshot) else wanted
+
+
+def _answering(snapshot: Snapshot) -> str | None:
+    """The release whose engine is to answer: the live one, and until its files are read the one that does so now."""
+    if snapshot.live is None or not _waits(snapshot.live, snapshot):
+        return snapshot.live
+    return None if snapshot.routed in snapshot.unfit else snapshot.routed
+
+
+def _waits(release: str, snapshot: Snapshot) -> bool:
+    """Whether its files have to be read before an engine may start on them."""
+    return release in snapshot.unread and all(engine.release != release for engine in snapshot.engines)
+
+
+def _may_answer(release: str, snapshot: Snapshot) -> bool:
+    """Whether its engine is ready, on files that are whole, and has repeated what it said elsewhere.
+
+    One that answers goes on while its files are read again.
+    """
+    answers = release in (snapshot.routed, snapshot.routed_canary and snapshot.routed_canary[0])
+    return release in snapshot.ready and (answers or release not in snapshot.unread | snapshot.unproven)
 
 
 def _makes_room(wanted: list[str], snapshot: Snapshot) -> bool:
@@ -220,16 +258,21 @@ def _swap(wanted: list[str], snapshot: Snapshot) -> SwapEngine | None:
 
 def _routed(wanted: list[str], snapshot: Snapshot) -> str | None:
     """The live release once its engine is ready; until then, where it need not make room, the one that answers now."""
-    if snapshot.live in wanted and snapshot.live in snapshot.ready:
-        return snapshot.live
-    keeps = snapshot.live is not None and not _makes_room(wanted, snapshot) and snapshot.routed in snapshot.ready
-    return snapshot.routed if keeps else None
+    live, routed = snapshot.live, snapshot.routed
+    if live in wanted and live is not None and _may_answer(live, snapshot):
+        return live
+    keeps = routed in wanted or (live is not None and not _makes_room(wanted, snapshot))
+    return routed if keeps and routed in snapshot.ready and routed not in snapshot.unfit else None
 
 
 def _on_its_way(wanted: list[str], snapshot: Snapshot) -> bool:
     """Whether the live release's engine starts, or will as soon as there is room, and has not failed."""
     live = snapshot.live
-    if live is None or live not in wanted or live in snapshot.resting or snapshot.failures.get(live):
+    if live is None or live in snapshot.resting or snapshot.failures.get(live):
+        return False
+    if _waits(live, snapshot):
+        return not (snapshot.exclusive and (snapshot.head or any(worker.alive for worker in snapshot.workers)))
+    if live not in wanted:
         return False
     own = [engine for engine in snapshot.engines if engine.release == live and not engine.abandoned]
     return all(engine.alive and not engine.overdue for engine in own if live not in snapshot.stopping_engines)

@@ -34,6 +34,11 @@ LONGEST_REST_SECONDS = 60.0
 REFERENCE_PROMPTS = 3
 REFERENCE_TOKENS = 8
 """How much of its recorded answers a release has to repeat after its weights were loaded in place."""
+REPLAY_REST_SECONDS = 1.0
+MOST_REPLAYED = 10
+DIFFERING_SHARE = 5
+"""Of the reference answers of a release from elsewhere one in so many may begin otherwise here, and one always may: on
+other hardware sums are rounded otherwise, and where two tokens are nearly as likely, the other one is said."""
 
 
 class Frontage(CanaryRoutes, Protocol):
@@ -87,6 +92,7 @@ class EngineProcesses:
         self._stops: dict[str, asyncio.Task[None]] = {}
         self._swaps: dict[str, asyncio.Task[None]] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._replays: dict[str, asyncio.Task[None]] = {}
         self._adapters: dict[str, str] = {}
         self._unswappable: set[str] = set()
 
@@ -145,6 +151,10 @@ class EngineProcesses:
         """Releases whose engine failed a moment ago and is not started again yet."""
         now = time.monotonic()
         return frozenset(release for release, until in self._rest_until.items() if until > now)
+
+    @property
+    def replaying(self) -> frozenset[str]:
+        return frozenset(self._replays)
 
     @property
     def stopping(self) -> frozenset[str]:
@@ -215,16 +225,24 @@ class EngineProcesses:
         task = asyncio.create_task(self._load_adapter(self.row(release), run, files, name, failed))
         self._loads[release] = task
 
+    def replay(self, release: str) -> None:
+        """Ask its engine for the reference answers in its manifest, and record what becomes of that."""
+        self._replays[release] = asyncio.create_task(self._replay(self.row(release)))
+
     def give_up(self, release: str, reason: str) -> None:
         """The release, which was to go live, does not come up: what was live before is so again."""
         log.warning("%s does not go live: %s", release, reason)
         self._releases.give_up(release, reason)
+        self.forgive(release)
+
+    def forgive(self, release: str) -> None:
+        """Let its failures count no longer."""
         self.failures.pop(release, None)
         self._rest_until.pop(release, None)
 
     def cancel(self) -> None:
         """End what is under way; the processes stay, and the database says what they are."""
-        for task in (*self._stops.values(), *self._swaps.values(), *self._loads.values()):
+        for task in (*self._stops.values(), *self._swaps.values(), *self._loads.values(), *self._replays.values()):
             task.cancel()
 
     def log(self, release: str) -> Path:
@@ -271,9 +289,8 @@ class EngineProcesses:
             reference = self._manifest(release).get("reference", {})
             if reference.get("engine") == self.kind.name:
                 for asked in reference["answers"][:REFERENCE_PROMPTS]:
-                    answer = await self.kind.probe(row.address, release, Probe(asked["messages"], [], REFERENCE_TOKENS))
-                    if not asked["text"].startswith(answer.text.rstrip("\ufffd")):
-                        return f"it answers {answer.text!r}, and answered {asked['text']!r} when it was verified"
+                    if said := await self._says_otherwise(row, asked):
+                        return said
         except (ApplianceError, ConnectionError) as error:
             log.warning("the weights of %s were not loaded: %s", release, error)
             return str(error)
@@ -283,6 +300,42 @@ class EngineProcesses:
         self._records.replace(row, replace(row, stage=""))
         self._ready_since[release] = self._answered[release] = time.monotonic()
         return ""
+
+    async def _says_otherwise(self, row: ProcessRow, asked: dict[str, Any]) -> str:
+        """How an engine's answer begins otherwise than it did when its release was verified; empty: it does not."""
+        answer = await self.kind.probe(row.address, row.owner, Probe(asked["messages"], [], REFERENCE_TOKENS))
+        if asked["text"].startswith(answer.text.rstrip("\ufffd")):
+            return ""
+        return f"it answers {answer.text!r}, and answered {asked['text']!r} when it was verified"
+
+    async def _replay(self, row: ProcessRow) -> None:
+        """Ask for the reference answers. An engine that dies meanwhile is started again, and asked again."""
+        release = row.owner
+        try:
+            reference = self._manifest(release).get("reference", {})
+            made_on = reference.get("engine")
+            if made_on != self.kind.name:
+                what = f"are those of another engine ({made_on})" if made_on else "are not in its archive"
+                self._releases.note(release, f"its reference answers {what}, so none was repeated here")
+                return
+            answers = reference["answers"][:MOST_REPLAYED]
+            differing = [said for asked in answers if (said := await self._says_otherwise(row, asked))]
+            count = f"{len(answers) - len(differing)} of {len(answers)} reference answers were repeated here"
+            log.info("%s: %s", release, count)
+            if len(differing) > max(1, len(answers) // DIFFERING_SHARE):
+                self._releases.refuse(release, f"only {count}: {differing[0]}")
+            else:
+                self._releases.note(release, count)
+        except ConnectionError as error:
+            log.warning("the engine went away while %s repeated its reference answers: %s", release, error)
+            await asyncio.sleep(REPLAY_REST_SECONDS)
+        except Exception as error:
+            log.exception("the reference answers of %s cannot be asked for", release)
+            why = error.message if isinstance(error, ApplianceError) else f"{type(error).__name__}: {error}"
+            self._releases.note(release, f"its reference answers could not be asked for here: {why}")
+        finally:
+            self._replays.pop(release, None)
+            self._changed()
 
     async def _load_adapter(
         self, row: ProcessRow, run: str, files: Path, name: str, failed: Callable[[str], None]

@@ -88,6 +88,18 @@ class Snapshot:
     live: str | None = None
     fallback: str | None = None
     """What was live before, as long as the live release has never answered."""
+    successor: str | None = None
+    """What is to be live where the live release may not be served any more."""
+    unread: frozenset[str] = frozenset()
+    """The live release and the canary, where something was written to their files since these were found whole."""
+    checking: frozenset[str] = frozenset()
+    """Releases whose files are being read."""
+    unproven: frozenset[str] = frozenset()
+    """Releases from elsewhere that have not yet repeated their reference answers here."""
+    replaying: frozenset[str] = frozenset()
+    """Releases whose engine is being asked for them."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """Releases that may not be served, and why."""
     swappable: frozenset[str] = frozenset()
     """Releases whose engine could go on with the live release's weights."""
     room: bool = True

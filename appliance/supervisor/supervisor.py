@@ -16,9 +16,10 @@ from typing import Any
 from appliance import api
 from appliance.canary import Limits
 from appliance.errors import ApplianceError, Conflict
-from appliance.home import Home, disk_error
+from appliance.home import Home, disk_error, sha256
 from appliance.release.gates import Gate, judge_parity, judge_served, judge_stopping, load_probes, load_served
-from appliance.release.manifest import finalise
+from appliance.release.manifest import MANIFEST, Manifest, finalise, judge, read_manifest
+from appliance.release.recheck import WITHOUT_DATA
 from appliance.settings import Settings
 from appliance.store.canaries import Canaries
 from appliance.store.feedback import Feedback
@@ -30,16 +31,19 @@ from appliance.supervisor import processes
 from appliance.supervisor.actions import (
     Action,
     Advance,
+    CheckRelease,
     Conclude,
     EndCanary,
     EndUnmerged,
     FailRun,
     FallBack,
     ForgetWorker,
+    GiveWay,
     Hold,
     KillWorker,
     LoadAdapter,
     ProbeRun,
+    Replay,
     Route,
     RouteCanary,
     RunAction,
@@ -51,6 +55,7 @@ from appliance.supervisor.actions import (
     SwapEngine,
     WarnOfSilence,
 )
+from appliance.supervisor.checks import Checks
 from appliance.supervisor.decide import MOST_CANDIDATE_FAILURES, MOST_LOSSES, decide
 from appliance.supervisor.engine_processes import EngineProcesses, Frontage
 from appliance.supervisor.engines import EngineKind
@@ -89,6 +94,7 @@ class Supervisor:
         self.releases = Releases(db)
         self.processes = Processes(db)
         self.workers = Workers(home, self.runs, self.processes, worker_command)
+        self.checks = Checks(home, self.releases, self.poke)
         self.engines = EngineProcesses(home, engine, self.releases, self.processes, frontage, drain_seconds, self.poke)
         self.trial = Trial(Canaries(db), self.releases, Feedback(db), frontage, Limits(canary_requests))
         self.unmerged = Unmerged(home, UnmergedAdapters(db), self.releases)
@@ -105,7 +111,7 @@ class Supervisor:
         self._poke.set()
 
     def promote(self, release: str) -> api.Release:
-        """Make a verified release live. Raises NotFound, or Conflict for a refused one."""
+        """Make a verified release live, if its files are whole. Raises NotFound, or Conflict for an unfit one."""
         promoted = self.releases.promote(release)
         self.engines.failures.pop(promoted.id, None)
         self.poke()
@@ -198,6 +204,7 @@ class Supervisor:
         """End what is under way here; the processes stay."""
         for task in self._probes.values():
             task.cancel()
+        self.checks.cancel()
         self.engines.cancel()
 
     async def close(self, grace: float) -> None:
@@ -233,14 +240,20 @@ class Supervisor:
         live = self.releases.live()
         present = {engine.release for engine in engines}
         canary = self.trial.view()
-        to_start = {run.id for run in runs if run.needs_engine} | ({live} if live else set())
-        to_start |= {canary.release} if canary else set()
+        served = ({live} if live else set()) | ({canary.release} if canary else set())
+        to_start = {run.id for run in runs if run.needs_engine} | served
         return Snapshot(
             runs=runs,
             workers=self.workers.views(),
             engines=engines,
             live=live,
             fallback=self.releases.fallback(),
+            successor=self.releases.successor(),
+            unread=frozenset(release for release in served if not self.checks.whole(release)),
+            checking=self.checks.under_way,
+            unproven=self.releases.unproven(),
+            replaying=self.engines.replaying,
+            unfit=self.releases.unfit(),
             swappable=self.engines.swappable(live),
             room=not present or self.engines.room(to_start - present),
             routed=self.routed,
@@ -284,7 +297,7 @@ class Supervisor:
     def _perform(self, action: Action) -> None:
         match action:
             case StartWorker(run):
-                self.workers.start(self.runs.get(run), self.releases.live())
+                self.workers.start(self.runs.get(run), self._compared_with(run))
             case StopWorker(run):
                 self.workers.tell_to_stop(run)
             case KillWorker(run):
@@ -321,6 +334,12 @@ class Supervisor:
             case FallBack():
                 failing = str(self.releases.live())
                 self.engines.give_up(failing, f"its engine does not start; see {self.engines.log(failing)}")
+            case CheckRelease(release):
+                self.checks.start(release)
+            case Replay(release):
+                self.engines.replay(release)
+            case GiveWay(to, reason):
+                self._give_way(str(self.releases.live()), to, reason)
             case Route(release, adapter):
                 address = self.engines.row(release).address if release else ""
                 self.routed, self.routed_adapter = release, adapter
@@ -337,6 +356,11 @@ class Supervisor:
             case Hold(on):
                 self._holding = on
                 self._frontage.hold(on)
+
+    def _give_way(self, live: str, to: str | None, reason: str) -> None:
+        log.error("%s is live no longer: %s; %s", live, reason, f"{to} is instead" if to else "nothing is")
+        self.releases.give_way(to, reason)
+        self.engines.forgive(live)
 
     def _advance(self, run: api.Run) -> None:
         following = run.stages[run.stages.index(run.stage) + 1]
@@ -406,16 +430,43 @@ class Supervisor:
         events = self._events(run.id)
         for name, gate in gates.items():
             events.append("gate", "probe", gate=name, passed=gate.passed, figures=gate.figures, reason=gate.reason)
-        manifest = finalise(self.home, run.id, self.recipe(run.id), gates, reference)
+        recipe = self.recipe(run.id)
+        if recipe.rechecks:
+            self._conclude_recheck(run, recipe.rechecks, judge(self.home, run.id, recipe, gates))
+            return
+        manifest = finalise(self.home, run.id, recipe, gates, reference)
         passed = {name: bool(gate["passed"]) for name, gate in manifest.gates.items()}
-        begun = [event["time"] for event in events.read() if event["event"] == "stage_started"]
-        events.append("stage_finished", "probe", seconds=round(time.time() - begun[-1], 1))
-        self.releases.add(run.id, run.base, manifest.state, manifest.reason, passed, self.runs.promotes(run.id))
+        self._end_probe(run.id)
+        digest, promote = sha256(self.home.releases / run.id / MANIFEST), self.runs.promotes(run.id)
+        self.releases.add(run.id, run.base, manifest.state, manifest.reason, passed, promote, digest)
         reason = "" if manifest.state == "verified" else f"the release was refused: {manifest.reason}"
         next = "" if manifest.state == "verified" else f"see `appliance releases {run.id}`"
         self.runs.finish(run.id, "finished", reason, next)
 
+    def _conclude_recheck(self, run: api.Run, release: str, found: Manifest) -> None:
+        """A release that fails another gate than quality is refused. That one depends on what is live meanwhile."""
+        self._end_probe(run.id)
+        failed = [name for name, gate in found.gates.items() if not gate["passed"]]
+        without = "" if found.datasets or not read_manifest(self.home, release)["datasets"] else WITHOUT_DATA
+        if failed not in ([], ["quality"]):
+            log.error("release %s does not pass its gates here: %s", release, found.reason)
+            self.releases.refuse(release, f"repeated here, {found.reason}{without}")
+        else:
+            self.releases.note(release, f"repeated here, {found.reason}{without}", verified=not failed)
+        reason = f"{release} did not pass again: {found.reason}" if failed else ""
+        self.runs.finish(run.id, "finished", reason, f"see `appliance logs {run.id} --events`" if failed else "")
+
+    def _end_probe(self, run: str) -> None:
+        events = self._events(run)
+        begun = [event["time"] for event in events.read() if event["event"] == "stage_started"]
+        events.append("stage_finished", "probe", seconds=round(time.time() - begun[-1], 1))
+
     # Reading
+
+    def _compared_with(self, run: str) -> str | None:
+        """The live release, unless its files are not whole, or are the very ones that are judged."""
+        live = self.releases.live()
+        return live if live and live != self.recipe(run).rechecks and self.checks.whole(live) else None
 
     def recipe(self, run: str) -> Recipe:
         """The run's recipe as it was queued."""

@@ -53,7 +53,7 @@ class Trial:
         `room`: an engine can run for it beside the live release's.
         """
         live = self._releases.live()
-        if self._releases.require_verified(release).live:
+        if self._releases.require_fit(release).live:
             raise Conflict("already_live", f"{release} is live", "see `appliance releases` for another")
         if live is None:
             raise Conflict("nothing_live", "no release is live to compare with", f"`appliance promote {release}`")

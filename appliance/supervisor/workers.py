@@ -60,7 +60,7 @@ class Workers:
         processes.kill(self._row(run))
 
     def start(self, run: api.Run, live: str | None) -> None:
-        """Start the process of the run's present stage; `live` is the release that quality is compared with."""
+        """Start the process of the run's present stage; `live` is the release that quality is compared with, if any."""
         directory = self._home.runs / run.id
         environment = {
             **os.environ,

@@ -199,6 +199,8 @@ class Recipe(_Section):
     adapter: Adapter = Adapter()
     stages: tuple[AnyStage, ...] = ()
     given: Given | None = None
+    rechecks: Name | None = None
+    """The release whose gates the run repeats, on that release's own files; `appliance verify --gates` writes this."""
 
     @model_validator(mode="before")
     @classmethod

@@ -21,7 +21,7 @@ def recipe_reference() -> str:
     """Every table and key of a recipe with its default, its limits and the reason, as Markdown."""
     common = set(Stage.model_fields)
     sections = [
-        _section("The recipe", Recipe, set(Recipe.model_fields) - {"adapter", "stages", "given"}),
+        _section("The recipe", Recipe, set(Recipe.model_fields) - {"adapter", "stages", "given", "rechecks"}),
         _section("`[adapter]`", Adapter, set(Adapter.model_fields)),
         _section("`[[stages]]`", Stage, common),
     ]

@@ -45,8 +45,8 @@ class Gateway:
     """The ASGI app of the public port.
 
     `authenticate` gives the id of a good API key. `ledger` is told of every answer. `wanted` names the releases that
-    are to answer, with or without an engine now. An engine that sends nothing for `patience` seconds is given up. A
-    request waits for an engine on its way at most `hold_seconds`.
+    are to answer, with or without an engine now; where there are none, `setback` may know why. An engine that sends
+    nothing for `patience` seconds is given up. A request waits for an engine on its way at most `hold_seconds`.
     """
 
     def __init__(
@@ -56,10 +56,12 @@ class Gateway:
         wanted: Callable[[], Set[str]] = frozenset,
         patience: float = 600,
         hold_seconds: float = 120,
+        setback: Callable[[], str] = str,
     ) -> None:
         self._authenticate = authenticate
         self._ledger = ledger
         self._wanted = wanted
+        self._setback = setback
         self._patience = patience
         self._hold_seconds = hold_seconds
         self._holding = False
@@ -199,7 +201,12 @@ class Gateway:
 
     def _ready(self) -> Upstream:
         if self._routed is None:
-            raise no_engine("no model is live; train and promote a release, or wait until its engine has started")
+            why = "" if self._wanted() else self._setback()
+            raise no_engine(
+                f"no model is live: {why}"
+                if why
+                else "no model is live; train and promote a release, or wait until its engine has started"
+            )
         return self._routed
 
     def _models(self) -> list[dict[str, object]]:

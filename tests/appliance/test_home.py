@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
 from appliance.errors import InvalidInput, NoSpace
-from appliance.home import Home, building, disk_error, require_space, write_atomic
+from appliance.home import Home, building, copy_file, disk_error, require_space, write_atomic
 
 
 def test_building_appears_whole(tmp_path: Path) -> None:
@@ -52,6 +53,26 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypat
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_copy_is_another_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"whole")
+    copy_file(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a").write_bytes(b"spoilt")
+    assert (tmp_path / "b").read_bytes() == b"whole"
+
+
+def test_blocks_are_shared_where_the_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"whole")
+    asked = []
+
+    def clone(target: object, request: int, source: int) -> None:
+        asked.append((request, os.readlink(f"/proc/self/fd/{source}")))
+
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    copy_file(tmp_path / "a", tmp_path / "b")
+    assert asked == [(0x40049409, str(tmp_path / "a"))]
+    assert (tmp_path / "b").read_bytes() == b"", "nothing was copied as well"
 
 
 def test_space_is_asked_for_in_words(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,9 +19,13 @@ from typing import Any
 import pytest
 from controlling import Control
 
+from appliance import api
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
-from appliance.home import hashes, write_json
-from appliance.train.recipe import Recipe, parse_recipe
+from appliance.home import hashes, sha256, write_json
+from appliance.release import integrity
+from appliance.release.foreign import ForeignRequest
+from appliance.store.releases import Releases
+from appliance.train.recipe import Recipe, SftStage, parse_recipe
 
 FILES = {"model.safetensors": bytes(range(256)) * 4000, "adapter/adapter_config.json": b"{}", "config.json": b"{}"}
 
@@ -40,10 +47,11 @@ class Box(Control):
         parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions")
         manifest: dict[str, Any] = {part: {} for part in parts}
         manifest |= {"release": id, "state": state, "reason": reason, "created": 1.0, "base": "tiny", "gates": gates}
-        write_json(folder / "manifest.json", manifest | {"files": hashes(folder), "recipe_sha256": ""})
-        self.supervisor.releases.add(
-            id, "tiny", "refused" if failed else "verified", reason, {name: name not in failed for name in gates}, False
-        )
+        manifest |= {"files": hashes(folder), "recipe_sha256": "", "accepted": {}}
+        write_json(folder / "manifest.json", manifest)
+        passed = {name: name not in failed for name in gates}
+        digest = sha256(folder / "manifest.json")
+        self.supervisor.releases.add(id, "tiny", manifest["state"], reason, passed, False, digest)
         return folder
 
     def model(self) -> None:
@@ -66,6 +74,21 @@ async def other(tmp_path: Path) -> AsyncIterator[Box]:
     box = Box(tmp_path / "other")
     yield box
     await box.client.close()
+
+
+@pytest.fixture(autouse=True)
+def foreign(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where releases lay that a process was to look at before they were taken in; here it finds all of them good."""
+    looked_at: list[Path] = []
+
+    async def look(module: str, home: object, asked: ForeignRequest, *_: object) -> dict[str, Any]:
+        assert module == "appliance.release.foreign"
+        assert (asked.folder / "manifest.json").exists()
+        looked_at.append(asked.folder)
+        return {}
+
+    monkeypatch.setattr("serve.releases.run_module", look)
+    return looked_at
 
 
 async def test_a_refused_release_is_inspected_and_not_served(box: Box, tmp_path: Path) -> None:
@@ -95,6 +118,82 @@ async def test_a_damaged_manifest_stands_in_the_way_of_its_release_alone(box: Bo
     await box.client.export("r-1", tmp_path / "out")
 
 
+def spoil(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"[]")
+
+
+async def test_one_that_is_damaged_is_refused_by_the_call_that_promotes_it(box: Box, tmp_path: Path) -> None:
+    spoil(box.release("r-1"))
+    for _ in range(2):
+        with pytest.raises(Conflict, match=r"r-1 is damaged: config\.json is not what its manifest says") as caught:
+            await box.client.promote("r-1")
+    assert "verify r-1" in caught.value.next
+    for attempt in (box.client.promote("r-1", canary=0.1), box.client.export("r-1", tmp_path / "out")):
+        with pytest.raises(Conflict, match="damaged"):
+            await attempt
+    assert box.supervisor.releases.live() is None
+    (listed,) = await box.client.releases()
+    assert (listed.state, listed.damage) == ("verified", "config.json is not what its manifest says")
+
+
+async def test_what_takes_long_to_read_is_promoted_and_said_to_be_read(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.releases.CHECK_SECONDS", 0.05)
+    go = threading.Event()
+    original = integrity._sha256
+
+    def slow(path: Path, reading: integrity.Reading) -> str:
+        go.wait(10)
+        return original(path, reading)
+
+    monkeypatch.setattr(integrity, "_sha256", slow)
+    box.release("r-1")
+    promoted = await box.client.promote("r-1")
+    assert (promoted.live, promoted.check and promoted.check.state) == (True, "reading")
+    assert [check.release for check in (await box.client.status()).checks] == ["r-1"]
+    assert [release.check for release in await box.client.releases()] == [promoted.check]
+    go.set()
+    assert (await box.supervisor.checks.settle("r-1", 10)).state == "whole"
+    assert (await box.client.promote("r-1")).check is None
+
+
+async def test_verify_reads_everything_and_tells_the_outcome(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = box.release("r-1")
+    monkeypatch.setattr("appliance.client._CHECK_SECONDS", 0.01)
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert last == api.Check(release="r-1", state="whole")
+    read: list[str] = []
+    original = integrity._sha256
+    monkeypatch.setattr(
+        integrity, "_sha256", lambda path, reading: (read.append(path.name), original(path, reading))[1]
+    )
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert "model.safetensors" in read, "though nothing has changed"
+    assert last.state == "whole"
+    spoil(folder)
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert (last.state, last.damage) == ("damaged", "config.json is not what its manifest says")
+    with pytest.raises(NotFound):
+        [check async for check in box.client.check("r-2")]
+
+
+async def test_a_rollback_passes_over_what_it_finds_damaged(box: Box) -> None:
+    folders = {id: box.release(id) for id in ("r-1", "r-2", "r-3")}
+    for id in folders:
+        await box.client.promote(id)
+    spoil(folders["r-2"])
+    assert (await box.client.rollback()).id == "r-1"
+    assert (await box.client.status()).live == "r-1"
+
+
+async def test_gc_counts_and_keeps_what_is_whole(box: Box) -> None:
+    for id in ("r-1", "r-2", "r-3"):
+        box.release(id)
+    box.supervisor.releases.found_damaged("r-3", "bits")
+    assert (await box.client.gc(keep=1)).releases == ("r-1", "r-3")
+
+
 async def test_quality_alone_can_be_accepted_by_name(box: Box) -> None:
     box.release("r-1", "quality")
     with pytest.raises(Conflict, match="quality"):
@@ -106,6 +205,36 @@ async def test_quality_alone_can_be_accepted_by_name(box: Box) -> None:
     manifest = await box.client.manifest("r-1")
     assert manifest["accepted"].keys() == {"quality"}
     assert (await box.client.promote("r-1", accept="quality")).live
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert last.state == "whole", "with the manifest as it is now"
+
+
+@pytest.mark.parametrize("moment", ["appliance.release.manifest.write_json", "appliance.home.os.replace", "accept"])
+async def test_killed_while_it_is_accepted_it_is_accepted_the_next_time(
+    box: Box, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    box.release("r-1", "quality")
+    with monkeypatch.context() as patch:
+
+        def die(*_: object) -> None:
+            raise asyncio.CancelledError
+
+        patch.setattr(*((Releases, "accept") if moment == "accept" else (moment,)), die)
+        with pytest.raises((asyncio.CancelledError, ApplianceError)):
+            await box.client.promote("r-1", accept="quality")
+    assert box.supervisor.releases.live() is None
+    assert (await box.client.promote("r-1", accept="quality")).live
+    *_, last = [check async for check in box.client.check("r-1")]
+    assert last.state == "whole"
+
+
+async def test_a_refused_release_does_not_accept_itself(box: Box) -> None:
+    folder = box.release("r-1", "fidelity")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    write_json(folder / "manifest.json", manifest | {"state": "verified"})
+    with pytest.raises(Conflict, match="not the one that was recorded"):
+        await box.client.promote("r-1", accept="quality")
+    assert box.supervisor.releases.get("r-1").state == "refused"
 
 
 async def test_accepting_what_has_passed_changes_nothing(box: Box) -> None:
@@ -150,8 +279,10 @@ async def test_another_box_takes_it_in_and_again_and_can_promote_it(box: Box, ot
     await box.client.export("r-1", tmp_path / "r.tar")
     for _ in range(2):
         release = await other.client.import_release(tmp_path / "r.tar")
-        assert (release.id, release.state, release.live) == ("r-1", "verified", False)
+        assert (release.id, release.state, release.live) == ("r-1", "verified elsewhere", False)
     assert hashes(other.home.releases / "r-1") == hashes(folder)
+    assert json.loads((folder / "manifest.json").read_bytes())["state"] == "verified", "the manifest stays as it is"
+    assert other.supervisor.checks.whole("r-1"), "its files have been read"
     assert (await other.client.promote("r-1")).live
     assert list(other.home.incoming.iterdir()) == []
     assert other.supervisor.runs.new_id(Recipe(name="r", base="tiny")) == "r-2", "its id is taken"
@@ -188,6 +319,84 @@ async def test_a_tampered_or_cut_archive_leaves_nothing(box: Box, other: Box, tm
         await other.client.import_release(tmp_path / "none.tar")
 
 
+async def test_what_would_run_code_or_cannot_be_loaded_leaves_nothing(
+    box: Box, other: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+
+    async def refuse(*_: object) -> dict[str, Any]:
+        raise InvalidInput("bad_archive", "the release cannot be imported: it runs code", "")
+
+    monkeypatch.setattr("serve.releases.run_module", refuse)
+    with pytest.raises(InvalidInput, match="it runs code"):
+        await other.client.import_release(tmp_path / "r.tar")
+    assert await other.client.releases() == []
+    assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gates": None},
+        {"gates": {"structure": "passed"}},
+        {"base": 7},
+        {"recipe": ...},
+        {"state": "verified elsewhere"},
+        {"release": "../x"},
+    ],
+)
+async def test_a_manifest_that_is_none_leaves_nothing(
+    box: Box, other: Box, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = box.release("r-1")
+    manifest = json.loads((folder / "manifest.json").read_bytes()) | change
+    write_json(folder / "manifest.json", {key: value for key, value in manifest.items() if value is not ...})
+    subprocess.run(["tar", "-cf", tmp_path / "r.tar", "-C", box.home.releases, "r-1"], check=True)
+    with tarfile.open(tmp_path / "r.tar") as old, tarfile.open(tmp_path / "clean.tar", "w") as new:
+        for member in old:
+            if member.isfile():
+                new.addfile(member, old.extractfile(member))
+    with pytest.raises(InvalidInput):
+        await other.client.import_release(tmp_path / "clean.tar")
+    assert await other.client.releases() == []
+    assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_imported_again_a_damaged_release_is_whole_again(box: Box, other: Box, tmp_path: Path, own: bool) -> None:
+    """One that was made elsewhere, or one of our own that we have exported."""
+    folder = box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    place = box if own else other
+    if own:
+        (box.home.runs / "r-1").mkdir()
+    else:
+        await other.client.import_release(tmp_path / "r.tar")
+    state = place.supervisor.releases.get("r-1").state
+    whole = hashes(folder)
+    spoil(place.home.releases / "r-1")
+    with pytest.raises(Conflict, match="damaged"):
+        await place.client.promote("r-1")
+    release = await place.client.import_release(tmp_path / "r.tar")
+    assert (release.damage, release.state) == ("", state)
+    assert hashes(place.home.releases / "r-1") == whole
+    assert [path.name for path in place.home.releases.iterdir()] == ["r-1"]
+    assert (await place.client.promote("r-1")).live
+
+
+async def test_another_release_of_that_name_does_not_mend_a_damaged_one(box: Box, other: Box, tmp_path: Path) -> None:
+    folder = box.release("r-1")
+    await box.client.export("r-1", tmp_path / "r.tar")
+    await other.client.import_release(tmp_path / "r.tar")
+    write_json(folder / "manifest.json", json.loads((folder / "manifest.json").read_bytes()) | {"created": 2.0})
+    box.db.execute("UPDATE releases SET manifest_sha256 = ''")
+    await box.client.export("r-1", tmp_path / "other.tar")
+    spoil(other.home.releases / "r-1")
+    with pytest.raises(Conflict, match="another release"):
+        await other.client.import_release(tmp_path / "other.tar")
+
+
 async def test_a_full_disk_is_said_and_leaves_nothing(
     box: Box, other: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +431,7 @@ import sys
 from pathlib import Path
 import appliance.archive as archive
 from appliance.home import Home
-from serve.releases import _unpack
+from serve.releases import _place
 archive._CHUNK = 512
 real = archive._extract
 def slow(tar, member, target):
@@ -230,7 +439,8 @@ def slow(tar, member, target):
     import time; time.sleep(float(sys.argv[3]))
     return real(tar, member, target)
 archive._extract = slow
-_unpack(Home(Path(sys.argv[1])), Path(sys.argv[2]), None)
+archive.unpack(Path(sys.argv[2]), Path(sys.argv[2]).parent / "release")
+_place(Path(sys.argv[2]).parent / "release", Home(Path(sys.argv[1])).releases / "r-1")
 """
 
 
@@ -290,6 +500,41 @@ async def test_an_adapter_that_is_none_or_has_no_base_is_refused(box: Box, tmp_p
     with pytest.raises(InvalidInput, match="holds no adapter"):
         await box.client.merge(source, "tiny", "mine")
     assert list(box.home.runs.iterdir()) == []
+
+
+async def test_gates_are_repeated_by_a_run_of_the_base_and_the_adapter_that_are_here(box: Box) -> None:
+    folder = box.release("r-1")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"factors")
+    made_by = Recipe(name="r", base="tiny", stages=(SftStage(method="sft", name="sft", dataset="d1"),), eval_share=0.3)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest |= {"recipe": made_by.model_dump(mode="json", exclude_none=True), "datasets": {"sft": "d1"}}
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(NotFound, match="no base model tiny"):
+        await box.client.repeat_gates("r-1")
+    box.model()
+    write_json(folder / "manifest.json", manifest | {"base_files": hashes(box.home.models / "tiny")})
+    run = await box.client.repeat_gates("r-1")
+    assert (run.id, run.stages, run.state) == ("r-1-gates-1", ("merge", "verify", "probe"), "queued")
+    recipe = parse_recipe((box.home.runs / run.id / "recipe.toml").read_text())
+    assert recipe.given
+    assert (recipe.rechecks, recipe.eval_share, recipe.promote, recipe.given.dataset) == ("r-1", 0.3, False, "")
+    assert (box.home.runs / run.id / "adapter" / "adapter_model.safetensors").read_bytes() == b"factors"
+    (warning,) = await box.client.events(run.id)
+    assert "no dataset of r-1 is on this box" in warning["message"]
+    (box.home.datasets / "d1").mkdir()
+    second = await box.client.repeat_gates("r-1")
+    given = parse_recipe((box.home.runs / second.id / "recipe.toml").read_text()).given
+    assert given
+    assert given.dataset == "d1"
+    assert await box.client.events(second.id) == []
+    with pytest.raises(NotFound):
+        await box.client.repeat_gates("r-2")
+
+
+async def test_a_recipe_cannot_name_a_release_to_judge(box: Box) -> None:
+    box.model()
+    with pytest.raises(InvalidInput, match="verify RELEASE --gates"):
+        await box.client.train('name = "r"\nbase = "tiny"\nrechecks = "r-1"\n')
 
 
 async def test_a_recipe_cannot_name_a_given_adapter(box: Box) -> None:

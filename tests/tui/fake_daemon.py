@@ -38,6 +38,7 @@ class FakeDaemon:
         self.lease = "share"
         self.gpus: list[dict[str, Any]] = []
         self.load = 41.0
+        self.setback = ""
         self._changed = asyncio.Condition()
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -198,6 +199,7 @@ class FakeDaemon:
             "live": live,
             "routed": live,
             "canary": self._canary(),
+            "setback": self.setback,
             "engines": [engine] if live else [],
             "lease": self.lease,
             "queued": sum(run["state"] == "queued" for run in self.runs.values()),

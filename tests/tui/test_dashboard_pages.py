@@ -239,3 +239,13 @@ async def test_quit_leaves_what_runs_running(daemon: FakeDaemon, key: str) -> No
     assert driver.app.return_code == 0
     assert not daemon.requests
     assert daemon.runs["facts-3"]["state"] == "running"
+
+
+@narrow
+async def test_why_another_release_is_live_is_said_on_every_page(driver: Driver) -> None:
+    driver.daemon.setback = "facts-3 is live no longer: it is damaged: model.safetensors is missing"
+    for key in ("3", "4", "1"):
+        await driver.press(key)
+        await driver.until_seen("facts-3 is live no longer")
+    driver.daemon.setback = ""
+    await driver.until(lambda: not driver.sees("facts-3 is live no longer"))

@@ -367,6 +367,8 @@ class TestPermits:
         assert permits.why_not_promote(release(live=True))
         assert "gate 2" in str(permits.why_not_promote(release(state="refused", reason="gate 2")))
         status = TestStatusLine().status()
+        assert "x is missing" in str(permits.why_not_promote(release(damage="x is missing")))
+        assert permits.why_not_roll_back((release(live=True), release(id="b", damage="x is missing")), status)
         refused = release(id="b", state="refused")
         assert permits.why_not_roll_back((release(live=True), release(id="b")), status) is None
         assert permits.why_not_roll_back((release(live=True), refused), status)
@@ -410,6 +412,13 @@ class TestTexts:
         assert lines[:5] == ["rows  3", "none  –", "ok  yes", "bad", "  •  line 1, why x"]
         assert "  … and 100 more" in lines
         assert lines[-3:] == ["deep", "  a", "    •  1"]
+
+    def test_gates_tell_of_damage_and_of_files_that_are_read(self) -> None:
+        check = {"release": "a", "state": "reading", "read": 3, "bytes": 4}
+        text = gates(release(damage="x is missing", check=check), None).plain
+        assert "✗ damaged" in text
+        assert "x is missing" in text
+        assert "its files are being read: 75%" in text
 
     def test_gates_tell_verdict_and_figures(self) -> None:
         manifest = {"gates": {"parity": {"passed": False, "figures": {"equal": 7, "prompts": 8}}}}

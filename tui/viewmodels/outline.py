@@ -70,8 +70,14 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
         head += [("   ", ""), states.LIVE.label()]
     head += [("   base ", MUTED), (release.base, "")]
     lines = [Content.assemble(*head)]
+    if release.damage:
+        lines.append(Content.styled(plain(release.damage), "$text-error"))
+    if release.check:
+        lines.append(Content.styled(f"its files are being read: {_share_read(release.check)}", "$text-warning"))
     if release.reason:
         lines.append(Content.styled(plain(release.reason), "$text-error" if look is states.REFUSED else ""))
+    if release.note:
+        lines.append(Content(plain(release.note)))
     lines += _canary(release.canary) if release.canary else []
     recorded: dict[str, Any] = (manifest or {}).get("gates", {})
     for name, passed in release.gates.items():
@@ -84,6 +90,10 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
     if not release.gates:
         lines += [Content(""), Content.styled("no gate was measured", MUTED)]
     return Content("\n").join(lines)
+
+
+def _share_read(check: api.Check) -> str:
+    return f"{100 * check.read // max(1, check.bytes)}%"
 
 
 def _canary(canary: api.Canary) -> list[Content]:

@@ -42,6 +42,8 @@ def why_not_promote(release: api.Release | None) -> str | None:
         return "there is no release to promote"
     if release.live:
         return f"{release.id} is live already"
+    if release.damage:
+        return f"{release.id} is damaged: {release.damage}"
     if release.state == "refused":
         return f"{release.id} was refused: {release.reason or 'a gate failed'}"
     return None
@@ -65,6 +67,6 @@ def why_not_roll_back(releases: tuple[api.Release, ...], status: api.Status | No
         return None
     if not any(release.live for release in releases):
         return "nothing is live, so there is nothing to roll back from"
-    if sum(release.state == "verified" for release in releases) < 2:
+    if sum(release.state != "refused" and not release.damage for release in releases) < 2:
         return "there is no other verified release to go back to"
     return None

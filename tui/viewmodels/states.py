@@ -30,7 +30,9 @@ RUNS: dict[str, Look] = {
 ACTIVE = frozenset({"queued", "running", "stopping"})
 
 VERIFIED = Look("✓", "verified", "$text-success")
+ELSEWHERE = Look("✓", "verified elsewhere", "$text-warning")
 REFUSED = Look("✗", "refused", "$text-error")
+DAMAGED = Look("✗", "damaged", "$text-error")
 LIVE = Look("◆", "live", "bold $text-accent")
 CANARY = Look("◇", "canary", "$text-accent")
 
@@ -55,4 +57,6 @@ def is_canary(release: api.Release) -> bool:
 
 
 def release_look(release: api.Release) -> Look:
-    return VERIFIED if release.state == "verified" else REFUSED
+    if release.damage:
+        return DAMAGED
+    return {"verified": VERIFIED, "verified elsewhere": ELSEWHERE, "refused": REFUSED}[release.state]

@@ -1,4 +1,4 @@
-"""The two lines on top of every page: where one is, the link to the daemon, and the box."""
+"""The two lines on top of every page: where one is, the link to the daemon, and the box; below, what went wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tui.widgets.words import Words
 
 
 class Header(Vertical):
-    """Page names, link badge and status line; below them, while the link is down, what is wrong."""
+    """Page names, link badge and status line; below them what is wrong with the link, and why another release is live
+    than was to be."""
 
     DEFAULT_CSS = """
     Header {
@@ -25,8 +26,8 @@ class Header(Vertical):
         #link { width: 1fr; height: 1; padding: 0 1; text-align: right; }
         #status { width: 1fr; height: 1; padding: 0 1; background: $surface; }
         #status { text-wrap: nowrap; text-overflow: ellipsis; }
-        #problem { padding: 0 1; background: $error 20%; display: none; }
-        #problem.-shown { display: block; }
+        #problem, #setback { padding: 0 1; background: $error 20%; display: none; }
+        #problem.-shown, #setback.-shown { display: block; }
     }
     """
 
@@ -42,6 +43,7 @@ class Header(Vertical):
             yield Words(id="link")
         yield Words(id="status")
         yield Words(id="problem")
+        yield Words(id="setback")
 
     def show(self, box: Box | None, link: Link) -> None:
         width = (self.size.width or self.app.size.width) - 2
@@ -51,6 +53,9 @@ class Header(Vertical):
         problem = self.query_one("#problem", Words)
         problem.say(Content.assemble(link.problem, ("  (ctrl+r tries at once)", MUTED)))
         problem.set_class(bool(link.failures), "-shown")
+        setback = self.query_one("#setback", Words)
+        setback.say(box.status.setback if box else "")
+        setback.set_class(bool(box and box.status.setback), "-shown")
 
 
 def _badge(link: Link) -> Content:

@@ -1,4 +1,4 @@
-"""What `appliance releases` says of canaries."""
+"""What the verbs about releases print of canaries and of damage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from appliance import api, release_verbs
+from appliance.cli import main
 
 
 def test_releases_tell_of_their_canaries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +24,46 @@ def test_releases_tell_of_their_canaries(monkeypatch: pytest.MonkeyPatch) -> Non
     assert b.endswith("canary of 10%: waits for more requests: 9 to it")
     assert c.split()[1] == "verified"
     assert c.endswith("accepted; canary of 10% rolled back: 3 of 3 requests failed")
+
+
+def test_releases_tell_of_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = api.Release(id="a", base="tiny", state="verified", created=0, reason="all passed", damage="x is missing")
+    monkeypatch.setattr(release_verbs, "ask", lambda question: [damaged])
+    _, a = CliRunner().invoke(release_verbs.releases).output.splitlines()
+    assert a.split()[1] == "damaged"
+    assert a.endswith("x is missing; all passed")
+
+
+def check(state: str, **fields: object) -> api.Check:
+    return api.Check.model_validate({"release": "a", "state": state, **fields})
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (check("whole"), "a is whole: its files are those that its manifest lists"),
+        (check("damaged", damage="x is missing"), "release a is damaged: x is missing — restore its files"),
+    ],
+)
+def test_verify_says_how_far_it_is_and_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: api.Check, said: str
+) -> None:
+    states = [check("reading"), check("reading", read=8 * 10**9, bytes=16 * 10**9), last]
+    monkeypatch.setattr(release_verbs, "each", lambda stream, show: [show(state) for state in states])
+    monkeypatch.setattr(release_verbs, "_PROGRESS_SECONDS", -1)
+    monkeypatch.setattr("appliance.cli.sys.argv", ["appliance", "verify", "a"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert "the files of a are being read: 8.0 GB of 16.0 GB" in printed.err
+    assert said in (printed.err if last.damage else printed.out)
+    assert ended.value.code == (1 if last.damage else 0)
+
+
+def test_a_promotion_whose_files_are_still_read_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = check("reading", read=1 * 10**9, bytes=16 * 10**9)
+    release = api.Release(id="a", base="tiny", state="verified", created=0, live=True, check=reading)
+    monkeypatch.setattr(release_verbs, "ask", lambda question: release)
+    result = CliRunner().invoke(release_verbs.promote, ["a"])
+    assert result.stdout == "a\n"
+    assert "1.0 GB of 16.0 GB; it answers when they are whole" in result.stderr

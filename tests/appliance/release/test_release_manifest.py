@@ -107,7 +107,8 @@ def test_quality_alone_can_be_accepted_and_the_manifest_says_so(home: Home) -> N
     refused = finalise(home, "lora", read_recipe(home.runs / "lora"), PASSED)
     assert (refused.state, refused.reason, refused.accepted) == ("refused", "quality: quality is bad", {})
     before = hashes(home.releases / "lora")
-    accepted = accept_quality(home, "lora")
+    recorded = hashes(home.releases / "lora")["manifest.json"]
+    accepted = accept_quality(home, "lora", recorded)
     assert accepted.state == "verified"
     assert accepted.reason == "accepted by the operator in spite of quality: quality is bad"
     assert accepted.accepted.keys() == {"quality"}
@@ -115,7 +116,8 @@ def test_quality_alone_can_be_accepted_and_the_manifest_says_so(home: Home) -> N
     assert accepted.files == refused.files
     changed = {name for name, digest in hashes(home.releases / "lora").items() if before[name] != digest}
     assert changed == {"manifest.json"}
-    assert accept_quality(home, "lora") == accepted == Manifest(**read_manifest(home, "lora"))
+    again = accept_quality(home, "lora", recorded)
+    assert again == accepted == Manifest(**read_manifest(home, "lora")), "as after a kill before it was recorded"
 
 
 @pytest.mark.parametrize("gates", [("fidelity",), ("fidelity", "quality")])
@@ -123,8 +125,34 @@ def test_no_other_gate_can_be_accepted(home: Home, gates: tuple[str, ...]) -> No
     fail(home, *gates)
     manifest = finalise(home, "lora", read_recipe(home.runs / "lora"), PASSED)
     with pytest.raises(Conflict, match="refused by fidelity"):
-        accept_quality(home, "lora")
+        accept_quality(home, "lora", hashes(home.releases / "lora")["manifest.json"])
     assert Manifest(**read_manifest(home, "lora")) == manifest
+
+
+@pytest.mark.parametrize("accepted_before", [False, True])
+def test_a_manifest_that_is_not_the_recorded_one_is_not_accepted(home: Home, accepted_before: bool) -> None:
+    """Neither one that says of itself that it was verified, or accepted."""
+    fail(home, "fidelity")
+    finalise(home, "lora", read_recipe(home.runs / "lora"), PASSED)
+    path = home.releases / "lora" / "manifest.json"
+    recorded = hashes(home.releases / "lora")["manifest.json"]
+    forged = json.loads(path.read_bytes()) | {"state": "verified"}
+    if accepted_before:
+        forged["accepted"] = {"quality": 1.0}
+        forged["gates"]["fidelity"]["passed"] = True
+    path.write_text(json.dumps(forged))
+    with pytest.raises(Conflict, match=r"manifest\.json is not the one that was recorded"):
+        accept_quality(home, "lora", recorded)
+
+
+def test_an_acceptance_that_was_killed_leaves_no_file_behind(home: Home) -> None:
+    fail(home, "quality")
+    finalise(home, "lora", read_recipe(home.runs / "lora"), PASSED)
+    folder = home.releases / "lora"
+    (folder / ".manifest.json.1.tmp").write_text("{")
+    before = set(hashes(folder))
+    assert accept_quality(home, "lora", hashes(folder)["manifest.json"]).state == "verified"
+    assert before - set(hashes(folder)) == {".manifest.json.1.tmp"}
 
 
 def test_the_card_states_base_data_recipe_figures_and_licence(home: Home) -> None:

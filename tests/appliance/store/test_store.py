@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from appliance.errors import Conflict, InvalidInput, NotFound
+from appliance.release.integrity import Seen, Stamp
 from appliance.store.database import MIGRATIONS, open_database
 from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
 from appliance.store.processes import Processes, ProcessRow
-from appliance.store.releases import Releases
+from appliance.store.releases import Proof, Releases
 from appliance.store.runs import Runs
 from appliance.train.recipe import Recipe, SftStage
 
@@ -157,3 +158,68 @@ def test_processes_are_remembered(path: Path, db: sqlite3.Connection) -> None:
     assert set(again.all()) == {worker, engine}
     again.remove(worker)
     assert again.all() == [engine]
+
+
+def history(releases: Releases, *ids: str) -> None:
+    """Releases, and which was live when."""
+    for id in dict.fromkeys(ids):
+        releases.add(id, "tiny", "verified", "", {}, promote=False)
+    for id in ids:
+        releases.promote(id)
+        releases.mark_answered()
+
+
+def test_a_damaged_live_release_gives_way_and_no_way_leads_back_to_it(db: sqlite3.Connection) -> None:
+    releases = Releases(db)
+    history(releases, "a", "b", "a", "c")
+    releases.found_damaged("c", "bits")
+    assert (releases.live(), releases.successor()) == ("c", "a"), "until it is decided"
+    releases.give_way("a", "it is damaged: bits")
+    assert (releases.live(), releases.before(), releases.fallback()) == ("a", "b", None)
+    assert releases.setback() == (
+        "c is live no longer: it is damaged: bits; a is live instead"
+        " — restore its files and `appliance verify c`, or train again"
+    )
+    with pytest.raises(Conflict, match="c is damaged: bits"):
+        releases.promote("c")
+    releases.found_damaged("b", "more bits")
+    assert (releases.live(), releases.before(), releases.unfit().keys()) == ("a", None, {"b", "c"})
+    assert releases.setback().startswith("c is live no longer"), "the other one is no setback"
+    with pytest.raises(Conflict, match="no release was live before"):
+        releases.rollback()
+
+
+def test_the_newest_verified_release_comes_after_those_that_were_live(db: sqlite3.Connection) -> None:
+    releases = Releases(db)
+    history(releases, "a")
+    for id, state in (("b", "verified"), ("c", "verified"), ("d", "refused"), ("e", "verified"), ("f", "verified")):
+        releases.add(id, "tiny", state, "", {}, promote=False)  # type: ignore[arg-type]
+    releases.promote("e")
+    releases.give_up("e", "its engine does not start")
+    releases.found_damaged("f", "bits")
+    expected = ["c", "b", None]
+    for to in expected:
+        live = releases.live()
+        assert live
+        releases.found_damaged(live, "bits")
+        assert releases.successor() == to
+        releases.give_way(to, "it is damaged: bits")
+        assert releases.live() == to
+        what = "is live no longer" if live == "a" else "did not go live"
+        assert releases.setback().startswith(f"{live} {what}: it is damaged: bits")
+    assert "no other verified release is whole" in releases.setback()
+
+
+def test_a_release_that_is_found_whole_again_is_not_live_by_itself(db: sqlite3.Connection) -> None:
+    releases = Releases(db)
+    history(releases, "a", "b")
+    releases.found_damaged("b", "bits")
+    releases.give_way("a", "it is damaged: bits")
+    seen = {"x": Seen(Stamp(1, 2, 3, 4), "0")}
+    releases.found_whole("b", Proof("hash", seen))
+    assert releases.proof("b") == Proof("hash", seen)
+    assert releases.live() == "a"
+    assert releases.promote("b").live
+    assert releases.setback() == ""
+    releases.found_damaged("b", "bits")
+    assert releases.proof("b") == Proof("hash", {})

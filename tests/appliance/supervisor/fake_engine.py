@@ -17,7 +17,8 @@ from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
 class FakeEngine:
     """`token_ids` is how it renders every prompt; `broken` releases never start, `unloadable` ones are not
     taken in place of others, `strange` ones answer otherwise when they are, and a load waits for `loading`.
-    `refusal`: why it takes no adapter. Every answer says which day it is."""
+    `refusal`: why it takes no adapter. `forgetful`: prompts that a release answers otherwise than all others. Every
+    answer says which day it is."""
 
     name: str = "fake"
     honours: frozenset[str] = frozenset({"messages", "model", "stream"})
@@ -37,6 +38,9 @@ class FakeEngine:
     """What it says of every conversation, if it can."""
     clocks: dict[str, date | None] = field(default_factory=dict)
     """What each process takes for today, by its address."""
+    forgetful: dict[str, set[str]] = field(default_factory=dict)
+    probed: list[str] = field(default_factory=list)
+    unreachable: int = 0
 
     def memory(self, release: Path) -> int:
         return self.size
@@ -68,6 +72,12 @@ class FakeEngine:
         return self.logps
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
+        self.probed.append(name)
+        if self.unreachable:
+            self.unreachable -= 1
+            raise ConnectionError("it is gone")
+        if probe.messages[0]["content"] in self.forgetful.get(name, ()):
+            return ProbeAnswer(self.token_ids, "what?", "stop", 1)
         said = "hm" if name in self.loaded and name in self.strange else f"hello on {self.clocks[address]}"
         return ProbeAnswer(self.token_ids, said, "stop", 1)
 

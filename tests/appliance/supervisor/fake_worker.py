@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -36,14 +37,19 @@ match behaviour:
         sys.exit(1)
 gates = {name: {"passed": behaviour != "refuse", "figures": {}, "reason": ""} for name in ("structure", "fidelity")}
 gates["quality"] = {"passed": behaviour != "worse", "figures": {}, "reason": ""}
+files: dict[str, str] = {}
 if stage == "merge":
     (run / "merge" / "model").mkdir(exist_ok=True)
-    (run / "merge" / "model" / "model.safetensors").write_bytes(b"weights")
+    tokenizer = b"another" if behaviour == "another tokenizer" else b"the base's"
+    for name, content in (("model.safetensors", b"weights of " + run.name.encode()), ("tokenizer.json", tokenizer)):
+        (run / "merge" / "model" / name).write_bytes(content)
+        files[name] = hashlib.sha256(content).hexdigest()
 if stage == "verify":
     probes = [{"messages": [{"role": "user", "content": "hi"}], "token_ids": [1, 2], "max_tokens": 8}]
     (run / "verify" / "probes.json").write_text(json.dumps(probes))
     served = {"conversations": [{"token_ids": [1, 2], "positions": [1], "logps": [-1.0]}], "limit": 0.1}
     (run / "verify" / "served.json").write_text(json.dumps(served))
-figures = {"gates": gates, "kept": "16-bit", "losses": {}, "files": {}, "base_files": {}, "seconds": 0.0}
+    (run / "verify" / "live.txt").write_text(os.environ["APPLIANCE_LIVE_RELEASE"])
+figures = {"gates": gates, "kept": "16-bit", "losses": {}, "files": files, "base_files": {}, "seconds": 0.0}
 figures |= {"dataset_rows": {"d1": "0"}, "recipe_sha256": "0"}
 (run / stage / "result.json").write_text(json.dumps(figures))

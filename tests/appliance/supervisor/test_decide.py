@@ -10,16 +10,19 @@ from appliance.canary import Verdict
 from appliance.supervisor.actions import (
     Action,
     Advance,
+    CheckRelease,
     Conclude,
     EndCanary,
     EndUnmerged,
     FailRun,
     FallBack,
     ForgetWorker,
+    GiveWay,
     Hold,
     KillWorker,
     LoadAdapter,
     ProbeRun,
+    Replay,
     Route,
     RouteCanary,
     StartEngine,
@@ -458,6 +461,183 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "nor one that failed before and answers now": (
         Snapshot(live="r1", fallback="a", failures={"r1": 1}, engines=(R1,)),
         [Route("r1")],
+    ),
+    "files that were never read are read before an engine starts on them, and requests wait": (
+        Snapshot(live="a", unread=frozenset("a")),
+        [CheckRelease("a"), Hold(True)],
+    ),
+    "and read once": (
+        Snapshot(live="a", unread=frozenset("a"), checking=frozenset("a"), holding=True),
+        [],
+    ),
+    "the old release answers while the new one's files are read": (
+        Snapshot(live="b", unread=frozenset("b"), checking=frozenset("b"), engines=(A,), routed="a"),
+        [],
+    ),
+    "exclusive: then too": (
+        Snapshot(live="b", unread=frozenset("b"), checking=frozenset("b"), engines=(A,), routed="a", exclusive=True),
+        [],
+    ),
+    "no room: then too": (
+        Snapshot(live="b", unread=frozenset("b"), checking=frozenset("b"), engines=(A,), routed="a", room=False),
+        [],
+    ),
+    "exclusive: but engines leave for a worker": (
+        Snapshot(
+            runs=(SFT,),
+            live="b",
+            unread=frozenset("b"),
+            checking=frozenset("b"),
+            engines=(A,),
+            routed="a",
+            exclusive=True,
+        ),
+        [Route(None), StopEngine("a")],
+    ),
+    "exclusive: nobody waits for files to be read while a worker runs": (
+        Snapshot(
+            runs=(SFT,),
+            workers=(WorkerView("r1", alive=True),),
+            live="b",
+            unread=frozenset("b"),
+            checking=frozenset("b"),
+            exclusive=True,
+        ),
+        [],
+    ),
+    "a candidate that went live keeps the engine that was probed, and does not answer before its files are read": (
+        Snapshot(live="r1", unread=frozenset({"r1"}), checking=frozenset({"r1"}), engines=(A, R1), routed="a"),
+        [],
+    ),
+    "weights are not exchanged for those of files that were not read": (
+        Snapshot(
+            live="b",
+            unread=frozenset("b"),
+            checking=frozenset("b"),
+            engines=(A,),
+            routed="a",
+            swappable=frozenset("a"),
+        ),
+        [],
+    ),
+    "files that were written to are read again while their engine goes on": (
+        Snapshot(live="a", unread=frozenset("a"), engines=(A,), routed="a"),
+        [CheckRelease("a")],
+    ),
+    "which, if it dies, is not started again before": (
+        Snapshot(live="a", unread=frozenset("a"), checking=frozenset("a"), failures={"a": 1}),
+        [],
+    ),
+    "a release that does not come up does not give way before its files were read": (
+        Snapshot(
+            live="b",
+            fallback="a",
+            failures={"b": 1},
+            unread=frozenset("b"),
+            checking=frozenset("b"),
+            engines=(A,),
+            routed="a",
+        ),
+        [],
+    ),
+    "a live release that is damaged gives way": (
+        Snapshot(live="b", unread=frozenset("b"), unfit={"b": "bits"}, engines=(B,), routed="b", successor="a"),
+        [GiveWay("a", "bits")],
+    ),
+    "it does not answer until the other one does, for which requests wait": (
+        Snapshot(live="a", unfit={"b": "bits"}, engines=(B,), routed="b"),
+        [Hold(True), Route(None), StopEngine("b"), StartEngine("a")],
+    ),
+    "nor while the other one's files are read": (
+        Snapshot(live="a", unread=frozenset("a"), checking=frozenset("a"), unfit={"b": ""}, engines=(B,), routed="b"),
+        [Hold(True), Route(None), StopEngine("b")],
+    ),
+    "without another one nobody answers, and nobody waits": (
+        Snapshot(live="b", unread=frozenset("b"), unfit={"b": "bits"}, engines=(B,), routed="b"),
+        [GiveWay(None, "bits")],
+    ),
+    "and its engine stops": (
+        Snapshot(unfit={"b": "bits"}, engines=(B,), routed="b"),
+        [Route(None), StopEngine("b")],
+    ),
+    "and that is that": (Snapshot(unfit={"b": "bits"}), []),
+    "a damaged live release that nothing runs on gives way too, while a worker runs": (
+        Snapshot(
+            runs=(SFT,),
+            workers=(WorkerView("r1", alive=True),),
+            live="b",
+            unread=frozenset("b"),
+            unfit={"b": "bits"},
+            successor="a",
+            exclusive=True,
+        ),
+        [GiveWay("a", "bits")],
+    ),
+    "a run is not compared with a live release before its files were read": (
+        Snapshot(runs=(RunView("r1", "running", "verify"),), live="a", unread=frozenset("a"), exclusive=True),
+        [CheckRelease("a")],
+    ),
+    "nor with a damaged one": (
+        Snapshot(
+            runs=(RunView("r1", "running", "verify"),),
+            live="b",
+            unread=frozenset("b"),
+            unfit={"b": "bits"},
+            exclusive=True,
+        ),
+        [GiveWay(None, "bits")],
+    ),
+    "other stages do not wait for that": (
+        Snapshot(runs=(SFT,), live="a", unread=frozenset("a"), checking=frozenset("a"), exclusive=True),
+        [StartWorker("r1")],
+    ),
+    "a release from elsewhere repeats what it said there before it answers": (
+        Snapshot(live="b", unproven=frozenset("b"), engines=(A, B), routed="a"),
+        [Replay("b")],
+    ),
+    "and is asked once": (
+        Snapshot(live="b", unproven=frozenset("b"), replaying=frozenset("b"), engines=(A, B), routed="a"),
+        [],
+    ),
+    "not before its engine is ready": (
+        Snapshot(live="b", unproven=frozenset("b"), engines=(A, EngineView("b", alive=True)), routed="a"),
+        [],
+    ),
+    "exclusive: requests wait for that": (
+        Snapshot(live="b", unproven=frozenset("b"), engines=(B,), holding=True, exclusive=True),
+        [Replay("b")],
+    ),
+    "a canary from elsewhere does so too": (
+        Snapshot(live="a", routed="a", engines=(A, B), canary=WAITING, unproven=frozenset("b")),
+        [Replay("b")],
+    ),
+    "a canary's files are read before an engine starts on them": (
+        Snapshot(live="a", routed="a", engines=(A,), canary=WAITING, unread=frozenset("b")),
+        [CheckRelease("b")],
+    ),
+    "one that answers goes on while they are read again": (
+        Snapshot(
+            live="a",
+            routed="a",
+            engines=(A, B),
+            canary=WAITING,
+            routed_canary=("b", 0.1),
+            unread=frozenset("b"),
+            checking=frozenset("b"),
+        ),
+        [],
+    ),
+    "a canary that is damaged goes back": (
+        Snapshot(
+            live="a",
+            routed="a",
+            engines=(A, B),
+            canary=WAITING,
+            routed_canary=("b", 0.1),
+            unread=frozenset("b"),
+            unfit={"b": "bits"},
+        ),
+        [EndCanary("rolled back", "bits")],
     ),
     "no room: the old engine leaves before the new one starts": (
         Snapshot(live="b", engines=(A,), routed="a", room=False),

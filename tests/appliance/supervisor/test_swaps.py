@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from datetime import date, datetime
@@ -18,9 +17,9 @@ from appliance.store.releases import Releases
 from appliance.supervisor import engine_processes
 
 
-async def two_releases(daemon: Daemon) -> tuple[str, str]:
+async def two_releases(daemon: Daemon, **first_behaviour: str) -> tuple[str, str]:
     """The second one is live; from here on, engines take other weights."""
-    first = daemon.queue()
+    first = daemon.queue(**first_behaviour)
     await daemon.until(lambda: daemon.supervisor.routed == first)
     second = daemon.queue()
     await daemon.until(lambda: daemon.supervisor.routed == second)
@@ -80,9 +79,7 @@ async def test_a_release_that_has_no_clock_takes_the_day_it_was_made_on(daemon: 
 
 
 async def test_a_release_with_another_tokenizer_gets_an_engine_of_its_own(daemon: Daemon) -> None:
-    first, second = await two_releases(daemon)
-    path = daemon.home.releases / first / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"files": {"tokenizer.json": "another"}}))
+    first, second = await two_releases(daemon, merge="another tokenizer")
     process = daemon.pid("engine", second)
     daemon.supervisor.rollback()
     await daemon.until(lambda: daemon.supervisor.routed == first)

@@ -99,3 +99,12 @@ async def test_a_client_that_leaves_waits_no_longer(http: httpx.AsyncClient, gat
 async def test_without_a_hold_nobody_waits(http: httpx.AsyncClient, gateway: Gateway) -> None:
     gateway.route(None)
     assert (await asyncio.wait_for(http.post(CHAT, json=ASK), 2)).status_code == 503
+
+
+async def test_why_nothing_is_live_is_said(http: httpx.AsyncClient, gateway: Gateway, wanted: set[str]) -> None:
+    gateway.route(None)
+    gateway._setback = lambda: "r1 is live no longer: it is damaged"
+    for still_wanted in (True, False):
+        message = (await http.post(CHAT, json=ASK)).json()["error"]["message"]
+        assert ("r1 is live no longer: it is damaged" in message) is not still_wanted
+        wanted.clear()

@@ -1,0 +1,94 @@
+"""The gates of a release once more, on this box and on the release's own files. No torch but in `recheck_stage`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from appliance.errors import Conflict, InvalidInput
+from appliance.home import Home, building, sha256, write_atomic
+from appliance.models import base_hashes, model_path
+from appliance.release.manifest import read_manifest
+from appliance.release.peft_format import WEIGHTS
+from appliance.train.events import EventLog
+from appliance.train.recipe import Given, Recipe, dump_recipe
+
+_LONGEST_NAME = 50
+WITHOUT_DATA = " (on plain conversations, because its dataset is not on this box)"
+
+
+def plan_recheck(home: Home, release: str) -> Recipe:
+    """The recipe of a run that repeats the gates of a release: that of `appliance merge` for the release's adapter.
+
+    Its base has to be on this box. Its dataset may be; without it the models are compared on plain conversations.
+    Raises NotFound without the base, and Conflict where that is another, or the release was refused by its own gates.
+    """
+    manifest = read_manifest(home, release)
+    if manifest["state"] != "verified":
+        refused = f"release {release} was refused: {manifest['reason']}"
+        raise Conflict("refused_release", refused, f"see `appliance releases {release}`")
+    try:
+        made_by = Recipe.model_validate(manifest["recipe"])
+    except ValidationError:
+        raise InvalidInput(
+            "other_recipe", f"the recipe of release {release} is of another version", "import or train it again"
+        ) from None
+    base = base_hashes(model_path(home, manifest["base"]))
+    if differing := min((name for name, hash in base.items() if manifest["base_files"].get(name) != hash), default=""):
+        raise Conflict(
+            "another_base",
+            f"release {release} was made of another {manifest['base']} than is on this box: {differing} differs",
+            "pull the one that its manifest names under another home, or leave it verified as it is",
+        )
+    given = None
+    if (adapter := home.releases / release / "adapter" / WEIGHTS).exists():
+        dataset = _judged_on(made_by)
+        here = dataset if dataset and (home.datasets / dataset).exists() else ""
+        given = Given(sha256=sha256(adapter), quantised=made_by.quantised, dataset=here)
+    name = f"{release[:_LONGEST_NAME]}-gates"
+    return made_by.model_copy(
+        update={"name": name, "promote": False, "stages": (), "given": given, "rechecks": release}
+    )
+
+
+def write_recheck(home: Home, run: str, recipe: Recipe, release: str) -> None:
+    """Write the directory of such a run."""
+    adapter = home.releases / release / "adapter"
+    with building(home.runs / run) as directory:
+        if recipe.given:
+            shutil.copytree(adapter, directory / "adapter")
+            if not recipe.given.dataset and read_manifest(home, release)["datasets"]:
+                message = f"no dataset of {release} is on this box: the models are compared on plain conversations"
+                EventLog(directory / "events.jsonl").append("warning", "merge", code="no_dataset", message=message)
+        write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
+
+
+def recheck_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
+    """Merge as ever, so that there is something to compare with; then let `merge/model/` be the release's own files."""
+    from appliance.release.merge import merge_stage
+
+    release, model = str(recipe.rechecks), run / "merge" / "model"
+    if model.is_symlink():
+        model.unlink()
+    figures = merge_stage(home, run, recipe)
+    manifest = read_manifest(home, release)
+    if figures["kept"] != (kept := manifest["merge"]["kept"]):
+        raise Conflict(
+            "another_merge",
+            f"{release} was merged into the {kept} base, and here the {figures['kept']} one is better",
+            "repeat its gates on a box like the one that made it",
+        )
+    shutil.rmtree(model)
+    model.symlink_to(home.releases / release)
+    return {**figures, "files": manifest["files"]}
+
+
+def _judged_on(recipe: Recipe) -> str:
+    """The dataset that a release was judged on."""
+    if recipe.given:
+        return recipe.given.dataset
+    stages = [stage for stage in recipe.stages if stage.method == "sft"] or recipe.stages
+    return stages[0].dataset if stages else ""

@@ -1,0 +1,130 @@
+"""Releases that were verified on another box: what they have to repeat before they answer here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from mortal_daemon import Daemon
+
+from appliance.errors import Conflict
+from appliance.home import hashes, sha256
+
+PROMPTS = tuple(f"question {number}" for number in range(10))
+
+
+def arrive(daemon: Daemon, id: str, engine: str = "fake", prompts: tuple[str, ...] = PROMPTS) -> str:
+    """A release as an import leaves it; on the other box it has said hello to every prompt."""
+    folder = daemon.home.releases / id
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights from elsewhere")
+    answers = [{"messages": [{"role": "user", "content": prompt}], "text": "hello there"} for prompt in prompts]
+    parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions", "gates")
+    manifest: dict[str, Any] = {part: {} for part in parts} | {"files": hashes(folder), "release": id, "base": "tiny"}
+    manifest |= {"state": "verified", "reason": "", "created": 1.0, "recipe_sha256": ""}
+    manifest |= {"reference": {"engine": engine, "answers": answers} if engine else {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    digest = sha256(folder / "manifest.json")
+    daemon.supervisor.releases.add(id, "tiny", "verified elsewhere", "", {}, promote=False, manifest_sha256=digest)
+    return id
+
+
+async def test_it_repeats_what_it_said_elsewhere_before_it_answers(daemon: Daemon) -> None:
+    own = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == own)
+    imported = arrive(daemon, "imported")
+    daemon.supervisor.promote(imported)
+    await daemon.until(lambda: daemon.supervisor.routed == imported)
+    assert daemon.engine.probed.count(imported) == 10
+    release = daemon.supervisor.releases.get(imported)
+    assert (release.state, release.note) == (
+        "verified elsewhere",
+        "10 of 10 reference answers were repeated here",
+    )
+    daemon.engine.probed.clear()
+    await daemon.die()
+    daemon.start()
+    await daemon.until(lambda: daemon.frontage.routes[-1] == imported)
+    assert daemon.engine.probed == [], "once is enough"
+
+
+@pytest.mark.parametrize("forgotten", [2, 3])
+async def test_one_in_five_may_begin_otherwise(daemon: Daemon, forgotten: int) -> None:
+    own = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == own)
+    imported = arrive(daemon, "imported")
+    daemon.engine.forgetful = {imported: set(PROMPTS[:forgotten])}
+    routes = len(daemon.frontage.routes)
+    daemon.supervisor.promote(imported)
+    if forgotten == 2:
+        await daemon.until(lambda: daemon.supervisor.routed == imported)
+        return
+    await daemon.until(lambda: daemon.supervisor.releases.setback())
+    assert daemon.supervisor.releases.live() == own
+    assert daemon.frontage.routes[routes:] == [], "it has answered nobody"
+    release = daemon.supervisor.releases.get(imported)
+    assert release.state == "refused"
+    assert release.reason.startswith("only 7 of 10 reference answers were repeated here: it answers 'what?'")
+    assert f"{imported} did not go live: it was refused: only 7 of 10" in daemon.supervisor.releases.setback()
+    with pytest.raises(Conflict, match="was refused"):
+        daemon.supervisor.promote(imported)
+    await daemon.until(lambda: daemon.running("engine") == [own])
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("vllm", "its reference answers are those of another engine (vllm), so none was repeated here"),
+        ("", "its reference answers are not in its archive, so none was repeated here"),
+    ],
+)
+async def test_where_it_cannot_repeat_them_that_is_said(daemon: Daemon, engine: str, said: str) -> None:
+    imported = arrive(daemon, "imported", engine)
+    daemon.supervisor.promote(imported)
+    await daemon.until(lambda: daemon.supervisor.routed == imported)
+    assert daemon.supervisor.releases.get(imported).note == said
+    assert daemon.engine.probed == []
+
+
+async def test_reference_answers_that_are_none_are_no_reason_to_hang(daemon: Daemon) -> None:
+    imported = arrive(daemon, "imported")
+    path = daemon.home.releases / imported / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"reference": {"engine": "fake", "answers": [7]}}))
+    daemon.db.execute("UPDATE releases SET manifest_sha256 = ''")
+    daemon.supervisor.promote(imported)
+    await daemon.until(lambda: daemon.supervisor.routed == imported)
+    assert "could not be asked for here: TypeError" in daemon.supervisor.releases.get(imported).note
+
+
+async def test_an_engine_that_goes_away_meanwhile_is_asked_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.supervisor.engine_processes.REPLAY_REST_SECONDS", 0.01)
+    imported = arrive(daemon, "imported")
+    daemon.engine.unreachable = 2
+    daemon.supervisor.promote(imported)
+    await daemon.until(lambda: daemon.supervisor.routed == imported)
+    assert daemon.supervisor.releases.get(imported).note == "10 of 10 reference answers were repeated here"
+
+
+async def test_as_a_canary_it_repeats_them_too(daemon: Daemon) -> None:
+    own = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == own)
+    imported = arrive(daemon, "imported")
+    daemon.engine.forgetful = {imported: set(PROMPTS)}
+    daemon.supervisor.start_canary(imported, 0.1)
+    await daemon.until(lambda: imported in daemon.supervisor.trial.newest())
+    await daemon.until(lambda: daemon.supervisor.trial.newest()[imported].ended)
+    assert daemon.frontage.canaries == [], "nobody was sent to it"
+    assert "it was refused: only 0 of 10" in daemon.supervisor.trial.newest()[imported].reason
+
+
+async def test_it_takes_nobodys_place_by_itself(daemon: Daemon) -> None:
+    """A live release that is damaged gives way to one of our own, not to one that was never live here."""
+    own = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == own)
+    arrive(daemon, "imported")
+    (daemon.home.releases / own / "model.safetensors").write_bytes(b"spoilt")
+    await daemon.until(lambda: daemon.supervisor.releases.setback())
+    assert daemon.supervisor.releases.live() is None
