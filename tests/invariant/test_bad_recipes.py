@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tomllib
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ OF_ANOTHER_TYPE: dict[type, list[Any]] = {
     float: ["fast", [0.1], {"a": 1}],
     bool: ["perhaps", 7, [True]],
     str: [3, 0.5, True, ["a"]],
+    date: ["tomorrow", 0.5, [1], {"a": 1}],
     tuple: ["q_proj", 3, [1, 2], {"a": 1}],
 }
 
@@ -76,7 +78,7 @@ def bad_values() -> Iterator[tuple[str, str]]:
         for key, field in model.model_fields.items():
             if key in ("adapter", "stages", "given", "method"):
                 continue
-            kind = type(field.default) if not field.is_required() else str
+            kind = field.annotation if field.annotation in OF_ANOTHER_TYPE else type(field.default)
             for value in [*OF_ANOTHER_TYPE[kind], *beyond(field)]:
                 yield with_value(path, key, value), prefix + key
             yield with_value(path, key[:-1] + "q" + key[-1], 1), prefix + key[:-1] + "q" + key[-1]
