@@ -28,13 +28,14 @@ class Rounding:
         self._dtype = dtype
         if dtype not in _DROPPED_BITS:
             return
-        rows, columns = shape[0], math.prod(shape[1:])
+        rows, columns = shape[0], max(1, math.prod(shape[1:]))
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
         generator, most = torch.Generator().manual_seed(seed), 1 << _DROPPED_BITS[dtype]
-        # Rows further apart than the table is long share its draws, each changed by its own: pairwise independent.
-        self._height = min(rows, max(1, _TABLE // max(columns, 1)))
+        self._height = min(rows, max(1, _TABLE // columns))
         self._table = torch.randint(most, (self._height, columns), generator=generator, dtype=torch.int32)
-        self._by_row = torch.randint(most, (rows, 1), generator=generator, dtype=torch.int32)
+        # Blocks of so many rows share their draws, each block turned by another number of columns.
+        blocks = -(-rows // self._height)
+        self._turns = (torch.randperm(max(columns, blocks), generator=generator)[:blocks] % columns).tolist()
 
     def __call__(self, values: torch.Tensor, rows: slice) -> torch.Tensor:
         """The `values` of `rows`, which are overwritten, in the tensor's type."""
@@ -46,10 +47,12 @@ class Rounding:
         bits = values.view(torch.int32).view(len(values), -1)
         start = rows.start
         while start < rows.stop:
-            at = start % self._height
+            block, at = divmod(start, self._height)
             stop = min(rows.stop, start + self._height - at)
-            draws = torch.bitwise_xor(self._table[at : at + stop - start], self._by_row[start:stop])
-            bits[start - rows.start : stop - rows.start].add_(draws)
+            draws, turn = self._table[at : at + stop - start], self._turns[block]
+            part = bits[start - rows.start : stop - rows.start]
+            part[:, turn:].add_(draws[:, : draws.shape[1] - turn])
+            part[:, :turn].add_(draws[:, draws.shape[1] - turn :])
             start = stop
         bits.bitwise_and_(-1 << _DROPPED_BITS[self._dtype])
         if self._dtype == torch.float16:
