@@ -135,7 +135,7 @@ def event_line(event: dict[str, Any]) -> str:
             advice = "" if event["fits"] else f", which does not fit: {event['advice']}"
             return f"{stage} takes {event['steps']} steps, about {duration(event['seconds'])}, {memory}{how}{advice}"
         case "eval":
-            return f"{stage} step {event['step']}  held-out loss {event['loss']:.4f}"
+            return f"{stage} step {event['step']}  held-out loss {event['loss']:.4f}{_give_or_take(event)}"
         case "sample":
             return f"{stage} sample  {event['prompt']!r} -> {event['text']!r}"
         case "checkpoint":
@@ -153,6 +153,12 @@ def event_line(event: dict[str, Any]) -> str:
             return f"{stage} failed: {event['reason']} — {event['next']}"
         case _:
             return f"{stage} started"
+
+
+def _give_or_take(event: dict[str, Any]) -> str:
+    """Half the width of the interval of a loss, where it is known."""
+    low, high = event.get("interval") or (0, 0)
+    return f" ± {(high - low) / 2:.4f}" if high > low else ""
 
 
 def _plain(value: Any) -> Any:

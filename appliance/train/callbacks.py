@@ -29,7 +29,7 @@ class Reporter(TrainerCallback):
         self._begun = time.monotonic()
         self._tokens_before = state.num_input_tokens_seen
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
         if "loss" not in logs:
             return
         seconds = time.monotonic() - self._begun
@@ -48,6 +48,7 @@ class Reporter(TrainerCallback):
             tokens_per_second=round(per_second, 1),
             eta_seconds=round((state.max_steps - state.global_step) * self._busy_seconds / self._steps, 1),
             memory=peak_memory(),
+            **_known(logs, "answer_loss"),
         )
         print(
             f"{self.stage.name} step {state.global_step}/{state.max_steps}: "
@@ -56,9 +57,10 @@ class Reporter(TrainerCallback):
         )
 
     def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, Any], **_: Any
     ) -> None:
-        self.events.append("eval", self.stage.name, step=state.global_step, loss=metrics["eval_loss"])
+        known = _known(metrics, "eval_interval", "eval_answer_loss")
+        self.events.append("eval", self.stage.name, step=state.global_step, loss=metrics["eval_loss"], **known)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         path = f"{self.stage.name}/checkpoint-{state.global_step}"
@@ -88,6 +90,11 @@ class Cadence(TrainerCallback):
     def _obey(self, state: TrainerState, control: TrainerControl) -> None:
         if self.interruption.requested and 0 < state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+
+def _known(logs: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The figures of those names that are known, as events call them."""
+    return {name.removeprefix("eval_"): logs[name] for name in names if logs.get(name) is not None}
 
 
 def is_evaluated(step: int, stage: AnyStage, last: int) -> bool:

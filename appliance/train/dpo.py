@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
 from appliance.data.render import render_prompt
+from appliance.train.answers import RowFigures
 from appliance.train.recipe import DpoStage
 from appliance.train.rows import Example, answer_ids
-from appliance.train.trainer import Given, Method, PartwiseTrainer, build_trainer
+from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
 
 
 class _Trainer(PartwiseTrainer, DPOTrainer):
@@ -18,6 +21,13 @@ class _Trainer(PartwiseTrainer, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         # TRL would tokenise again, without the mask.
         return dataset
+
+    def row_figures(self, inputs: Batch, nats: torch.Tensor, tokens: torch.Tensor) -> RowFigures:
+        """The loss by equation 7 of arXiv 2305.18290."""
+        chosen, rejected = nats.chunk(2)
+        margins = (rejected + inputs["ref_rejected_logps"]) - (chosen + inputs["ref_chosen_logps"])
+        losses = -logsigmoid(self.beta * margins)
+        return RowFigures(losses, torch.ones_like(losses), chosen, tokens.chunk(2)[0])
 
 
 def example(tokenizer: Any, row: dict[str, Any]) -> Example:

@@ -15,7 +15,8 @@ KINDS = frozenset(
         "forecast",  # stage, memory (by part and total), available, fits, advice, disk, tokens, steps,
         # seconds, gradient_checkpointing
         "step",  # stage, step, steps, loss, lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory (peak, bytes)
-        "eval",  # stage, step, loss
+        # and answer_loss (nats a token of the answers that the model is to give: all, the chosen, or those judged good)
+        "eval",  # stage, step, loss, interval (95 %: low, high), answer_loss
         "sample",  # stage, step, prompt, text
         "checkpoint",  # stage, step, path
         "warning",  # stage, message; where known code, next, cause, log (last lines)

@@ -11,6 +11,7 @@ from trl import KTOConfig, KTOTrainer
 
 from appliance.data.render import render_prompt
 from appliance.errors import InvalidInput
+from appliance.train.answers import RowFigures
 from appliance.train.recipe import KtoStage
 from appliance.train.rows import Example, answer_ids
 from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
@@ -35,6 +36,14 @@ class _Trainer(PartwiseTrainer, KTOTrainer):
     def _compute_kl_logps(self, model: Any, batch: Batch) -> Any:
         drift = batch.pop("drift", None)
         return super()._compute_kl_logps(model, batch) if drift is None else batch["ref_KL_logps"] + drift
+
+    def row_figures(self, inputs: Batch, nats: torch.Tensor, tokens: torch.Tensor) -> RowFigures:
+        """The loss by equation 7 of arXiv 2402.01306."""
+        good = inputs["label"].bool()
+        reward = -nats - inputs["ref_logps"] - inputs["drift"].clamp(min=0)
+        value = torch.sigmoid(self.beta * torch.where(good, reward, -reward))
+        weight = torch.where(good, self.desirable_weight, self.undesirable_weight)
+        return RowFigures(weight * (1 - value), torch.ones_like(nats), nats[good], tokens[good])
 
     def _drift(self, batch: Batch) -> torch.Tensor:
         """How much likelier than to the reference the mismatched answers of `batch` are, in nats (rows)."""

@@ -92,13 +92,15 @@ class Stage(_Section):
     samples: int = Field(2, ge=0, le=16)
     """Held-out prompts that the model answers at each evaluation, so that a person watches it learn."""
     keep: Literal["best", "last"] = "best"
-    """Which adapter the stage leaves: that of the lowest held-out loss, or that of the last step."""
+    """Which adapter the stage leaves: that of the lowest held-out loss, or that of the last step. Where that loss is no
+    lower than before the stage, the run and the model card say so."""
     patience: int = Field(0, ge=0)
     """Stop after so many evaluations in a row without a lower held-out loss; 0: never, because the schedule's end
     often lowers it once more."""
     bad_steps: int = Field(3, ge=1)
     """So many bad steps in a row end the stage at its last good checkpoint; each is a warning. Bad is a loss that is no
-    number or exactly 0, and a gradient norm a hundred times its median. An update that is no number is left out."""
+    number or exactly 0, a gradient norm a hundred times its median, and a model that has lost half of what it knew of
+    the answers, which ends the stage at once where held-out rows show it. An update that is no number is left out."""
     on_bad_steps: Literal["fail", "keep"] = "fail"
     """fail: the run fails, saying why. keep: the stage leaves the adapter of the last good checkpoint."""
 

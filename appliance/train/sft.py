@@ -9,6 +9,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from appliance.data.render import render_conversation
+from appliance.train.answers import RowFigures
 from appliance.train.packing import can_pack, pack, rows_apart
 from appliance.train.recipe import SftStage
 from appliance.train.rows import IGNORED, Example, require_trained
@@ -22,6 +23,9 @@ class _Trainer(PartwiseTrainer, SFTTrainer):
     def parts(self, inputs: Batch) -> list[tuple[Batch, float]]:
         parts = super().parts(inputs)
         return [(pack(part), share) for part, share in parts] if self.packs else parts
+
+    def row_figures(self, inputs: Batch, nats: torch.Tensor, tokens: torch.Tensor) -> RowFigures:
+        return RowFigures(nats, tokens, nats, tokens)
 
     def training_step(self, model: Any, *arguments: Any, **named: Any) -> torch.Tensor:
         with rows_apart(model) if self.packs else nullcontext():

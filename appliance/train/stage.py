@@ -76,7 +76,14 @@ def train_stage(
         _train(run, recipe, stage, base, tokenizer, train, held_out, samples, events, interruption)
     for leftover in folder.glob("best-*"):
         shutil.rmtree(leftover)
-    return figures | _losses(events, stage) | _memory(events, stage)
+    said = [event for event in events.read() if event["stage"] == stage.name]
+    figures |= _losses(said, stage) | _memory(said)
+    for message in set(figures["warnings"]) - {event.get("message") for event in said}:
+        advice = (
+            f"lower learning_rate (now {stage.learning_rate}), or see whether the held-out rows are like the others"
+        )
+        events.append("warning", stage.name, message=message, next=advice)
+    return figures
 
 
 def _examples(
@@ -258,24 +265,29 @@ def _arguments(
     }
 
 
-def _losses(events: EventLog, stage: AnyStage) -> dict[str, float]:
-    """The last training loss, and the held-out loss before and of the kept adapter, from what the stage has said."""
-    reported = [event for event in events.read() if event["stage"] == stage.name]
-    steps = [event["loss"] for event in reported if event["event"] == "step"]
-    evals = {event["step"]: event["loss"] for event in reported if event["event"] == "eval"}
-    losses = {"train_loss": steps[-1]}
+def _losses(said: list[dict[str, Any]], stage: AnyStage) -> dict[str, Any]:
+    """The last training loss, the held-out loss before and of the kept adapter, and what the model card has to say.
+
+    The adapter that the stage began with is never the kept one, even if none was better: what is released is trained.
+    """
+    steps = [event["loss"] for event in said if event["event"] == "step"]
+    evals = {event["step"]: event for event in said if event["event"] == "eval"}
+    figures: dict[str, Any] = {"train_loss": steps[-1], "warnings": []}
+    before = evals.pop(0, None)
+    if before:
+        figures["held_out_loss_before"] = before["loss"]
     if evals:
-        before, *later = evals.values()
-        kept = min(later, default=before) if stage.keep == "best" else evals[max(evals)]
-        losses |= {"held_out_loss_before": before, "held_out_loss": kept}
-    return losses
+        kept = min(evals.values(), key=lambda one: float(one["loss"])) if stage.keep == "best" else evals[max(evals)]
+        figures |= {"held_out_loss": kept["loss"], "held_out_interval": kept.get("interval")}
+        if before and kept["loss"] >= before["loss"]:
+            losses = f"{kept['loss']:.4f}, and {before['loss']:.4f} before"
+            figures["warnings"].append(f"the held-out loss is no lower after {stage.name}: {losses}")
+    return figures
 
 
-def _memory(events: EventLog, stage: AnyStage) -> dict[str, int]:
-    """Bytes forecast and bytes held at most, from what the stage has said."""
-    reported = [event for event in events.read() if event["stage"] == stage.name]
-    forecasts = [event["memory"]["total"] for event in reported if event["event"] == "forecast"]
+def _memory(said: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes forecast and bytes held at most."""
     return {
-        "memory_forecast": forecasts[-1],
-        "memory_peak": max(event["memory"] for event in reported if event["event"] == "step"),
+        "memory_forecast": [event["memory"]["total"] for event in said if event["event"] == "forecast"][-1],
+        "memory_peak": max(event["memory"] for event in said if event["event"] == "step"),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from datasets import Dataset as Table
 from transformers import Trainer
 
 from appliance.data.dataset import Kind
+from appliance.train.answers import RowFigures, answer_loss, outputs_of, row_loss, sequence_nats
 from appliance.train.checkpoints import saving
 from appliance.train.head import NOT_COMPUTED, install
 from appliance.train.interruption import Interrupted, Interruption
@@ -69,6 +70,8 @@ class PartwiseTrainer(Trainer):
     sequences_per_row = 1
     origin: dict[str, str]
     """What the weights follow from, as checkpoints say it."""
+    _figures: Sequence[RowFigures] = ()
+    """Of the parts of the step or the evaluation that was last."""
     _saving_to = ""
 
     def __init__(self, *, room: Room, interruption: Interruption, **named: Any) -> None:
@@ -76,6 +79,16 @@ class PartwiseTrainer(Trainer):
         self.room = room
         self.interruption = interruption
         super().__init__(**named)
+
+    def row_figures(self, inputs: Batch, nats: torch.Tensor, tokens: torch.Tensor) -> RowFigures:
+        """Of the rows of a pass, whose sequences cost so many nats over so many trained tokens; by each method."""
+        raise NotImplementedError
+
+    def compute_loss(self, model: Any, inputs: Batch, *arguments: Any, **named: Any) -> Any:
+        with outputs_of(model) as outputs:
+            loss = super().compute_loss(model, inputs, *arguments, **named)
+        self._figures = [*self._figures, self.row_figures(inputs, *sequence_nats(inputs, outputs[0]))]
+        return loss
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         step = super().training_step
@@ -85,6 +98,7 @@ class PartwiseTrainer(Trainer):
             # So that dropout follows from the recipe's seed and the step alone, whatever came before.
             torch.manual_seed(seed_for(self.args.seed, "dropout", self.state.global_step))
             losses: list[torch.Tensor] = []
+            self._figures = ()
             for part, share in self.parts(inputs):
                 if losses:
                     self._obey()
@@ -102,6 +116,7 @@ class PartwiseTrainer(Trainer):
 
         def attempt() -> torch.Tensor:
             losses = []
+            self._figures = ()
             for part, share in self.parts(inputs):
                 self._obey()
                 loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=items)
@@ -111,10 +126,17 @@ class PartwiseTrainer(Trainer):
         with torch.no_grad():
             return self.room.fit(attempt), None, None
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         for figures in self._metrics.values():
             for name in NOT_COMPUTED:
                 figures.pop(name, None)
+        if "loss" in logs and (found := answer_loss(self._figures)):
+            logs["answer_loss"], _ = found
+        if "eval_loss" in logs:
+            if found := answer_loss(self._figures):
+                logs["eval_answer_loss"], logs["eval_answer_interval"] = found
+            if found := row_loss(self._figures):
+                _, logs["eval_interval"] = found
         super().log(logs, start_time)
 
     def compute_ref_log_probs(self, model: Any, inputs: Batch) -> tuple[torch.Tensor, ...]:

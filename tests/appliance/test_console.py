@@ -14,6 +14,12 @@ def test_a_warning_says_what_to_try_and_shows_the_logs_last_lines() -> None:
     assert event_line({"event": "warning", "stage": "sft", "message": "x"}) == "sft warning: x"
 
 
+def test_a_held_out_loss_says_how_sure_it_is() -> None:
+    event = {"event": "eval", "stage": "sft", "step": 20, "loss": 2.0312}
+    assert event_line(event) == "sft step 20  held-out loss 2.0312"
+    assert event_line({**event, "interval": [1.9062, 2.1562]}) == "sft step 20  held-out loss 2.0312 ± 0.1250"
+
+
 def test_a_canary_with_both_sides_figures() -> None:
     comparison = Comparison("a", "b")
     comparison.live_tally.add_answer(["stop"], {FIRST_TOKEN: 0.25})

@@ -112,21 +112,19 @@ def test_the_reference_is_the_frozen_sft_adapter(home: Home, kind: str) -> None:
     assert all(torch.equal(weight, adapter(run, "sft")[name]) for name, weight in left.items())
     tokenizer, dataset = load_tokenizer(home.models / "tiny"), Dataset.open(home, read_recipe(run).stages[1].dataset)
     rows = [METHODS["dpo"].example(tokenizer, dataset.rows[index]) for index in dataset.split(0.2)[1]]
-    scores = []
+    scores, chosen = [], []
     for name in ("dpo", "sft"):
         base = load_model(home.models / "tiny", quantised=kind == "qlora")
         model = load_adapter(base, run / name / "adapter", trainable=False)
-        scores.append(
-            [
-                log_probability(model, row["prompt_ids"], row["chosen_ids"])
-                - log_probability(model, row["prompt_ids"], row["rejected_ids"])
-                for row in rows
-            ]
-        )
+        chosen.append([log_probability(model, row["prompt_ids"], row["chosen_ids"]) for row in rows])
+        rejected = [log_probability(model, row["prompt_ids"], row["rejected_ids"]) for row in rows]
+        scores.append([one - other for one, other in zip(chosen[-1], rejected, strict=True)])
     margins = [policy - reference for policy, reference in zip(*scores, strict=True)]
     assert min(abs(margin) for margin in margins) > 0.1, "the policy has moved"
     expected = sum(-float(functional.logsigmoid(torch.tensor(0.1 * margin))) for margin in margins) / len(margins)
     assert events(run, "eval", "dpo")[-1]["loss"] == pytest.approx(expected, abs=1e-4)
+    cost = -sum(chosen[0]) / sum(len(row["chosen_ids"]) for row in rows)
+    assert events(run, "eval", "dpo")[-1]["answer_loss"] == pytest.approx(cost, abs=1e-4)
 
 
 def test_the_loss_of_kto_is_that_of_its_paper(home: Home) -> None:
@@ -155,6 +153,10 @@ def test_the_loss_of_kto_is_that_of_its_paper(home: Home) -> None:
         weight, sign = (1.5, 1) if row["label"] else (0.01, -1)
         expected += weight * (1 - float(torch.sigmoid(torch.tensor(sign * 0.1 * margin)))) / len(rows)
     assert events(run, "eval", "kto")[-1]["loss"] == pytest.approx(expected, abs=1e-4)
+    good = [row for row in rows if row["label"]]
+    cost = -sum(log_probability(policy, row["prompt_ids"], row["completion_ids"]) for row in good)
+    tokens = sum(len(row["completion_ids"]) for row in good)
+    assert events(run, "eval", "kto")[-1]["answer_loss"] == pytest.approx(cost / tokens, abs=1e-4)
 
 
 def test_every_fact_is_trained_to_its_end_of_turn(home: Home) -> None:

@@ -179,6 +179,12 @@ class TestTrace:
         assert (777, 99.0) in points
         assert [x for x, _ in points] == sorted({x for x, _ in points})
 
+    def test_a_held_out_loss_says_how_sure_it_is(self) -> None:
+        story = Story().tell("eval", step=20, loss=2.0312, interval=[1.9062, 2.1562])
+        line = event_line(story.events[0])
+        assert line is not None
+        assert line.plain.endswith("step 20: held-out loss 2.031 ± 0.125")
+
     def test_null_is_how_the_daemon_writes_a_loss_that_is_no_number(self) -> None:
         story = Story().tell("step", step=1, steps=2, loss=None).tell("eval", step=1, loss=None)
         trace = story.trace()

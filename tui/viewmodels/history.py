@@ -34,7 +34,9 @@ def _told(event: Event) -> Content | None:
             memory = f"{size(event['memory']['total'])} of {size(event['available'])} memory"
             return Content(f"takes {event['steps']} steps, about {duration(event['seconds'])}, {memory}")
         case "eval":
-            return Content.assemble(f"step {event['step']}: held-out loss ", (number(event["loss"]), "bold"))
+            low, high = event.get("interval") or (0, 0)
+            spread = f" ± {number((high - low) / 2)}" if high > low else ""
+            return Content.assemble(f"step {event['step']}: held-out loss ", (number(event["loss"]), "bold"), spread)
         case "checkpoint":
             return Content(f"step {event['step']}: checkpoint written")
         case "sample":

@@ -43,6 +43,14 @@ def test_the_kept_adapter_is_that_of_the_lowest_held_out_loss(
     last, kept = (load_file(one / "sft" / "adapter" / "adapter_model.safetensors") for one in (plain, run))
     assert all(torch.equal(last[name], kept[name]) for name in last) == same
     assert not list((run / "sft").glob("best-*"))
+    line = f"the held-out loss is no lower after sft: {loss:.4f}, and 0.1000 before"
+    assert result(run, "sft")["warnings"] == [line]
+    (run / "sft" / "result.json").unlink()
+    assert work(run, "sft") == 0
+    assert result(run, "sft")["warnings"] == [line]
+    (warning,) = events(run, "warning")
+    assert warning["message"] == line, "said once"
+    assert warning["next"].startswith("lower learning_rate (now 0.02)")
 
 
 def test_it_stops_when_patience_runs_out(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +59,7 @@ def test_it_stops_when_patience_runs_out(home: Home, monkeypatch: pytest.MonkeyP
     assert work(run, "sft") == 0
     assert max(losses(run, "sft")) == 10, "the lowest at step 6, and none lower at 8 and 10"
     assert result(run, "sft")["held_out_loss"] == 0.4
+    assert result(run, "sft")["warnings"] == []
     assert events(run, "warning")[0]["message"] == ("no lower held-out loss in 2 evaluations since step 6: stopping")
 
 

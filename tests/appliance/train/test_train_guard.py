@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import add_run, events, failure, losses, result, stage, work
+from transformers import TrainerControl, TrainerState
 
 from appliance.errors import Exit
 from appliance.home import Home
-from appliance.train.guard import fault_of
+from appliance.train.events import EventLog
+from appliance.train.guard import Diverged, Guard, fault_of, unlearnt_at
+from appliance.train.recipe import SftStage
 from appliance.train.sft import _Trainer
 
 STEADY = [1.0] * 20
@@ -37,6 +41,113 @@ STEADY = [1.0] * 20
 )
 def test_what_is_wrong_with_a_step(loss: float, norm: float, norms: list[float], fault: str) -> None:
     assert fault_of(loss, norm, norms) == fault
+
+
+@pytest.mark.parametrize(
+    ("at_first", "vocabulary", "limit"),
+    [(2.03, 49152, 6.42), (0.08, 49152, 5.44), (2.03, 320, 4.06), (7.1, 320, 14.2), (0.0, 320, 2.88)],
+)
+def test_when_answers_count_as_unlearnt(at_first: float, vocabulary: int, limit: float) -> None:
+    assert unlearnt_at(at_first, vocabulary) == pytest.approx(limit, abs=0.01)
+
+
+class Training:
+    """A guard that is told of steps and evaluations, as a run of a model with 49152 tokens tells it, and says them."""
+
+    def __init__(self, folder: Path, begun_at: int = 0, **settings: Any) -> None:
+        self.events = EventLog(folder / "events.jsonl")
+        self.guard = Guard(
+            self.events, SftStage.model_validate({"method": "sft", "dataset": "d", "name": "sft", **settings})
+        )
+        self.state = TrainerState(global_step=begun_at, max_steps=99)
+        model = SimpleNamespace(
+            named_parameters=lambda: [],
+            config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=49152)),
+        )
+        self.guard.on_train_begin(None, self.state, TrainerControl(), model)
+
+    def step(self, answers: float | None, norm: float = 1.0) -> bool:
+        """Whether a checkpoint may be made of it."""
+        self.state.global_step += 1
+        known = {} if answers is None else {"answer_loss": answers}
+        control = TrainerControl(should_save=True)
+        self.events.append("step", "sft", step=self.state.global_step, loss=1.0, grad_norm=norm, **known)
+        self.guard.on_log(None, self.state, control, {"loss": 1.0, "grad_norm": norm, **known})
+        return control.should_save
+
+    def evaluation(self, answers: float, spread: float | None = 0.5) -> None:
+        interval = spread and (answers - spread, answers + spread)
+        logs = {"eval_loss": 1.0, "eval_answer_loss": answers, "eval_answer_interval": interval}
+        self.guard.on_log(None, self.state, TrainerControl(), logs)
+        self.events.append("eval", "sft", step=self.state.global_step, loss=1.0, answer_loss=answers)
+
+    def warnings(self) -> list[str]:
+        return [event["message"] for event in self.events.read() if event["event"] == "warning"]
+
+
+def test_unlearnt_answers_end_a_stage_though_its_own_loss_tells_nothing(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.evaluation(2.0)
+    assert training.step(2.5)
+    assert training.step(6.6), "just below half the way to ln(49152)"
+    assert not training.step(6.7)
+    assert training.step(2.5)
+    assert not training.step(30.0)
+    assert not training.step(None), "no answer to give in its batch says nothing of the model"
+    assert not training.step(30.0)
+    with pytest.raises(Diverged, match=r"cost 31 nats a token \(2.5 at first\) at step 8 of sft, 3 in a row"):
+        training.step(31.0)
+    assert len(training.warnings()) == 4
+
+
+def test_held_out_rows_end_it_at_once_where_they_are_enough(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.evaluation(2.03)
+    training.evaluation(6.0, 0.1)
+    training.evaluation(30.0, None)
+    training.evaluation(30.0, 25.0)
+    with pytest.raises(Diverged, match=r"cost 7 nats a token \(2.03 at first\) at step 0 of sft, on held-out"):
+        training.evaluation(7.0, 0.1)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_resumed_stage_is_judged_as_one_that_never_stopped(tmp_path: Path, resumed: bool) -> None:
+    training = Training(tmp_path)
+    training.evaluation(2.0)
+    for _ in range(10):
+        training.step(2.5)
+    if resumed:
+        for answers in (8.0, 8.0, None):
+            training.step(answers, norm=9.0)
+        training = Training(tmp_path, begun_at=10)
+    assert not training.step(6.8)
+    assert training.step(6.0)
+    assert not training.step(2.0, norm=101.0), "a hundred times the usual"
+    with pytest.raises(Diverged, match="2 at first"):
+        training.evaluation(7.0)
+
+
+def test_it_goes_on_counting_bad_steps_where_it_was_stopped_among_them(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.step(2.5)
+    training.step(9.0)
+    training.step(9.0)
+    with pytest.raises(Diverged, match="at step 4 of sft, 3 in a row"):
+        Training(tmp_path, begun_at=3).step(9.0)
+
+
+@pytest.mark.parametrize(("method", "rows"), [("sft", "FACTS"), ("dpo", "PREFERENCES"), ("kto", "JUDGEMENTS")])
+def test_a_learning_rate_that_destroys_the_model_ends_the_stage(home: Home, method: str, rows: str) -> None:
+    """Whatever the method: dpo's own loss goes to 0 meanwhile, and kto's is never above 1."""
+    learnt = stage("sft", "FACTS", epochs=8, samples=0)
+    ruin = stage(method, rows, name="ruin", learning_rate=0.5, epochs=8, samples=0)
+    run = add_run(home, "r", learnt + ruin)
+    assert work(run, "sft", "ruin") == Exit.FAILED
+    assert failure(run, "ruin")["code"] == "diverged"
+    assert failure(run, "ruin")["reason"].startswith("the answers cost ")
+    assert failure(run, "ruin")["next"].startswith("lower learning_rate (now 0.5)")
+    assert max(losses(run, "ruin")) < 12
+    assert not (run / "ruin" / "adapter").exists()
 
 
 def spoil(patch: pytest.MonkeyPatch, steps: range, factor: float) -> None:
