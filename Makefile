@@ -6,16 +6,24 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-fast test-vllm lint format docs bench-data bench-gpu bench-merge bench-train bench-forecast bench-swap bench-adapter clean
+# Tests run in as many processes as this, each with one thread.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
+.PHONY: demo test test-all test-fast test-vllm lint format docs bench-data bench-gpu bench-merge bench-train bench-forecast bench-swap bench-adapter clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -q tests
+	$(PYTEST) -m "not thorough" tests
+
+# What `make test` runs, and more cases of what takes long: further kills, further whole loops.
+test-all: lint
+	$(PYTEST) tests
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -q tests -m "not slow and not e2e"
+	$(PYTEST) -m "not slow and not e2e and not thorough" tests
 
 # The same end-to-end and gateway tests on the real vLLM, in an environment of its own with vLLM's CPU build.
 test-vllm: $(VLLM_VENV)/ready

@@ -1,7 +1,9 @@
-"""Shared by all tests: nothing goes online, and the real small model is fetched once for those that need it."""
+"""Shared by all tests: nothing goes online, the real small model is fetched once, and what is costly is made once."""
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +15,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("APPLIANCE_HOME", None)
 
 CACHE = Path(__file__).parent.parent / ".cache" / "home"
+COSTLY = ("trained", "served", "shell")
+"""Session fixtures that take longer than the tests that ask for them."""
+
+# Importing makes half a million objects that stay. A collection would go through them again and again.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several workers share the tests, those with a costly fixture all go to the same one."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        for name in COSTLY:
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
@@ -23,5 +47,8 @@ def smollm2() -> Path:
         return Path(given)
     environment = {**os.environ, "APPLIANCE_HOME": str(CACHE), "APPLIANCE_SOCKET": "/tmp/unused.sock"}
     environment.pop("HF_HUB_OFFLINE")
-    subprocess.run([sys.executable, "-m", "appliance.cli", "pull", "smollm2-135m"], env=environment, check=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "pull.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, "-m", "appliance.cli", "pull", "smollm2-135m"], env=environment, check=True)
     return CACHE / "models" / "smollm2-135m"

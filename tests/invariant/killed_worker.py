@@ -1,22 +1,16 @@
-"""A worker that is killed again and again: python killed_worker.py RUN_DIR STAGE STEP:CALL...
-
-For each STEP:CALL a fork works on the run until it kills itself: with CALL -1 in the middle of STEP, with CALL n in the
-first save from STEP on, before its n-th call that changes the disk.
-"""
+"""A worker that kills itself."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
 from appliance import worker
-from appliance.train import stage as _stage  # noqa: F401  so that no fork has to import it
 from appliance.train.trainer import PartwiseTrainer
 
 save, compute = Trainer._save_checkpoint, PartwiseTrainer.training_step
@@ -36,7 +30,11 @@ def counting(function: Any, left: Any) -> Any:
 
 
 def work(run: Path, stage: str, step: int, call: int) -> int:
-    """Work on `run` until this process kills itself."""
+    """Work on `run` until this process kills itself.
+
+    With `call` -1 in the middle of `step`, with n in the first save from `step` on, before its n-th call that changes
+    the disk.
+    """
 
     def training_step(trainer: Any, *arguments: Any) -> Any:
         loss = compute(trainer, *arguments)
@@ -57,13 +55,3 @@ def work(run: Path, stage: str, step: int, call: int) -> int:
     PartwiseTrainer.training_step = training_step  # type: ignore[method-assign]
     Trainer._save_checkpoint = save_checkpoint
     return worker.main(run, stage)
-
-
-if __name__ == "__main__":
-    for plan in sys.argv[3:]:
-        step, call = map(int, plan.split(":"))
-        child = os.fork()
-        if not child:
-            os._exit(work(Path(sys.argv[1]), sys.argv[2], step, call))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status == -signal.SIGKILL, f"{plan} ended with {status}"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
+from forked import start
+from killed_worker import work as work_until_killed
 from safetensors.torch import load_file
 from tiny import add_run, events, losses, stage, work
 
 from appliance.home import Home
 
-SCRIPT = Path(__file__).parent / "killed_worker.py"
 STAGES = {
     "sft": ("lora", "dropout = 0.2\n" + stage("sft", "FACTS", epochs=6, checkpoint_every=3, evaluate_every=4)),
     "dpo": ("qlora", stage("dpo", "PREFERENCES", epochs=9, checkpoint_every=3, learning_rate=0.002)),
@@ -26,11 +25,10 @@ CALLS_OF_A_SAVE = 16
 
 def killed_worker(run: Path, method: str, plan: list[tuple[int, int]]) -> None:
     """Work on `run` until the process kills itself, for each step and call in `plan`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, str(SCRIPT), str(run), method, *(f"{step}:{call}" for step, call in plan)]
-    with open(run / "log.txt", "ab") as log:
-        status = subprocess.run(argv, stdout=log, stderr=log, env=environment, check=False).returncode
-    assert status == 0, (run / "log.txt").read_text()
+    for step, call in plan:
+        worker = start(run / "log.txt", work_until_killed, run, method, step, call)
+        worker.join()
+        assert worker.exitcode == -signal.SIGKILL, (run / "log.txt").read_text()
 
 
 @pytest.mark.slow

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from killed_release import killed_at_each_step
 
 from appliance.home import Home, hashes
 from appliance.release.manifest import read_manifest
-
-SCRIPT = Path(__file__).parent / "killed_release.py"
 
 
 @pytest.mark.slow
@@ -22,12 +16,7 @@ def test_killed_at_every_step_of_merge_verify_and_finalise(home: Home, id: str) 
     merged = hashes(run / "merge" / "model")
     (run / "merge" / "result.json").unlink()
     for stage, least in (("merge", 10), ("verify", 3), ("finalise", 5)):
-        argv = [sys.executable, str(SCRIPT), str(run), stage]
-        walk = subprocess.run(
-            argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-        )
-        assert walk.returncode == 0, walk.stderr[-3000:]
-        assert int(walk.stdout.split()[-1]) >= least, f"{stage} has fewer steps than there must be"
+        assert killed_at_each_step(run, stage) >= least, f"{stage} has fewer steps than there must be"
         if stage == "merge":
             assert hashes(run / "merge" / "model") == merged
             left = {path.name for path in (run / "merge").iterdir() if not path.match(".result.json.*.tmp")}

@@ -5,38 +5,33 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import start
 from safetensors.torch import load_file
 from tiny import add_run, events, losses, stage, work
 
 from appliance.home import Home
 from appliance.train.interruption import INTERRUPTED, Interruption
 from appliance.train.sft import _Trainer as SftTrainer
+from appliance.worker import main
 
 STAGE = stage("sft", "FACTS", epochs=20, checkpoint_every=5, evaluate_every=1000)
 PREFERENCE_STAGE = stage("dpo", "PREFERENCES", epochs=10, checkpoint_every=5, learning_rate=0.002)
 DROPOUT = "dropout = 0.2\n"
 
 
-def start_worker(run: Path, stage: str) -> subprocess.Popen[bytes]:
-    with open(run / "log.txt", "ab") as log:
-        argv = [sys.executable, "-m", "appliance.worker", str(run), stage]
-        return subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def after_first_checkpoint(run: Path, worker: subprocess.Popen[bytes]) -> None:
-    """Return as soon as the worker has said that it has written a checkpoint."""
-    deadline = time.monotonic() + 60
+def until_first_checkpoint(run: Path, stage: str) -> BaseProcess:
+    """A worker that has just said that it has written a checkpoint."""
+    worker = start(run / "log.txt", main, run, stage)
     while not events(run, "checkpoint"):
-        assert worker.poll() is None, (run / "log.txt").read_text()
-        assert time.monotonic() < deadline
+        assert worker.is_alive(), (run / "log.txt").read_text()
         time.sleep(0.01)
+    return worker
 
 
 def same_adapter(one: Path, other: Path, stage: str) -> bool:
@@ -47,10 +42,9 @@ def same_adapter(one: Path, other: Path, stage: str) -> bool:
 def test_killed_at_any_moment_it_trains_as_if_it_had_not_been(home: Home) -> None:
     whole, killed = (add_run(home, id, DROPOUT + STAGE) for id in ("whole", "killed"))
     work(whole, "sft")
-    worker = start_worker(killed, "sft")
-    after_first_checkpoint(killed, worker)
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
+    worker = until_first_checkpoint(killed, "sft")
+    worker.kill()
+    worker.join()
     reached = max(losses(killed, "sft"))
     assert reached < 60, "killed before it was done"
 
@@ -66,10 +60,10 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_later(home: Home) -> None:
     """On an NF4 base."""
     whole, stopped = (add_run(home, id, STAGE, "qlora") for id in ("whole", "stopped"))
     work(whole, "sft")
-    worker = start_worker(stopped, "sft")
-    after_first_checkpoint(stopped, worker)
+    worker = until_first_checkpoint(stopped, "sft")
     worker.terminate()
-    assert worker.wait(timeout=30) == INTERRUPTED
+    worker.join()
+    assert worker.exitcode == INTERRUPTED
 
     reached = max(losses(stopped, "sft"))
     assert events(stopped, "checkpoint")[-1]["step"] == reached < 60

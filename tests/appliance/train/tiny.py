@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from appliance.data.importer import import_files
 from appliance.data.requests import ImportRequest, Source
 from appliance.home import Home
+from appliance.train import forecast
 from appliance.train.events import EventLog
 from appliance.train.recipe import Recipe, dump_recipe, parse_recipe
 from appliance.worker import main
 
 torch.set_num_threads(1)
+# How fast the machine is need not be measured for every run.
+forecast.matmul_speed = functools.cache(forecast.matmul_speed)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
