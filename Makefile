@@ -10,7 +10,7 @@ VLLM_VENV := .venv-vllm
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all test-fast test-vllm lint format docs bench-data bench-gpu bench-merge bench-train bench-forecast bench-swap bench-adapter clean
+.PHONY: demo test test-all test-fast test-vllm lint format docs bench-data bench-gates bench-gpu bench-merge bench-train bench-forecast bench-swap bench-adapter clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -54,6 +54,9 @@ bench-data: $(READY)
 	@$(BIN)/python bench/data.py
 
 # Needs an NVIDIA GPU, without one ARGUMENTS=--dry.
+bench-gates: $(READY)
+	@PYTHONPATH=.:bench:tests/appliance/release HF_HUB_OFFLINE=1 $(BIN)/python bench/gates.py $(ARGUMENTS)
+
 bench-gpu: $(READY)
 	@bench/gpu.sh $(ARGUMENTS)
 

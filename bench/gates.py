@@ -15,14 +15,13 @@ import contextlib
 import io
 import json
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from planted import FAULTS, merged, plant
-from train import imported, machine, say
+from runs import imported, machine, say
 
 from appliance.home import Home
 from appliance.train.recipe import dump_recipe, parse_recipe
@@ -81,7 +80,8 @@ class Bench:
 
     def record(self, seeds: list[int]) -> dict[str, Any]:
         """Every honest run judged, every fault planted and judged."""
-        honest, faults = {}, {}
+        honest: dict[str, dict[str, Any]] = {}
+        faults: dict[str, dict[str, Any]] = {}
         for seed in seeds:
             for kind in HONEST:
                 run = self._trained(kind, seed)
@@ -198,4 +198,4 @@ def _judgements() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

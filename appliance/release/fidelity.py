@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ LEAST_DIFFERENCE = 5e-3
 """Nats below which a mean divergence and a single log-probability are never told apart."""
 MARGIN_KEPT = 0.03
 """Share of the margin that may be lost or won."""
+MARGIN_NOISE = 2.0
+"""How many times the noise of a single answer the margin may be off besides."""
 CHANCE = 0.01
 """How unlikely chance must be as the reason before another base counts as worse than the one trained on."""
 
@@ -88,8 +90,8 @@ class Apart:
 def judge_fidelity(measured: Measured, own: Scores, noisy: Scores, signs: Sequence[int], held_out: int) -> Gate:
     """Judge the merged files' scores `own`; the first `held_out` conversations are the held-out set.
 
-    `noisy` are those of the same files with one more rounding error on every changed weight: how far apart rounding
-    alone sets two models, in the precision in which they are scored. `signs` are the last stage's (Answered.sign).
+    `noisy` are those of the same weights rounded with other draws: how far apart rounding alone sets two models, in the
+    precision in which they are scored. `signs` are the last stage's (Answered.sign).
     """
     apart = Apart.of(measured.merged_into, own)
     limit = Apart.of(own, noisy).limit()
@@ -136,11 +138,14 @@ def _judge_margin(
     """The margin of the adapter and of the merged files over the reference in nats an answer, and what is wrong."""
     last = slice(held_out, None)
     reference = _answers(measured.reference, own.tokens[last])
-    adapter, merged, shaken = (
-        _margin(_answers(scores.part(held_out, len(scores.tokens)).logps, own.tokens[last]) - reference, signs)
+    said = [
+        _answers(scores.part(held_out, len(scores.tokens)).logps, own.tokens[last])
         for scores in (measured.merged_into, own, noisy)
-    )
-    allowed = MARGIN_KEPT * abs(adapter) + TIMES_NOISE * abs(shaken - merged) + LEAST_DIFFERENCE
+    ]
+    adapter, merged = (_margin(answers - reference, signs) for answers in said[:2])
+    # Errors of one rounding may go the same way in all answers: their mean may be as far off as one of them.
+    noise = float((said[1] - said[2]).square().mean().sqrt())
+    allowed = MARGIN_KEPT * abs(adapter) + MARGIN_NOISE * noise + LEAST_DIFFERENCE
     figures = {"adapter": adapter, "merged": merged, "allowed": allowed}
     if abs(adapter) > LEAST_DIFFERENCE:
         figures["kept"] = merged / adapter
@@ -164,13 +169,3 @@ def _margin(gains: torch.Tensor, signs: Sequence[int]) -> float:
 def _compare(first: Scores, second: Scores) -> dict[str, float]:
     found = paired(first.nats(), second.nats(), first.tokens.tolist())
     return {"difference": found.difference, "p_worse": found.p_worse}
-
-
-@torch.no_grad()
-def shake(model: Any, parameters: Iterable[str], step: float) -> None:
-    """Add to each value of the named parameters an error of up to `step` times itself, as their rounding has made."""
-    draw = torch.Generator(model.device).manual_seed(1)
-    for name in parameters:
-        weight = model.get_parameter(name)
-        noise = torch.rand(weight.shape, generator=draw, device=weight.device, dtype=weight.dtype)
-        weight.addcmul_(weight, noise.mul_(2).sub_(1), value=step)

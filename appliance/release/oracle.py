@@ -27,13 +27,14 @@ class Oracle:
 
     def __init__(self, adapter: Path, base: Path, *, rounded: bool) -> None:
         skeleton, stored = load_skeleton(base), layout(base)
-        self.parameters: set[str] = set()
-        """What the model calls the weights that may differ from the base's."""
+        self.parameters: dict[str, str] = {}
+        """What the model calls the stored tensors that may differ from the base's."""
         self._rounded: set[str] = set()
         if rounded:
             for module in quantised_modules(skeleton):
-                self.parameters.add(f"{module}.weight")
-                self._rounded.update(stored_names(skeleton, stored, {f"{module}.weight"}))
+                names = stored_names(skeleton, stored, {f"{module}.weight"})
+                self.parameters |= dict.fromkeys(names, f"{module}.weight")
+                self._rounded.update(names)
         groups = {name: tie_group(skeleton, name) for name, _ in skeleton.named_parameters()}
         _without_values(skeleton)
         with warnings.catch_warnings():
@@ -45,12 +46,13 @@ class Oracle:
         self._saved: dict[str, torch.Tensor] = {}
         for name, module in model.base_model.model.named_modules():
             if isinstance(module, LoraLayer):
-                self.parameters.add(f"{name}.weight")
-                self._layers |= dict.fromkeys(stored_names(skeleton, stored, groups[f"{name}.weight"]), module)
+                names = stored_names(skeleton, stored, groups[f"{name}.weight"])
+                self.parameters |= dict.fromkeys(names, f"{name}.weight")
+                self._layers |= dict.fromkeys(names, module)
             elif isinstance(module, ModulesToSaveWrapper):
                 for part, value in module.modules_to_save[_NAME].named_parameters():
-                    self.parameters.add(f"{name}.{part}")
                     names = stored_names(skeleton, stored, groups[f"{name}.{part}"])
+                    self.parameters |= dict.fromkeys(names, f"{name}.{part}")
                     self._saved |= dict.fromkeys(names, value.detach())
 
     @property

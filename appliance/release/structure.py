@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ class _Update:
         return self.along / self.squared if self.squared else 1.0
 
 
-def judge_structure(base: Path, model: Path, oracle: Oracle | None) -> Gate:
-    """Hold the files in `model` against those of the base and, where weights were changed, against the `oracle`."""
+def judge_layout(base: Path, model: Path) -> Gate:
+    """Hold what can be told without reading a weight in `model` against the base: files, names, shapes and types."""
     if reason := differing_file(base, model):
         return Gate(False, {}, reason)
     expected, found = layout(base), layout(model)
@@ -69,9 +70,18 @@ def judge_structure(base: Path, model: Path, oracle: Oracle | None) -> Gate:
         if expected.get(name) != found.get(name):
             was, now = expected.get(name, "absent"), found.get(name, "absent")
             return Gate(False, {"tensor": name}, f"{name} is {now} in the release, {was} in the base")
+    return Gate(True, {"tensors": len(found)}, f"{len(found)} tensors as in the base")
+
+
+def judge_weights(base: Path, model: Path, oracle: Oracle | None, see: Callable[[str, torch.Tensor], None]) -> Gate:
+    """Hold every weight in `model`, laid out as in the base, against the base's and the `oracle`'s.
+
+    `see` is told each changed tensor's name and its values before they were rounded (fp32), to be left as they are.
+    """
     targeted, changed = (oracle.targeted, oracle.changed) if oracle else (set[str](), set[str]())
-    update, otherwise, values = _Update(), 0, 0
+    update, otherwise, values, tensors = _Update(), 0, 0, 0
     for name, before, after in pairs(base, model):
+        tensors += 1
         if not torch.isfinite(after).all():
             return Gate(False, {"tensor": name}, f"{name} holds values that are not finite")
         if oracle is None or name not in changed:
@@ -80,6 +90,7 @@ def judge_structure(base: Path, model: Path, oracle: Oracle | None) -> Gate:
             continue
         start = oracle.start(name, before)
         merged = oracle.merged(name, start)
+        see(name, merged)
         count, far = _differing(name, start, merged, after)
         values, otherwise = values + after.numel(), otherwise + count
         if far or count > max(FEW, OTHERWISE_ROUNDED * after.numel()):
@@ -87,9 +98,9 @@ def judge_structure(base: Path, model: Path, oracle: Oracle | None) -> Gate:
             return Gate(False, {"tensor": name}, f"{name} is not the base's with the adapter merged in: {what} differ")
         if name in targeted:
             update.add(start, merged, after)
-    figures: dict[str, Any] = {"tensors": len(found), "targeted": len(targeted), "rounded": len(changed - targeted)}
+    figures: dict[str, Any] = {"tensors": tensors, "targeted": len(targeted), "rounded": len(changed - targeted)}
     if not targeted:
-        return Gate(True, figures, f"{len(found)} tensors as in the base")
+        return Gate(True, figures, f"{tensors} tensors as in the base")
     figures |= {"values": values, "otherwise_rounded": otherwise, "update_kept": update.kept}
     if update.squared == 0:
         return Gate(False, figures, "the adapter changes nothing")
@@ -98,7 +109,7 @@ def judge_structure(base: Path, model: Path, oracle: Oracle | None) -> Gate:
     return Gate(
         True,
         figures,
-        f"{len(found)} tensors as in the base, {len(targeted)} of them with the adapter merged in as PEFT computes it",
+        f"{tensors} tensors as in the base, {len(targeted)} of them with the adapter merged in as PEFT computes it",
     )
 
 

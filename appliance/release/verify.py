@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import ApplianceError
 from appliance.home import Home, write_json
 from appliance.models import model_path
-from appliance.release.fidelity import TIMES_NOISE, Measured, judge_fidelity, shake
+from appliance.release.fidelity import TIMES_NOISE, Measured, judge_fidelity
 from appliance.release.gates import SERVED, Gate, Scored, Served
 from appliance.release.held_out import (
     HeldOutSet,
@@ -29,8 +30,9 @@ from appliance.release.merge import SCORES
 from appliance.release.oracle import Oracle
 from appliance.release.probes import make_probes
 from appliance.release.quality import Comparison, judge_quality
+from appliance.release.rounding import Rounding
 from appliance.release.scores import Scores, score
-from appliance.release.structure import judge_structure
+from appliance.release.structure import judge_layout, judge_weights
 from appliance.release.weights import DTYPES, layout
 from appliance.train.events import EventLog
 from appliance.train.model import DTYPE, load_model, release_memory
@@ -51,38 +53,40 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
     tokenizer = load_tokenizer(base, recipe.clock)
     write_json(run / "verify" / "probes.json", [asdict(probe) for probe in make_probes(home, recipe, tokenizer)])
 
-    oracle = None
-    if recipe.changes_weights:
-        kept = json.loads((run / "merge" / "result.json").read_bytes())["kept"]
-        oracle = Oracle(recipe.last_adapter(run), base, rounded=kept == DEQUANTISED)
-    gates = {"structure": judge_structure(base, model_folder, oracle)}
+    gates = {"structure": judge_layout(base, model_folder)}
+    if gates["structure"].passed and not recipe.changes_weights:
+        nothing = Gate(True, {}, "nothing was trained: the release is the base")
+        structure = judge_weights(base, model_folder, None, lambda *_: None)
+        gates = {"structure": structure, "fidelity": nothing, "quality": nothing}
+    elif gates["structure"].passed:
+        gates = _measure(home, run, recipe, base, tokenizer, live)
     if not gates["structure"].passed:
         unmeasured = Gate(False, {}, "not measured, because the structure is wrong")
         gates |= {"fidelity": unmeasured, "quality": unmeasured}
-    elif oracle is None:
-        gates["fidelity"] = Gate(True, {}, "nothing was trained: the release is the base")
-        gates["quality"] = Gate(True, {}, "nothing was trained: the release is the base")
-    else:
-        gates |= _measure(home, run, recipe, tokenizer, live, oracle.parameters)
     for name, gate in gates.items():
         events.append("gate", "verify", gate=name, **asdict(gate))
     return {"gates": {name: asdict(gate) for name, gate in gates.items()}}
 
 
-def _measure(home: Home, run: Path, recipe: Recipe, tokenizer: Any, live: str, parameters: set[str]) -> dict[str, Gate]:
-    """Gates 2 and 5: what the merged model says of conversations, and what others say of them."""
+def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, live: str) -> dict[str, Gate]:
+    """Gates 1, 2 and 5 of a merged model whose files are laid out as the base's."""
+    folder = run / "merge" / "model"
     measured = Measured.load(run / "merge" / SCORES)
     chosen, answered = held_out_set(home, recipe, tokenizer), last_stage_rows(home, recipe, tokenizer)
     conversations = [*chosen.render(tokenizer), *render_answered(tokenizer, answered)]
     count = len(chosen.conversations)
     lived = _live_set(home, recipe, live)
+    kept = json.loads((run / "merge" / "result.json").read_bytes())["kept"]
+    oracle = Oracle(recipe.last_adapter(run), base, rounded=kept == DEQUANTISED)
 
-    model = load_model(run / "merge" / "model")
+    model = load_model(folder)
     own = score(model, conversations, measured.merged_into.ids)
     own_of_live = score(model, lived.render(tokenizer)) if lived else None
-    shake(model, parameters, _rounding_step(run / "merge" / "model"))
+    structure = judge_weights(base, folder, oracle, partial(_round_again, model, oracle.parameters, _coarser(folder)))
+    if not structure.passed:
+        return {"structure": structure}
     noisy = score(model, conversations, own.ids)
-    del model
+    del model, oracle
     release_memory()
     write_json(run / "verify" / SERVED, asdict(_served(conversations, measured.merged_into, own, noisy)))
     fidelity = judge_fidelity(measured, own, noisy, [row.sign for row in answered], count)
@@ -93,7 +97,14 @@ def _measure(home: Home, run: Path, recipe: Recipe, tokenizer: Any, live: str, p
     if lived and own_of_live and rival.live:
         remembered = Comparison(own_of_live, score(rival.model, lived.render(rival.tokenizer)))
     quality = judge_quality(rival.name, comparison, plain=chosen.plain, lived=remembered, limit=recipe.forgetting_limit)
-    return {"fidelity": fidelity, "quality": quality}
+    return {"structure": structure, "fidelity": fidelity, "quality": quality}
+
+
+@torch.no_grad()
+def _round_again(model: Any, parameters: dict[str, str], dtype: torch.dtype, name: str, exact: torch.Tensor) -> None:
+    """Give the loaded model the values of a stored tensor as other draws would have rounded them."""
+    rounding = Rounding(f"{name} again", tuple(exact.shape), dtype)
+    model.get_parameter(parameters[name]).copy_(rounding(exact.clone(), slice(0, len(exact))))
 
 
 def _served(conversations: list[Rendered], adapter: Scores, own: Scores, noisy: Scores) -> Served:
@@ -151,7 +162,7 @@ def _live_set(home: Home, recipe: Recipe, live: str) -> HeldOutSet | None:
     return found if found.held_out else None
 
 
-def _rounding_step(model: Path) -> float:
-    """The distance between neighbours of the coarser of the types in which weights are stored and computed with."""
+def _coarser(model: Path) -> torch.dtype:
+    """The coarser of the types in which a model's weights are stored and computed with."""
     stored = {DTYPES[dtype] for _, _, dtype in layout(model).values() if dtype in DTYPES}
-    return max(torch.finfo(dtype).eps for dtype in (*stored, DTYPE))
+    return max((*stored, DTYPE), key=lambda dtype: torch.finfo(dtype).eps)

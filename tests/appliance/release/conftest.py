@@ -24,8 +24,8 @@ STAGES = {
 NUDGED = {
     "nudged": stage("sft", "FACTS", max_steps=20, learning_rate=1e-3)
     + stage("dpo", "PREFERENCES", max_steps=8, learning_rate=5e-4),
-    "nudged-dpo": stage("dpo", "PREFERENCES", max_steps=16, learning_rate=1e-3, epochs=20),
-    "nudged-kto": stage("kto", "JUDGEMENTS", max_steps=16, learning_rate=1e-3, epochs=20),
+    "nudged-dpo": stage("dpo", "PREFERENCES", max_steps=16, learning_rate=2e-4, epochs=20),
+    "nudged-kto": stage("kto", "JUDGEMENTS", max_steps=16, learning_rate=2e-4, epochs=20),
 }
 """Runs over `tiny16`, whose every update is a fraction of a step between two neighbours of its type."""
 

@@ -20,6 +20,7 @@ from appliance.release.adapter import read_changes
 from appliance.release.gates import Gate
 from appliance.release.manifest import Manifest
 from appliance.release.rounding import Rounding
+from appliance.release.structure import judge_weights
 
 TARGET = "model.layers.0.self_attn.v_proj.weight"
 Tensors = dict[str, torch.Tensor]
@@ -42,6 +43,15 @@ def spoil(home: Home, id: str, change: Callable[[Tensors], None]) -> None:
     change(tensors)
     path.unlink()
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def believe_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let gate 1 pass whatever it finds."""
+
+    def judge(*arguments: Any) -> Gate:
+        return Gate(True, judge_weights(*arguments).figures)
+
+    monkeypatch.setattr("appliance.release.verify.judge_weights", judge)
 
 
 @pytest.mark.parametrize("id", ["lora", "qlora", "dpo", "base", "nudged", "nudged-dpo", "nudged-kto"])
@@ -86,7 +96,7 @@ def test_a_planted_fault_is_heard_in_what_the_model_says(
 ) -> None:
     """Fidelity alone, as if the files had been compared with nothing."""
     run = home.runs / id
-    monkeypatch.setattr("appliance.release.verify.judge_structure", lambda *_: Gate(True))
+    believe_the_files(monkeypatch)
     plant(merged(home, run, read_recipe(run), result(run, "merge")["kept"]), fault, run / "merge" / "model")
     gate = verify(home, id)["fidelity"]
     assert not gate["passed"]
@@ -100,11 +110,12 @@ def test_rounding_to_nearest_loses_the_update_and_is_caught(home: Home, monkeypa
         (run / "merge" / "result.json").unlink()
         assert work(run, "merge") == 0
     assert not verify(home, "nudged-dpo")["structure"]["passed"]
-    monkeypatch.setattr("appliance.release.verify.judge_structure", lambda *_: Gate(True))
+    believe_the_files(monkeypatch)
     (run / "verify" / "result.json").unlink()
     gate = verify(home, "nudged-dpo")["fidelity"]
     assert not gate["passed"]
-    assert gate["figures"]["margin"]["kept"] < 0.8
+    assert gate["figures"]["margin"]["kept"] < 0.9
+    assert "the margin over the reference" in gate["reason"]
 
 
 @pytest.mark.parametrize("id", ["nudged-dpo", "nudged-kto"])
@@ -124,10 +135,10 @@ def test_a_rounding_that_is_never_up_is_caught_by_the_share_of_the_update(
         return bits.bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
 
     monkeypatch.setattr(Rounding, "__call__", towards_zero)
-    run = home.runs / "nudged"
+    run = home.runs / "nudged-dpo"
     (run / "merge" / "result.json").unlink()
     assert work(run, "merge") == 0
-    gate = verify(home, "nudged")["structure"]
+    gate = verify(home, "nudged-dpo")["structure"]
     assert not gate["passed"]
     assert "of the update is in the files" in gate["reason"]
 
@@ -270,12 +281,14 @@ def test_a_release_as_good_as_the_live_one_passes(home: Home, monkeypatch: pytes
 
 def test_a_destroyed_model_is_worse_than_its_base(home: Home) -> None:
     """With no live release to compare with."""
-    destroyed = add_run(
-        home, "destroyed", stage("sft", "FACTS", max_steps=6, learning_rate=0.9, warmup_share=0, keep="last")
-    )
-    assert work(destroyed, "sft") == 0
-    assert work(destroyed, "merge") == 0
+    run = add_run(home, "destroyed", stage("sft", "FACTS", max_steps=1))
+    assert work(run, "sft") == 0
+    path = run / "sft" / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor * (50 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert work(run, "merge") == 0
     gates = verify(home, "destroyed")
+    assert gates["structure"]["passed"], gates["structure"]
     assert gates["fidelity"]["passed"], gates["fidelity"]
     assert not gates["quality"]["passed"]
     assert "of the base tiny: worse by" in gates["quality"]["reason"]
