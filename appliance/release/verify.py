@@ -14,6 +14,7 @@ from appliance.errors import NotFound
 from appliance.home import Home, write_json
 from appliance.models import model_path
 from appliance.release.adapter import read_changes, rounded_changes
+from appliance.release.base_answers import ask_base
 from appliance.release.gates import Gate
 from appliance.release.held_out import Score, Yardstick, score, yardstick
 from appliance.release.manifest import DEQUANTISED
@@ -37,7 +38,10 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
     model_folder = run / "merge" / "model"
     merge = json.loads((run / "merge" / "result.json").read_bytes())
     tokenizer = load_tokenizer(base, recipe.clock)
-    write_json(run / "verify" / "probes.json", [asdict(probe) for probe in make_probes(home, recipe, tokenizer)])
+    probes = make_probes(home, recipe, tokenizer)
+    if recipe.only_nudges:
+        probes = ask_base(base, tokenizer, probes, events)
+    write_json(run / "verify" / "probes.json", [asdict(probe) for probe in probes])
 
     gates = {"structure": judge_structure(run, recipe, base, model_folder, merge["kept"])}
     if not gates["structure"].passed:
