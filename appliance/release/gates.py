@@ -56,16 +56,21 @@ def judge_parity(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> Gat
 
 
 def judge_stopping(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> Gate:
-    """Whether the greedy answers ended by an end-of-turn token before their limits, but for one in GOES_ON at most."""
+    """Whether the greedy answers ended by an end-of-turn token before their limits.
+
+    One in GOES_ON need not, and as many more as the base's own that did not, where it was asked.
+    """
     endless = [
         number for number, (_, answer) in enumerate(zip(probes, answers, strict=True)) if answer.finish_reason != "stop"
     ]
-    may = math.ceil(len(probes) / GOES_ON)
+    of_base = sum(not probe.base_ends for probe in probes)
+    may = math.ceil(len(probes) / GOES_ON) + of_base
     figures = {
         "probes": len(probes),
         "stopped": len(probes) - len(endless),
         "endless": endless,
         "endless_limit": may,
+        "endless_of_base": of_base,
         "longest": max(answer.completion_tokens for answer in answers),
         "room": min(probe.max_tokens for probe in probes),
         "thought_room": max(probe.thought_tokens for probe in probes),

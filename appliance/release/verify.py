@@ -16,15 +16,10 @@ from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import ApplianceError
 from appliance.home import Home, write_json
 from appliance.models import model_path
+from appliance.release.base_answers import ask_base
 from appliance.release.fidelity import TIMES_NOISE, Measured, judge_fidelity
 from appliance.release.gates import SERVED, Gate, Scored, Served
-from appliance.release.held_out import (
-    HeldOutSet,
-    held_out_set,
-    judged_on,
-    last_stage_rows,
-    render_answered,
-)
+from appliance.release.held_out import HeldOutSet, held_out_set, judged_on, last_stage_rows, render_answered
 from appliance.release.manifest import DEQUANTISED, clock_of, read_manifest
 from appliance.release.merge import SCORES
 from appliance.release.oracle import Oracle
@@ -51,7 +46,10 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
     base = model_path(home, recipe.base)
     model_folder = run / "merge" / "model"
     tokenizer = load_tokenizer(base, recipe.clock)
-    write_json(run / "verify" / "probes.json", [asdict(probe) for probe in make_probes(home, recipe, tokenizer)])
+    probes = make_probes(home, recipe, tokenizer)
+    if recipe.only_nudges:
+        probes = ask_base(base, tokenizer, probes, events)
+    write_json(run / "verify" / "probes.json", [asdict(probe) for probe in probes])
 
     gates = {"structure": judge_layout(base, model_folder)}
     if gates["structure"].passed and not recipe.changes_weights:

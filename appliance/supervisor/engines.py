@@ -20,6 +20,8 @@ class Probe:
     token_ids: list[int]
     max_tokens: int
     thought_tokens: int = 0
+    base_ends: bool = True
+    """Whether the base ends its answer too, as far as anybody has looked."""
 
 
 @dataclass(frozen=True)

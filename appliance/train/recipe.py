@@ -244,6 +244,11 @@ class Recipe(_Section):
         return bool(self.stages) or self.given is not None
 
     @property
+    def only_nudges(self) -> bool:
+        """Whether no stage teaches answers, with where they end: the release answers much as its base does."""
+        return self.changes_weights and all(stage.method != "sft" for stage in self.stages)
+
+    @property
     def quantised(self) -> bool:
         """Whether the adapter is trained over the base in NF4."""
         return self.given.quantised if self.given else self.adapter.kind == "qlora"

@@ -48,6 +48,7 @@ def test_stopping_has_its_figures_whatever_they_are() -> None:
         "stopped": 2,
         "endless": [1],
         "endless_limit": 1,
+        "endless_of_base": 0,
         "longest": 32,
         "room": 32,
         "thought_room": 16,
@@ -57,10 +58,16 @@ def test_stopping_has_its_figures_whatever_they_are() -> None:
     assert judge_stopping(PROBES, [ENDS] * 3).reason == "all 3 answers end by themselves"
 
 
-@pytest.mark.parametrize(("probes", "endless", "passes"), [(2, 1, True), (2, 2, False), (10, 1, True), (10, 2, False)])
-def test_one_answer_in_ten_may_go_on(probes: int, endless: int, passes: bool) -> None:
+@pytest.mark.parametrize(
+    ("probes", "of_base", "endless", "passes"),
+    [(2, 0, 1, True), (2, 0, 2, False), (10, 0, 1, True), (10, 0, 2, False), (10, 2, 3, True), (10, 2, 4, False)],
+)
+def test_one_answer_in_ten_more_than_of_the_base_may_go_on(
+    probes: int, of_base: int, endless: int, passes: bool
+) -> None:
+    asked = PROBES[:1] * (probes - of_base) + [replace(PROBES[0], base_ends=False)] * of_base
     answers = [GOES_ON] * endless + [ENDS] * (probes - endless)
-    assert judge_stopping(PROBES[:1] * probes, answers).passed is passes
+    assert judge_stopping(asked, answers).passed is passes
 
 
 def test_probes_are_read_as_they_were_written(tmp_path: Path) -> None:

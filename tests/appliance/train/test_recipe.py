@@ -82,6 +82,14 @@ def test_an_adapter_is_scaled_by_two_at_any_rank(adapter: str, alpha: int) -> No
     assert parse_recipe(GOOD.replace('kind = "lora"', adapter)).adapter.alpha == alpha
 
 
+def test_what_is_not_taught_answers_is_only_nudged() -> None:
+    sft = GOOD[GOOD.index("[[stages]]") : GOOD.rindex("[[stages]]")]
+    assert parse_recipe(GOOD.replace(sft, "")).only_nudges
+    assert parse_recipe('name = "r"\nbase = "tiny"\n[given]\nsha256 = "0"').only_nudges
+    assert not parse_recipe(GOOD).only_nudges
+    assert not parse_recipe('name = "r"\nbase = "tiny"').only_nudges
+
+
 def test_a_recipe_without_stages_releases_the_base() -> None:
     assert parse_recipe('name = "base"\nbase = "tiny"').pipeline() == ("merge", "verify", "probe")
 
