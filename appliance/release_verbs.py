@@ -67,7 +67,7 @@ def _state(release: api.Release) -> str:
     if release.damage:
         return "damaged"
     if release.live:
-        return "live"
+        return "live" if release.state == "verified" else f"live, {release.state}"
     return "canary" if release.canary and release.canary.outcome == "under way" else release.state
 
 

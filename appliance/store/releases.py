@@ -174,15 +174,22 @@ class Releases:
         rows = self._db.execute("SELECT id FROM releases WHERE state = 'verified elsewhere' AND note = ''")
         return frozenset(row["id"] for row in rows)
 
-    def note(self, id: str, note: str, verified: bool = False) -> None:
-        """Record what was seen of it here; `verified`: all of its gates have passed here."""
-        state = ", state = 'verified'" if verified else ""
-        self._db.execute(f"UPDATE releases SET note = ?{state} WHERE id = ?", (note, id))
+    def note(self, id: str, note: str) -> None:
+        """Record what was seen of it here."""
+        self._db.execute("UPDATE releases SET note = ? WHERE id = ?", (note, id))
 
-    def refuse(self, id: str, reason: str) -> None:
-        """Let it be refused from now on. If it is live, `give_way` is to follow."""
+    def passed_here(self, id: str, note: str, gates: dict[str, bool]) -> None:
+        """Record that all of its gates have passed on this box."""
+        self._db.execute(
+            "UPDATE releases SET state = 'verified', note = ?, gates = ? WHERE id = ?", (note, json.dumps(gates), id)
+        )
+
+    def refuse(self, id: str, reason: str, gates: dict[str, bool] | None = None) -> None:
+        """Let it be refused from now on, by `gates` as they were measured here. If it is live, `give_way` follows."""
         with transaction(self._db):
             self._db.execute("UPDATE releases SET state = 'refused', reason = ? WHERE id = ?", (reason, id))
+            if gates:
+                self._db.execute("UPDATE releases SET gates = ? WHERE id = ?", (json.dumps(gates), id))
             if id != self.live():
                 self._withdraw(id, f"it was refused: {reason}")
 

@@ -358,8 +358,8 @@ class Supervisor:
                 self._frontage.hold(on)
 
     def _give_way(self, live: str, to: str | None, reason: str) -> None:
-        log.error("%s is live no longer: %s; %s", live, reason, f"{to} is instead" if to else "nothing is")
         self.releases.give_way(to, reason)
+        log.error("%s", self.releases.setback())
         self.engines.forgive(live)
 
     def _advance(self, run: api.Run) -> None:
@@ -446,13 +446,17 @@ class Supervisor:
     def _conclude_recheck(self, run: api.Run, release: str, found: Manifest) -> None:
         """A release that fails another gate than quality is refused. That one depends on what is live meanwhile."""
         self._end_probe(run.id)
-        failed = [name for name, gate in found.gates.items() if not gate["passed"]]
+        gates = {name: bool(gate["passed"]) for name, gate in found.gates.items()}
+        failed = [name for name, passed in gates.items() if not passed]
         without = "" if found.datasets or not read_manifest(self.home, release)["datasets"] else WITHOUT_DATA
-        if failed not in ([], ["quality"]):
-            log.error("release %s does not pass its gates here: %s", release, found.reason)
-            self.releases.refuse(release, f"repeated here, {found.reason}{without}")
+        said = f"repeated here, {found.reason}{without}"
+        if not failed:
+            self.releases.passed_here(release, said, gates)
+        elif failed == ["quality"]:
+            self.releases.note(release, said)
         else:
-            self.releases.note(release, f"repeated here, {found.reason}{without}", verified=not failed)
+            log.error("release %s does not pass its gates here: %s", release, found.reason)
+            self.releases.refuse(release, said, gates)
         reason = f"{release} did not pass again: {found.reason}" if failed else ""
         self.runs.finish(run.id, "finished", reason, f"see `appliance logs {run.id} --events`" if failed else "")
 

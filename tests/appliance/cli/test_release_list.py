@@ -34,6 +34,18 @@ def test_releases_tell_of_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert a.endswith("x is missing; all passed")
 
 
+def test_releases_from_elsewhere_say_so_when_they_are_live_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        api.Release(id=id, base="tiny", state="verified elsewhere", created=0, live=id == "a", note="10 of 10 repeated")
+        for id in ("a", "b")
+    ]
+    monkeypatch.setattr(release_verbs, "ask", lambda question: found)
+    _, a, b = CliRunner().invoke(release_verbs.releases).output.splitlines()
+    assert "  live, verified elsewhere  " in a
+    assert "  verified elsewhere  " in b
+    assert b.endswith("10 of 10 repeated")
+
+
 def check(state: str, **fields: object) -> api.Check:
     return api.Check.model_validate({"release": "a", "state": state, **fields})
 

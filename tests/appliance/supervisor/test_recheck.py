@@ -46,7 +46,12 @@ async def test_a_live_release_that_does_not_pass_again_is_refused_and_gives_way(
     await daemon.until_state(run, "finished")
     assert f"{second} did not pass again" in daemon.supervisor.runs.get(run).reason
     await daemon.until(lambda: daemon.supervisor.routed == first)
-    assert daemon.supervisor.releases.get(second).state == "refused"
+    release = daemon.supervisor.releases.get(second)
+    assert (release.state, release.gates["fidelity"], release.gates["parity"]) == (
+        "refused",
+        fault != "refuse",
+        False,
+    ), "those of the two that were asked for, the other is not measured"
     assert f"{second} is live no longer: it was refused: repeated here, " in daemon.supervisor.releases.setback()
 
 
@@ -77,7 +82,7 @@ async def test_killed_before_it_is_said_it_is_said_by_the_next_daemon(
         raise asyncio.CancelledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Releases, "note", die)
+        patch.setattr(Releases, "passed_here", die)
         run = recheck(daemon, imported)
         await asyncio.wait_for(reached.wait(), 10)
         await daemon.die()
