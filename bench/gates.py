@@ -33,18 +33,18 @@ SFT = f'[[stages]]\nmethod = "sft"\ndataset = "FACTS"\n{SHORT}'
 DPO = f'[[stages]]\nmethod = "dpo"\ndataset = "PREFERENCES"\nepochs = 10\n{SHORT}'
 KTO = f'[[stages]]\nmethod = "kto"\ndataset = "JUDGEMENTS"\nepochs = 10\n{SHORT}'
 HONEST = {
-    "demo": ("qlora", ""),
-    "barely trained": ("qlora", SFT + DPO),
-    "sft, lora": ("lora", SFT),
-    "sft, rslora": ("rslora", SFT),
-    "sft, dora": ("dora", SFT),
-    "sft, a tenth of the learning rate": ("lora", SFT + "learning_rate = 1e-4\n"),
-    "dpo, lora": ("lora", DPO),
-    "dpo, qlora": ("qlora", DPO),
-    "kto, lora": ("lora", KTO),
-    "sft and kto": ("lora", SFT + KTO),
+    "demo": ("", ""),
+    "barely trained": ('kind = "qlora"', SFT + DPO),
+    "sft, lora": ('kind = "lora"', SFT),
+    "sft, rslora": ('kind = "rslora"\nrank = 64', SFT),
+    "sft, dora": ('kind = "dora"', SFT),
+    "sft, a tenth of the learning rate": ('kind = "lora"', SFT + "learning_rate = 1e-4\n"),
+    "dpo, lora": ('kind = "lora"', DPO),
+    "dpo, qlora": ('kind = "qlora"', DPO),
+    "kto, lora": ('kind = "lora"', KTO),
+    "sft and kto": ('kind = "lora"', SFT + KTO),
 }
-"""Kind of adapter and stages; the demo's are its recipe's."""
+"""Adapter and stages; the demo's are its recipe's."""
 PLANTED_IN = ("demo", "barely trained")
 TARGETS = {"caught": 1.0, "falsely_refused": 0.0}
 
@@ -118,7 +118,7 @@ class Bench:
         """The run of a kind, merged."""
         adapter, stages = HONEST[kind]
         if stages:
-            text = f'name = "bench"\nbase = "smollm2-135m"\nseed = {seed}\n[adapter]\nkind = "{adapter}"\n{stages}'
+            text = f'name = "bench"\nbase = "smollm2-135m"\nseed = {seed}\n[adapter]\n{adapter}\n{stages}'
         else:
             text = f"seed = {seed}\n" + (EXAMPLES / "recipes" / "demo.toml").read_text()
             text = text.replace('"facts"', '"FACTS"').replace('"preferences"', '"PREFERENCES"')
