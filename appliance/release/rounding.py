@@ -13,7 +13,7 @@ import math
 
 import torch
 
-_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 """The last bits of an fp32 value, for which the type has no room."""
 _TO_FP32_RANGE = 2.0**-112
 """Brings the least normal number of fp16 to that of fp32, so that values below lose bits as they do in fp16."""
@@ -26,11 +26,11 @@ class Rounding:
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._dtype = dtype
-        if dtype not in _DROPPED_BITS:
+        if dtype not in DROPPED_BITS:
             return
         rows, columns = shape[0], max(1, math.prod(shape[1:]))
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-        generator, most = torch.Generator().manual_seed(seed), 1 << _DROPPED_BITS[dtype]
+        generator, most = torch.Generator().manual_seed(seed), 1 << DROPPED_BITS[dtype]
         self._height = min(rows, max(1, _TABLE // columns))
         self._table = torch.randint(most, (self._height, columns), generator=generator, dtype=torch.int32)
         # Blocks of so many rows share their draws, each block turned by another number of columns.
@@ -39,7 +39,7 @@ class Rounding:
 
     def __call__(self, values: torch.Tensor, rows: slice) -> torch.Tensor:
         """The `values` of `rows`, which are overwritten, in the tensor's type."""
-        if self._dtype not in _DROPPED_BITS:
+        if self._dtype not in DROPPED_BITS:
             return values.to(self._dtype)
         values = values.contiguous()
         if self._dtype == torch.float16:
@@ -54,7 +54,7 @@ class Rounding:
             part[:, turn:].add_(draws[:, : draws.shape[1] - turn])
             part[:, :turn].add_(draws[:, draws.shape[1] - turn :])
             start = stop
-        bits.bitwise_and_(-1 << _DROPPED_BITS[self._dtype])
+        bits.bitwise_and_(-1 << DROPPED_BITS[self._dtype])
         if self._dtype == torch.float16:
             values.div_(_TO_FP32_RANGE)
         return values.to(self._dtype)

@@ -15,12 +15,13 @@ from appliance.data.tokenizer import load_tokenizer
 from appliance.release.gates import Gate
 from appliance.release.merge import OURS
 from appliance.release.oracle import Oracle
-from appliance.release.rounding import Rounding
+from appliance.release.rounding import DROPPED_BITS, Rounding
 from appliance.release.weights import layout, pairs
 from appliance.train.model import stop_token_ids
 
-OTHERWISE_ROUNDED = 1e-4
-"""Share of a tensor's values that may be rounded to the other neighbour, because fp32 sums depend on their order."""
+UNITS_APART = 8
+"""Units in fp32's last place by which a value may differ with the order in which it is added up. That share of the steps
+between two neighbours of a 16-bit type is the share of values that may be rounded to the other neighbour for it."""
 FEW = 2
 """So many may in a small tensor too."""
 IN_FP32 = 2.0**-20
@@ -93,7 +94,7 @@ def judge_weights(base: Path, model: Path, oracle: Oracle | None, see: Callable[
         see(name, merged)
         count, far = _differing(name, start, merged, after)
         values, otherwise = values + after.numel(), otherwise + count
-        if far or count > max(FEW, OTHERWISE_ROUNDED * after.numel()):
+        if far or count > max(FEW, _otherwise(after.dtype) * after.numel()):
             what = f"{count} of {after.numel()} values, {far} of them by more than a unit in the last place"
             return Gate(False, {"tensor": name}, f"{name} is not the base's with the adapter merged in: {what} differ")
         if name in targeted:
@@ -115,7 +116,7 @@ def judge_weights(base: Path, model: Path, oracle: Oracle | None, see: Callable[
 
 def _differing(name: str, start: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -> tuple[int, int]:
     """How many stored values are not the rounding of `merged`, and how many of them not even a neighbour of it."""
-    if stored.dtype not in (torch.bfloat16, torch.float16):
+    if stored.dtype not in DROPPED_BITS:
         allowed = (start.abs() + merged.abs() + (merged - start).abs().max()).mul_(IN_FP32)
         far = int(((stored.float() - merged).abs() > allowed).sum())
         return far, far
@@ -129,6 +130,11 @@ def _differing(name: str, start: torch.Tensor, merged: torch.Tensor, stored: tor
     # A neighbour is less than a step away; fp32's own error counts where the value lies on the grid.
     step = exact.abs() * torch.finfo(stored.dtype).eps + torch.finfo(stored.dtype).smallest_normal * 1e-3
     return count, int(((kept - exact).abs() > step * (1 + IN_FP32)).sum())
+
+
+def _otherwise(dtype: torch.dtype) -> float:
+    """Share of the values that two honest computations may round to different neighbours."""
+    return UNITS_APART / 2.0 ** DROPPED_BITS[dtype] if dtype in DROPPED_BITS else 0.0
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
