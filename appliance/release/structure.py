@@ -20,8 +20,8 @@ from appliance.release.weights import layout, pairs
 from appliance.train.model import stop_token_ids
 
 UNITS_APART = 8
-"""Units in fp32's last place by which a value may differ with the order in which it is added up. That share of the steps
-between two neighbours of a 16-bit type is the share of values that may be rounded to the other neighbour for it."""
+"""Units in fp32's last place by which a value may differ with the order in which it is added up. Of a step between two
+neighbours of a 16-bit type that is the share of values that may be rounded to the other neighbour for it."""
 FEW = 2
 """So many may in a small tensor too."""
 IN_FP32 = 2.0**-20
