@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from appliance.release.gates import Gate
+from appliance.release.quality import worse
 from appliance.release.scores import Scores, divergence
 from appliance.statistics import paired
 
@@ -23,8 +24,6 @@ MARGIN_KEPT = 0.03
 """Share of the margin that may be lost or won."""
 MARGIN_NOISE = 2.0
 """How many times the noise of a single answer the margin may be off besides."""
-CHANCE = 0.01
-"""How unlikely chance must be as the reason before another base counts as worse than the one trained on."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,11 @@ def judge_fidelity(measured: Measured, own: Scores, noisy: Scores, signs: Sequen
         faults += fault
     if measured.merged_into is not measured.trained:
         figures["divergence_from_training_base"] = Apart.of(measured.trained, own).mean_divergence
-        worse = _compare(own.part(0, held_out), measured.trained.part(0, held_out))
-        figures["over_training_base"] = worse
-        if worse["difference"] > 0 and worse["p_worse"] < CHANCE:
-            faults.append(f"on the base as published the loss is {worse['difference']:.2g} nats a token higher")
+        theirs = measured.trained.part(0, held_out).nats()
+        found = paired(own.nats()[:held_out], theirs, own.tokens[:held_out].tolist())
+        figures["over_training_base"] = {"difference": found.difference, "p_worse": found.p_worse}
+        if worse(found, held_out):
+            faults.append(f"on the base as published the loss is {found.difference:.2g} nats a token higher")
     if faults:
         return Gate(False, figures, "; ".join(faults))
     margin = figures.get("margin", {}).get("kept")
@@ -164,8 +164,3 @@ def _margin(gains: torch.Tensor, signs: Sequence[int]) -> float:
     kinds = torch.tensor(signs)
     means = [float(gains[kinds == kind].mean()) if (kinds == kind).any() else 0.0 for kind in (1, -1)]
     return means[0] - means[1]
-
-
-def _compare(first: Scores, second: Scores) -> dict[str, float]:
-    found = paired(first.nats(), second.nats(), first.tokens.tolist())
-    return {"difference": found.difference, "p_worse": found.p_worse}

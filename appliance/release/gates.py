@@ -18,6 +18,8 @@ GATES = ("structure", "fidelity", "parity", "stopping", "quality")
 
 GOES_ON = 10
 """One greedy answer in so many, or in fewer, may repeat itself to its limit, as those of small models do."""
+FEW_PROBES = 5
+"""With fewer, every answer has to end."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,19 @@ def judge_parity(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> Gat
 def judge_stopping(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> Gate:
     """Whether the greedy answers ended by an end-of-turn token before their limits.
 
-    One in GOES_ON need not, and as many more as the base's own that did not, where it was asked.
+    Those that the base does not end either are not judged. Of FEW_PROBES others and more, one in GOES_ON need not end.
     """
     endless = [
-        number for number, (_, answer) in enumerate(zip(probes, answers, strict=True)) if answer.finish_reason != "stop"
+        number
+        for number, (probe, answer) in enumerate(zip(probes, answers, strict=True))
+        if answer.finish_reason != "stop" and probe.base_ends
     ]
     of_base = sum(not probe.base_ends for probe in probes)
-    may = math.ceil(len(probes) / GOES_ON) + of_base
+    judged = len(probes) - of_base
+    may = math.ceil(judged / GOES_ON) if judged >= FEW_PROBES else 0
     figures = {
         "probes": len(probes),
-        "stopped": len(probes) - len(endless),
+        "stopped": sum(answer.finish_reason == "stop" for answer in answers),
         "endless": endless,
         "endless_limit": may,
         "endless_of_base": of_base,
@@ -76,7 +81,8 @@ def judge_stopping(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> G
         "thought_room": max(probe.thought_tokens for probe in probes),
     }
     if not endless:
-        return Gate(True, figures, f"all {len(probes)} answers end by themselves")
+        besides = f" but those {of_base} that the base does not end either" if of_base else " by themselves"
+        return Gate(True, figures, f"all {len(probes)} answers end{besides}")
     cut = answers[endless[0]].completion_tokens
     said = f"{len(endless)} of {len(probes)} answers do not end, the first not within {cut} tokens; {may} may do so"
     return Gate(len(endless) <= may, figures, said)

@@ -77,14 +77,15 @@ def last_stage_rows(home: Home, recipe: Recipe, tokenizer: Any) -> list[Answered
     stage = recipe.stages[-1]
     dataset = Dataset.open(home, stage.dataset)
     train, _ = dataset.split(recipe.eval_share)
-    step = max(1, len(train) // LAST_STAGE_ROWS)
-    fitting = (answers for index in train[::step] if (answers := _answered(dataset.rows[index])))
-    short = (
-        answers
-        for answers in fitting
-        if all(len(_render(tokenizer, answer.conversation).input_ids) <= stage.max_length for answer in answers)
-    )
-    return [answer for answers in islice(short, LAST_STAGE_ROWS) for answer in answers]
+    if dataset.kind != "unpaired":
+        return _spread(tokenizer, dataset, train, LAST_STAGE_ROWS, stage.max_length)
+    labels = {index: dataset.rows[index]["label"] for index in train}
+    by_label = ([index for index in train if labels[index] == label] for label in (True, False))
+    return [
+        answer
+        for indices in by_label
+        for answer in _spread(tokenizer, dataset, indices, LAST_STAGE_ROWS // 2, stage.max_length)
+    ]
 
 
 def render_answered(tokenizer: Any, rows: Iterable[Answered]) -> list[Rendered]:
@@ -97,6 +98,14 @@ def conversation(row: Row) -> Row:
     if "messages" in row:
         return row
     return _with_answer(row, row["chosen"] if "chosen" in row else row["completion"])
+
+
+def _spread(tokenizer: Any, dataset: Dataset, indices: list[int], count: int, longest: int) -> list[Answered]:
+    """The answers of `count` rows spread over those at `indices`, without rows of more than `longest` tokens."""
+    step = max(1, len(indices) // count)
+    rows = (_answered(dataset.rows[index]) for index in indices[::step])
+    short = (row for row in rows if all(len(one.input_ids) <= longest for one in render_answered(tokenizer, row)))
+    return [answer for row in islice(short, count) for answer in row]
 
 
 def _answered(row: Row) -> list[Answered]:

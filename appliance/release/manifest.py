@@ -203,7 +203,7 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
         datasets=recipe.datasets,
         dataset_rows=merge["dataset_rows"],
         gates=gates,
-        merge={name: merge[name] for name in ("kept", "losses", "rows", "tokens") if name in merge},
+        merge={name: merge[name] for name in ("kept", "on", "losses", "rows", "tokens") if name in merge},
         stages={stage.name: _read(run / stage.name / "result.json") for stage in recipe.stages},
         files=merge["files"],
         base_files=merge["base_files"],

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from appliance.data.dataset import ROWS
+from appliance.data.render import Rendered
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home, building, copy_file, hashes, require_space, sha256, write_json
 from appliance.models import SOURCE, model_path
@@ -19,14 +18,15 @@ from appliance.release.adapter import read_changes, rounded_changes
 from appliance.release.fidelity import Measured
 from appliance.release.held_out import held_out_set, last_stage_rows, render_answered
 from appliance.release.manifest import DEQUANTISED, SIXTEEN_BIT
-from appliance.release.peft_format import CONFIG
+from appliance.release.peft_format import CONFIG, WEIGHTS, not_mergeable
 from appliance.release.scores import score
 from appliance.release.weights import write_weights
-from appliance.train.model import load_adapter, load_model, release_memory, stop_token_ids
+from appliance.train.model import ON_GPU, load_adapter, load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
 OURS = frozenset({"source.json", "generation_config.json", "README.md", "manifest.json"})
 """Files of the base that a release has not, or has of its own."""
+GENERATION_CONFIG = "generation_config.json"
 SCORES = "scores.safetensors"
 """What the adapter says of the conversations that the merged files are judged on."""
 
@@ -45,7 +45,7 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
     try:
         with building(target) as folder:
             _copy_files(base, folder, weights=not recipe.changes_weights)
-            _write_generation_config(base, folder)
+            (folder / GENERATION_CONFIG).write_text(json.dumps(generation_config(base), indent=2) + "\n")
             figures = {"kept": SIXTEEN_BIT, "losses": {}}
             if recipe.changes_weights:
                 _copy_adapter(recipe.last_adapter(run), folder / "adapter", base)
@@ -62,6 +62,8 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> tuple[dict[str, Any], Measured]:
     adapter = recipe.last_adapter(run)
+    if recipe.given and sha256(adapter / WEIGHTS) != recipe.given.sha256:
+        raise not_mergeable("the adapter is not the one that was given", "give it again: `appliance merge`")
     changes = read_changes(adapter, base)
     candidates = {SIXTEEN_BIT: changes}
     if recipe.quantised:
@@ -73,10 +75,8 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> t
     conversations = [*chosen, *render_answered(tokenizer, answered)]
     model = load_adapter(load_model(base, quantised=recipe.quantised), adapter, trainable=False).eval()
     trained = merged_into = score(model, conversations)
-    reference = torch.empty(0)
-    if any(answer.sign for answer in answered):
-        with _before_last_stage(model, run, recipe):
-            reference = score(model, conversations[len(chosen) :]).logps
+    judged = conversations[len(chosen) :] if any(answer.sign for answer in answered) else []
+    reference = _before_last_stage(model, run, recipe, judged)
     del model
     losses = {"adapter": trained.part(0, len(chosen)).loss}
     for candidate, its_changes in candidates.items():
@@ -90,21 +90,28 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> t
     if recipe.quantised and kept == SIXTEEN_BIT:
         model = load_adapter(load_model(base), adapter, trainable=False).eval()
         merged_into = score(model, conversations, trained.ids)
-    figures = {"kept": kept, "losses": losses, "rows": len(chosen), "tokens": int(trained.tokens[: len(chosen)].sum())}
+        reference = _before_last_stage(model, run, recipe, judged)
+    figures = {
+        "kept": kept,
+        "on": "gpu" if ON_GPU else "cpu",
+        "losses": losses,
+        "rows": len(chosen),
+        "tokens": int(trained.tokens[: len(chosen)].sum()),
+    }
     return figures, Measured(trained, merged_into, reference)
 
 
-@contextmanager
-def _before_last_stage(model: Any, run: Path, recipe: Recipe) -> Iterator[None]:
-    """Let `model` compute what the last stage began with: with the adapter of the stage before, or without any."""
+def _before_last_stage(model: Any, run: Path, recipe: Recipe, conversations: list[Rendered]) -> torch.Tensor:
+    """[tokens] What the last stage began with says: `model` with the adapter of the stage before, or without any."""
+    if not conversations:
+        return torch.empty(0)
     previous = recipe.previous(recipe.stages[-1].name)
     if previous is None:
         with model.disable_adapter():
-            yield
-        return
+            return score(model, conversations).logps
     model.load_adapter(run / previous / "adapter", "before", local_files_only=True)
     model.set_adapter("before")
-    yield
+    return score(model, conversations).logps
 
 
 def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:
@@ -124,9 +131,8 @@ def _copy_files(base: Path, folder: Path, *, weights: bool) -> None:
             copy_file(path, folder / path.name)
 
 
-def _write_generation_config(base: Path, folder: Path) -> None:
+def generation_config(base: Path) -> dict[str, Any]:
     """The base's generation settings with every token that ends an answer."""
-    path = base / "generation_config.json"
+    path = base / GENERATION_CONFIG
     config = json.loads(path.read_bytes()) if path.exists() else {}
-    config["eos_token_id"] = stop_token_ids(load_tokenizer(base), base)
-    (folder / path.name).write_text(json.dumps(config, indent=2) + "\n")
+    return {**config, "eos_token_id": stop_token_ids(load_tokenizer(base), base)}

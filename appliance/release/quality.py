@@ -11,8 +11,8 @@ from appliance.statistics import Paired, mean_interval, paired
 
 CHANCE = 1e-3
 """How unlikely chance must be as the reason for a higher loss before a release is refused."""
-LEAST_WORSE = 1e-3
-"""Nats a token below which nobody notices."""
+LEAST_WORSE = 5e-3
+"""Nats a token below which nobody notices: as far apart as two seeds of one recipe (bench/results/train.json)."""
 PLAINLY_WORSE = 0.1
 """Nats a token from which a release is refused where all rows are worse, and too few for chance to be ruled out."""
 RUINED = 1.0
@@ -56,7 +56,7 @@ def judge_quality(
     found = held_out.test()
     figures: dict[str, Any] = {"against": against, **held_out.figures()}
     comparison = f"held-out loss {held_out.own.loss:.4f}, {figures['other_loss']:.4f} of {against}"
-    faults = [f"{comparison}: worse{_by_chance(found)}"] if _worse(found, len(held_out.own.tokens), plain=plain) else []
+    faults = [f"{comparison}: worse{_by_chance(found)}"] if worse(found, len(held_out.own.tokens), plain=plain) else []
     said = f"{comparison}, over {len(held_out.own.tokens)} conversations"
     if lived is not None:
         forgotten = lived.test()
@@ -65,13 +65,13 @@ def judge_quality(
         memory = f"on the live release's own held-out rows {lived.own.loss:.4f}, {theirs:.4f} there"
         if limit and forgotten.difference > limit:
             faults.append(f"{memory}: more than {limit} nats a token forgotten")
-        elif _worse(forgotten, len(lived.own.tokens), plain=False):
+        elif worse(forgotten, len(lived.own.tokens)):
             memory += f", {forgotten.difference:.2g} nats a token forgotten"
         said = f"{said}; {memory}"
     return Gate(not faults, figures, "; ".join(faults) or said)
 
 
-def _worse(found: Paired, rows: int, *, plain: bool) -> bool:
+def worse(found: Paired, rows: int, *, plain: bool = False) -> bool:
     """Whether a difference is one that counts."""
     if plain:
         return found.difference > RUINED

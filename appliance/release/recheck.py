@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from appliance.errors import Conflict, InvalidInput
 from appliance.home import Home, building, sha256, write_atomic
 from appliance.models import base_hashes, model_path
-from appliance.release.manifest import read_manifest
+from appliance.release.held_out import judged_on
+from appliance.release.manifest import DEQUANTISED, clock_of, read_manifest
 from appliance.release.peft_format import WEIGHTS
 from appliance.train.events import EventLog
 from appliance.train.recipe import Given, Recipe, dump_recipe
@@ -45,12 +46,19 @@ def plan_recheck(home: Home, release: str) -> Recipe:
         )
     given = None
     if (adapter := home.releases / release / "adapter" / WEIGHTS).exists():
-        dataset = _judged_on(made_by)
+        dataset, _ = judged_on(made_by) or ("", 0)
         here = dataset if dataset and (home.datasets / dataset).exists() else ""
         given = Given(sha256=sha256(adapter), quantised=made_by.quantised, dataset=here)
     name = f"{release[:_LONGEST_NAME]}-gates"
     return made_by.model_copy(
-        update={"name": name, "promote": False, "stages": (), "given": given, "rechecks": release}
+        update={
+            "name": name,
+            "promote": False,
+            "stages": (),
+            "given": given,
+            "rechecks": release,
+            "clock": clock_of(manifest),
+        }
     )
 
 
@@ -75,6 +83,13 @@ def recheck_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
         model.unlink()
     figures = merge_stage(home, run, recipe)
     manifest = read_manifest(home, release)
+    on = manifest["merge"].get("on", figures.get("on"))
+    if figures["kept"] == DEQUANTISED and on != figures["on"]:
+        raise Conflict(
+            "another_merge",
+            f"{release} was merged on a {on}, which rounds a base to 4 bits otherwise than the {figures['on']} here",
+            f"repeat its gates on a box with a {on}",
+        )
     if figures["kept"] != (kept := manifest["merge"]["kept"]):
         raise Conflict(
             "another_merge",
@@ -84,11 +99,3 @@ def recheck_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
     shutil.rmtree(model)
     model.symlink_to(home.releases / release)
     return {**figures, "files": manifest["files"]}
-
-
-def _judged_on(recipe: Recipe) -> str:
-    """The dataset that a release was judged on."""
-    if recipe.given:
-        return recipe.given.dataset
-    stages = [stage for stage in recipe.stages if stage.method == "sft"] or recipe.stages
-    return stages[0].dataset if stages else ""

@@ -13,7 +13,7 @@ import torch
 
 from appliance.data.tokenizer import load_tokenizer
 from appliance.release.gates import Gate
-from appliance.release.merge import OURS
+from appliance.release.merge import GENERATION_CONFIG, OURS, generation_config
 from appliance.release.oracle import Oracle
 from appliance.release.rounding import DROPPED_BITS, Rounding
 from appliance.release.weights import layout, pairs
@@ -25,7 +25,7 @@ neighbours of a 16-bit type that is the share of values that may be rounded to t
 FEW = 2
 """So many may in a small tensor too."""
 IN_FP32 = 2.0**-20
-"""By how much values may differ, relative to what they were added up from, in a type that is not rounded to."""
+"""By how much fp32 values may differ, relative to what they were added up from, which may nearly cancel."""
 UPDATE_KEPT = 0.02
 """By how much the share of the update that is in the files may differ from 1, beyond what rounding explains."""
 DEVIATIONS = 5.0
@@ -116,8 +116,8 @@ def judge_weights(base: Path, model: Path, oracle: Oracle | None, see: Callable[
 
 def _differing(name: str, start: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -> tuple[int, int]:
     """How many stored values are not the rounding of `merged`, and how many of them not even a neighbour of it."""
+    allowed = (start.abs() + merged.abs() + (merged - start).abs().max()).mul_(IN_FP32)
     if stored.dtype not in DROPPED_BITS:
-        allowed = (start.abs() + merged.abs() + (merged - start).abs().max()).mul_(IN_FP32)
         far = int(((stored.float() - merged).abs() > allowed).sum())
         return far, far
     rows = slice(0, len(merged))
@@ -127,9 +127,9 @@ def _differing(name: str, start: torch.Tensor, merged: torch.Tensor, stored: tor
     if not count:
         return 0, 0
     exact, kept = merged[wrong], stored[wrong].float()
-    # A neighbour is less than a step away; fp32's own error counts where the value lies on the grid.
+    # A neighbour is less than a step away, of the value or of the type's subnormal numbers.
     step = exact.abs() * torch.finfo(stored.dtype).eps + torch.finfo(stored.dtype).smallest_normal * 1e-3
-    return count, int(((kept - exact).abs() > step * (1 + IN_FP32)).sum())
+    return count, int(((kept - exact).abs() > step + allowed[wrong]).sum())
 
 
 def _otherwise(dtype: torch.dtype) -> float:
@@ -143,11 +143,18 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def differing_file(base: Path, model: Path) -> str:
     """What is wrong with the files beside the weights; empty where tokenizer, template and settings are the base's."""
-    for path in sorted(base.iterdir()):
-        if not path.is_file() or path.suffix == ".safetensors" or path.name in OURS:
+    its, ours = ({path.name for path in folder.iterdir() if path.is_file()} - OURS for folder in (base, model))
+    for name in sorted(its | ours):
+        if name not in its:
+            return f"{name} is a file that the base has not"
+        if name.endswith(".safetensors") and name in ours:
             continue
-        if not (model / path.name).is_file() or (model / path.name).read_bytes() != path.read_bytes():
-            return f"{path.name} is not the base's"
-    said = json.loads((model / "generation_config.json").read_bytes())["eos_token_id"]
-    missing = sorted(set(stop_token_ids(load_tokenizer(base), base)) - set(said if isinstance(said, list) else [said]))
-    return f"generation_config.json lacks the end-of-turn tokens {missing}" if missing else ""
+        if name not in ours or (model / name).read_bytes() != (base / name).read_bytes():
+            return f"{name} is not the base's"
+    said = json.loads((model / GENERATION_CONFIG).read_bytes())
+    if said == generation_config(base):
+        return ""
+    stops, found = stop_token_ids(load_tokenizer(base), base), said.get("eos_token_id")
+    if missing := sorted(set(stops) - set(found if isinstance(found, list) else [found])):
+        return f"{GENERATION_CONFIG} lacks the end-of-turn tokens {missing}"
+    return f"{GENERATION_CONFIG} is not the base's with the tokens that end an answer"

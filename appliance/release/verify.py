@@ -13,7 +13,7 @@ import torch
 
 from appliance.data.render import Rendered
 from appliance.data.tokenizer import load_tokenizer
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, InvalidInput, is_out_of_memory
 from appliance.home import Home, write_json
 from appliance.models import model_path
 from appliance.release.base_answers import ask_base
@@ -34,6 +34,8 @@ from appliance.train.model import DTYPE, load_model, release_memory
 from appliance.train.recipe import Recipe
 
 SERVED_CONVERSATIONS = 16
+SERVED_LONGEST = 2048
+"""Tokens of a conversation that every engine's context has room for."""
 LEAST_SERVED = 0.02
 """Nats by which an engine's kernels alone may set its log-probabilities apart."""
 
@@ -69,17 +71,19 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
 def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, live: str) -> dict[str, Gate]:
     """Gates 1, 2 and 5 of a merged model whose files are laid out as the base's."""
     folder = run / "merge" / "model"
+    if not (run / "merge" / SCORES).exists():
+        raise InvalidInput("merged_before", "the run was merged by an earlier version", "queue its recipe again")
     measured = Measured.load(run / "merge" / SCORES)
     chosen, answered = held_out_set(home, recipe, tokenizer), last_stage_rows(home, recipe, tokenizer)
     conversations = [*chosen.render(tokenizer), *render_answered(tokenizer, answered)]
     count = len(chosen.conversations)
-    lived = _live_set(home, recipe, live)
+    lived, theirs = _live_set(home, recipe, live, tokenizer)
     kept = json.loads((run / "merge" / "result.json").read_bytes())["kept"]
     oracle = Oracle(recipe.last_adapter(run), base, rounded=kept == DEQUANTISED)
 
     model = load_model(folder)
     own = score(model, conversations, measured.merged_into.ids)
-    own_of_live = score(model, lived.render(tokenizer)) if lived else None
+    own_of_live = score(model, lived) if lived else None
     structure = judge_weights(base, folder, oracle, partial(_round_again, model, oracle.parameters, _coarser(folder)))
     if not structure.passed:
         return {"structure": structure}
@@ -92,8 +96,8 @@ def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, 
     rival = _rival(home, recipe, live, chosen)
     comparison = Comparison(own.part(0, count), score(rival.model, rival.conversations))
     remembered = None
-    if lived and own_of_live and rival.live:
-        remembered = Comparison(own_of_live, score(rival.model, lived.render(rival.tokenizer)))
+    if own_of_live and rival.live:
+        remembered = Comparison(own_of_live, score(rival.model, theirs))
     quality = judge_quality(rival.name, comparison, plain=chosen.plain, lived=remembered, limit=recipe.forgetting_limit)
     return {"structure": structure, "fidelity": fidelity, "quality": quality}
 
@@ -106,12 +110,12 @@ def _round_again(model: Any, parameters: dict[str, str], dtype: torch.dtype, nam
 
 
 def _served(conversations: list[Rendered], adapter: Scores, own: Scores, noisy: Scores) -> Served:
-    """The first conversations, for the engine to say how likely it finds them."""
-    some = conversations[:SERVED_CONVERSATIONS]
+    """Some conversations, spread over all, for the engine to say how likely it finds them."""
     logps = torch.split(adapter.logps, adapter.tokens.tolist())
+    short = [pair for pair in zip(conversations, logps, strict=True) if len(pair[0].input_ids) <= SERVED_LONGEST]
     scored = [
         Scored(row.input_ids, [place for place, trained in enumerate(row.trained) if trained and place], said.tolist())
-        for row, said in zip(some, logps, strict=False)
+        for row, said in short[:: max(1, len(short) // SERVED_CONVERSATIONS)][:SERVED_CONVERSATIONS]
     ]
     noise = float((own.logps - noisy.logps).abs().mean())
     return Served(scored, TIMES_NOISE * noise + LEAST_SERVED)
@@ -123,7 +127,6 @@ class _Rival:
 
     name: str
     model: Any
-    tokenizer: Any
     conversations: list[Rendered]
     """The held-out set through its own template."""
     live: bool
@@ -139,25 +142,32 @@ def _rival(home: Home, recipe: Recipe, live: str, chosen: HeldOutSet) -> _Rival:
         try:
             tokenizer = load_tokenizer(folder, clock_of(read_manifest(home, live)))
             rendered = chosen.render(tokenizer)
-            return _Rival(f"the live release {live}", load_model(folder), tokenizer, rendered, live=True)
-        except ApplianceError as error:
+            return _Rival(f"the live release {live}", load_model(folder), rendered, live=True)
+        except Exception as error:  # running out of memory has many names
+            if not (isinstance(error, ApplianceError) or is_out_of_memory(error)):
+                raise
             print(f"the live release is not what this one is compared with: {error}", file=sys.stderr)
+    release_memory()
     base = model_path(home, recipe.base)
     tokenizer = load_tokenizer(base, recipe.clock)
-    return _Rival(f"the base {recipe.base}", load_model(base), tokenizer, chosen.render(tokenizer), live=False)
+    return _Rival(f"the base {recipe.base}", load_model(base), chosen.render(tokenizer), live=False)
 
 
-def _live_set(home: Home, recipe: Recipe, live: str) -> HeldOutSet | None:
-    """The live release's own held-out set, where it has one that is here and is another than that of the run."""
+def _live_set(home: Home, recipe: Recipe, live: str, tokenizer: Any) -> tuple[list[Rendered], list[Rendered]]:
+    """The live release's own held-out set through `tokenizer` and through its own.
+
+    Empty where it has none that is here, is another than that of the run, and that both models can be told.
+    """
     try:
         manifest = read_manifest(home, live)
         its_recipe = Recipe.model_validate(manifest["recipe"])
         if judged_on(its_recipe) in (None, judged_on(recipe)):
-            return None
-        found = held_out_set(home, its_recipe, load_tokenizer(home.releases / live, clock_of(manifest)))
+            return [], []
+        theirs = load_tokenizer(home.releases / live, clock_of(manifest))
+        found = held_out_set(home, its_recipe, theirs)
+        return (found.render(tokenizer), found.render(theirs)) if found.held_out else ([], [])
     except (ApplianceError, ValueError):  # there is none, its dataset is gone, or its recipe is another version's
-        return None
-    return found if found.held_out else None
+        return [], []
 
 
 def _coarser(model: Path) -> torch.dtype:

@@ -304,7 +304,8 @@ class EngineProcesses:
     async def _says_otherwise(self, row: ProcessRow, asked: dict[str, Any]) -> str:
         """How an engine's answer begins otherwise than it did when its release was verified; empty: it does not."""
         answer = await self.kind.probe(row.address, row.owner, Probe(asked["messages"], [], REFERENCE_TOKENS))
-        if asked["text"].startswith(answer.text.rstrip("\ufffd")):
+        said = answer.text.rstrip("\ufffd")
+        if asked["text"].startswith(said) and bool(said) == bool(asked["text"]):
             return ""
         return f"it answers {answer.text!r}, and answered {asked['text']!r} when it was verified"
 
@@ -314,6 +315,9 @@ class EngineProcesses:
         try:
             reference = self._manifest(release).get("reference", {})
             made_on = reference.get("engine")
+            if made_on == self.kind.name and not reference.get("answers"):
+                self._releases.refuse(release, "its archive names no reference answers to be repeated")
+                return
             if made_on != self.kind.name:
                 what = f"are those of another engine ({made_on})" if made_on else "are not in its archive"
                 self._releases.note(release, f"its reference answers {what}, so none was repeated here")

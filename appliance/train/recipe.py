@@ -246,7 +246,7 @@ class Recipe(_Section):
     @property
     def only_nudges(self) -> bool:
         """Whether no stage teaches answers, with where they end: the release answers much as its base does."""
-        return self.changes_weights and all(stage.method != "sft" for stage in self.stages)
+        return bool(self.stages) and all(stage.method != "sft" for stage in self.stages)
 
     @property
     def quantised(self) -> bool:
