@@ -85,14 +85,39 @@ def test_another_base_than_that_of_training_must_not_be_worse() -> None:
     worse = replace(trained, logps=merged_into.logps + 0.5)
     for on_training_base, passed in ((better, True), (worse, False)):
         measured = Measured(on_training_base, merged_into, torch.empty(0))
-        gate = judge_fidelity(measured, merged_into, merged_into, [0] * len(SIGNS), 6)
+        gate = judge_fidelity(measured, merged_into, merged_into, [], ROWS)
         assert gate.figures["divergence_from_training_base"] > 0.1
+        # Positive log-probabilities of `better` are no matter: only differences count.
         assert gate.figures["over_training_base"]["difference"] == pytest.approx(-0.5 if passed else 0.5, abs=1e-4)
-        assert gate.figures["over_training_base"]["p_worse"] == (1.0 if passed else 2.0**-6)
-        assert gate.passed, "six rows prove nothing at p < 0.01"
-        eight = judge_fidelity(measured, merged_into, merged_into, [], ROWS)
-        assert eight.passed == passed
-        assert passed or "the loss is 0.5 nats a token higher" in eight.reason
+        assert gate.figures["over_training_base"]["p_worse"] == (1.0 if passed else 2.0**-ROWS)
+        assert gate.passed == passed
+        assert passed or "the loss is 0.5 nats a token higher" in gate.reason
+
+
+def test_limits_are_four_times_the_noise_and_a_floor() -> None:
+    limit = Apart(1e-3, 0.1).limit()
+    assert limit.mean_divergence == pytest.approx(4e-3 + 1e-6, rel=1e-9)
+    assert limit.largest_difference == pytest.approx(0.4 + LEAST_DIFFERENCE)
+    assert Apart(4.0e-3, 0.4).within(limit)
+    assert not Apart(4.1e-3, 0.4).within(limit)
+    assert not Apart(4.0e-3, 0.41).within(limit)
+    assert Apart(0.0, 0.0).limit().mean_divergence == 1e-6
+
+
+@pytest.mark.parametrize(("lost", "passed"), [(0.19, True), (0.25, False)])
+def test_a_margin_may_be_off_by_twice_the_noise_of_an_answer(lost: float, passed: bool) -> None:
+    """The noise of each answer is 0.1 nats, so that 0.2 of a margin of 0.1 may be lost, 3 % of it, and the floor."""
+    adapter = scores()
+
+    def moved(by: float) -> Scores:
+        logps = adapter.logps.clone().view(ROWS, TOKENS)
+        logps[HELD_OUT:] += torch.tensor(SIGNS)[:, None] * by / TOKENS
+        return replace(adapter, logps=logps.flatten())
+
+    own, noisy = moved(-lost / 2), moved(-lost / 2 + 0.1)
+    gate = judge(adapter, own, noisy, SIGNS, margin=0.1)
+    assert gate.figures["margin"]["allowed"] == pytest.approx(0.2 + 0.003 + LEAST_DIFFERENCE, abs=1e-4)
+    assert gate.passed == passed, gate
 
 
 def test_limits_have_a_floor() -> None:

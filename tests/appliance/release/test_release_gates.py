@@ -47,7 +47,7 @@ def test_stopping_has_its_figures_whatever_they_are() -> None:
         "probes": 3,
         "stopped": 2,
         "endless": [1],
-        "endless_limit": 1,
+        "endless_limit": 0,
         "endless_of_base": 0,
         "longest": 32,
         "room": 32,
@@ -59,15 +59,24 @@ def test_stopping_has_its_figures_whatever_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probes", "of_base", "endless", "passes"),
-    [(2, 0, 1, True), (2, 0, 2, False), (10, 0, 1, True), (10, 0, 2, False), (10, 2, 3, True), (10, 2, 4, False)],
+    ("probes", "endless", "passes"),
+    [(2, 0, True), (2, 1, False), (5, 1, True), (5, 2, False), (10, 1, True), (10, 2, False)],
 )
-def test_one_answer_in_ten_more_than_of_the_base_may_go_on(
-    probes: int, of_base: int, endless: int, passes: bool
-) -> None:
-    asked = PROBES[:1] * (probes - of_base) + [replace(PROBES[0], base_ends=False)] * of_base
+def test_one_answer_in_ten_may_go_on(probes: int, endless: int, passes: bool) -> None:
     answers = [GOES_ON] * endless + [ENDS] * (probes - endless)
-    assert judge_stopping(asked, answers).passed is passes
+    assert judge_stopping(PROBES[:1] * probes, answers).passed is passes
+
+
+@pytest.mark.parametrize(("theirs", "passes"), [((0, 1, 2), True), ((0, 1, 2, 3), True), ((0, 1, 2, 3, 4), False)])
+def test_where_the_base_goes_on_an_answer_is_not_judged(theirs: tuple[int, ...], passes: bool) -> None:
+    """The base goes on in the first three of ten; one more is one in ten of those judged."""
+    asked = [replace(PROBES[0], base_ends=number >= 3) for number in range(10)]
+    gate = judge_stopping(asked, [GOES_ON if number in theirs else ENDS for number in range(10)])
+    assert gate.passed is passes
+    assert gate.figures["endless_of_base"] == 3
+    assert gate.figures["stopped"] == 10 - len(theirs)
+    others = judge_stopping(asked, [GOES_ON if number in (7, 8) else ENDS for number in range(10)])
+    assert not others.passed, "the base's own leave no room for others"
 
 
 def test_probes_are_read_as_they_were_written(tmp_path: Path) -> None:

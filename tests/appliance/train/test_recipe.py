@@ -85,7 +85,7 @@ def test_an_adapter_is_scaled_by_two_at_any_rank(adapter: str, alpha: int) -> No
 def test_what_is_not_taught_answers_is_only_nudged() -> None:
     sft = GOOD[GOOD.index("[[stages]]") : GOOD.rindex("[[stages]]")]
     assert parse_recipe(GOOD.replace(sft, "")).only_nudges
-    assert parse_recipe('name = "r"\nbase = "tiny"\n[given]\nsha256 = "0"').only_nudges
+    assert not parse_recipe('name = "r"\nbase = "tiny"\n[given]\nsha256 = "0"').only_nudges, "nobody knows"
     assert not parse_recipe(GOOD).only_nudges
     assert not parse_recipe('name = "r"\nbase = "tiny"').only_nudges
 
