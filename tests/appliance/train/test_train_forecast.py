@@ -153,4 +153,4 @@ def test_the_peak_kept_is_the_largest_that_a_step_said(tmp_path: Path) -> None:
     log.append("forecast", "sft", memory={"total": 8})
     for memory in (5, 9, 7):
         log.append("step", "sft", memory=memory)
-    assert _memory(log, recipe().stages[0]) == {"memory_forecast": 8, "memory_peak": 9}
+    assert _memory(log.read()) == {"memory_forecast": 8, "memory_peak": 9}
