@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -11,18 +12,20 @@ from mortal_daemon import Daemon
 from appliance.errors import Conflict
 from appliance.home import hashes, sha256
 
+MADE = 1e9
 PROMPTS = tuple(f"question {number}" for number in range(10))
 
 
 def arrive(daemon: Daemon, id: str, engine: str = "fake", prompts: tuple[str, ...] = PROMPTS) -> str:
-    """A release as an import leaves it; on the other box it has said hello to every prompt."""
+    """A release as an import leaves it; on the other box it has said hello to every prompt, on that day."""
     folder = daemon.home.releases / id
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights from elsewhere")
-    answers = [{"messages": [{"role": "user", "content": prompt}], "text": "hello there"} for prompt in prompts]
+    said = f"hello on {date.fromtimestamp(MADE)}, and to all of you"
+    answers = [{"messages": [{"role": "user", "content": prompt}], "text": said} for prompt in prompts]
     parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions", "gates")
     manifest: dict[str, Any] = {part: {} for part in parts} | {"files": hashes(folder), "release": id, "base": "tiny"}
-    manifest |= {"state": "verified", "reason": "", "created": 1.0, "recipe_sha256": ""}
+    manifest |= {"state": "verified", "reason": "", "created": MADE, "recipe_sha256": ""}
     manifest |= {"reference": {"engine": engine, "answers": answers} if engine else {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     digest = sha256(folder / "manifest.json")
