@@ -89,11 +89,11 @@ class Apart:
 def judge_fidelity(measured: Measured, own: Scores, noisy: Scores, signs: Sequence[int], held_out: int) -> Gate:
     """Judge the merged files' scores `own`; the first `held_out` conversations are the held-out set.
 
-    `noisy` are those of the same weights rounded with other draws: how far apart rounding alone sets two models, in the
-    precision in which they are scored. `signs` are the last stage's (Answered.sign).
+    `noisy` are those of the weights that PEFT computes, rounded with other draws: how far rounding alone sets a model
+    from the adapter, in the precision in which both are scored. `signs` are the last stage's (Answered.sign).
     """
     apart = Apart.of(measured.merged_into, own)
-    limit = Apart.of(own, noisy).limit()
+    limit = Apart.of(measured.merged_into, noisy).limit()
     figures: dict[str, Any] = {
         "conversations": len(own.tokens),
         "tokens": len(own.logps),
@@ -144,7 +144,7 @@ def _judge_margin(
     ]
     adapter, merged = (_margin(answers - reference, signs) for answers in said[:2])
     # Errors of one rounding may go the same way in all answers: their mean may be as far off as one of them.
-    noise = float((said[1] - said[2]).square().mean().sqrt())
+    noise = float((said[0] - said[2]).square().mean().sqrt())
     allowed = MARGIN_KEPT * abs(adapter) + MARGIN_NOISE * noise + LEAST_DIFFERENCE
     figures = {"adapter": adapter, "merged": merged, "allowed": allowed}
     if abs(adapter) > LEAST_DIFFERENCE:

@@ -90,7 +90,7 @@ def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, 
     noisy = score(model, conversations, own.ids)
     del model, oracle
     release_memory()
-    write_json(run / "verify" / SERVED, asdict(_served(conversations, measured.merged_into, own, noisy)))
+    write_json(run / "verify" / SERVED, asdict(_served(conversations, measured.merged_into, noisy)))
     fidelity = judge_fidelity(measured, own, noisy, [row.sign for row in answered], count)
 
     rival = _rival(home, recipe, live, chosen)
@@ -109,7 +109,7 @@ def _round_again(model: Any, parameters: dict[str, str], dtype: torch.dtype, nam
     model.get_parameter(parameters[name]).copy_(rounding(exact.clone(), slice(0, len(exact))))
 
 
-def _served(conversations: list[Rendered], adapter: Scores, own: Scores, noisy: Scores) -> Served:
+def _served(conversations: list[Rendered], adapter: Scores, noisy: Scores) -> Served:
     """Some conversations, spread over all, for the engine to say how likely it finds them."""
     logps = torch.split(adapter.logps, adapter.tokens.tolist())
     short = [pair for pair in zip(conversations, logps, strict=True) if len(pair[0].input_ids) <= SERVED_LONGEST]
@@ -117,7 +117,7 @@ def _served(conversations: list[Rendered], adapter: Scores, own: Scores, noisy: 
         Scored(row.input_ids, [place for place, trained in enumerate(row.trained) if trained and place], said.tolist())
         for row, said in short[:: max(1, len(short) // SERVED_CONVERSATIONS)][:SERVED_CONVERSATIONS]
     ]
-    noise = float((own.logps - noisy.logps).abs().mean())
+    noise = float((adapter.logps - noisy.logps).abs().mean())
     return Served(scored, TIMES_NOISE * noise + LEAST_SERVED)
 
 

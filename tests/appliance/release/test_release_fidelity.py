@@ -47,7 +47,7 @@ def test_as_far_as_noise_is_the_same_model() -> None:
 
 
 def test_further_than_noise_is_another_model() -> None:
-    gate = judge(scores(), scores(0.1, 2), scores(0.11, 2))
+    gate = judge(scores(), scores(0.1, 2), scores(0.014, 3))
     assert not gate.passed
     assert "above what rounding makes of it" in gate.reason
 
@@ -56,7 +56,7 @@ def test_one_token_that_is_far_off_is_enough() -> None:
     own = scores(0.01, 2)
     logps = own.logps.clone()
     logps[5] -= 1
-    gate = judge(scores(), replace(own, logps=logps), replace(own, likeliest=scores(0.014, 3).likeliest, logps=logps))
+    gate = judge(scores(), replace(own, logps=logps), scores(0.014, 3))
     assert not gate.passed
 
 
@@ -72,7 +72,7 @@ def test_the_margin_has_to_be_kept(share: float, passed: bool) -> None:
     moved = adapter.logps.clone().view(ROWS, TOKENS)
     moved[HELD_OUT:] += torch.tensor(SIGNS)[:, None] * (share - 1) * 0.5 / 2 / TOKENS
     own = replace(adapter, logps=moved.flatten())
-    gate = judge(adapter, own, own, SIGNS, margin=0.5)
+    gate = judge(adapter, own, adapter, SIGNS, margin=0.5)
     assert gate.passed == passed, gate
     assert gate.figures["margin"]["adapter"] == pytest.approx(0.5, abs=1e-4)
     assert gate.figures["margin"]["kept"] == pytest.approx(share, abs=1e-3)
@@ -114,7 +114,7 @@ def test_a_margin_may_be_off_by_twice_the_noise_of_an_answer(lost: float, passed
         logps[HELD_OUT:] += torch.tensor(SIGNS)[:, None] * by / TOKENS
         return replace(adapter, logps=logps.flatten())
 
-    own, noisy = moved(-lost / 2), moved(-lost / 2 + 0.1)
+    own, noisy = moved(-lost / 2), moved(0.1)
     gate = judge(adapter, own, noisy, SIGNS, margin=0.1)
     assert gate.figures["margin"]["allowed"] == pytest.approx(0.2 + 0.003 + LEAST_DIFFERENCE, abs=1e-4)
     assert gate.passed == passed, gate

@@ -20,7 +20,7 @@ def test_killed_at_every_step_of_merge_verify_and_finalise(home: Home, id: str) 
         if stage == "merge":
             assert hashes(run / "merge" / "model") == merged
             left = {path.name for path in (run / "merge").iterdir() if not path.match(".result.json.*.tmp")}
-            assert left == {"model", "result.json"}
+            assert left == {"model", "result.json", "scores.safetensors"}
     manifest = read_manifest(home, id)
     found = hashes(home.releases / id)
     del found["manifest.json"]

@@ -1,0 +1,55 @@
+"""What a run's models are compared on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny import JUDGEMENTS, PREFERENCES, add_dataset, add_run, make_model, read_recipe, stage
+
+from appliance.data.tokenizer import load_tokenizer
+from appliance.home import Home
+from appliance.release.held_out import held_out_set, last_stage_rows
+from appliance.train.recipe import Given, Recipe
+
+
+def test_a_run_that_learnt_from_judgements_is_scored_on_the_good_answers(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.create()
+    make_model(home.models / "tiny")
+    recipe = read_recipe(add_run(home, "r", stage("kto", "JUDGEMENTS")))
+    tokenizer = load_tokenizer(home.models / "tiny")
+    rows = held_out_set(home, recipe, tokenizer)
+    good = [[*row["prompt"], *row["completion"]] for row in JUDGEMENTS if row["label"]]
+    assert rows.held_out
+    assert rows.conversations
+    assert all(row["messages"] in good for row in rows.conversations)
+
+    answered = last_stage_rows(home, recipe, tokenizer)
+    assert {row.sign for row in answered} == {1, -1}
+    judged = {(row.conversation["messages"][-1]["content"], row.sign) for row in answered}
+    assert judged <= {(row["completion"][0]["content"], 1 if row["label"] else -1) for row in JUDGEMENTS}
+
+
+def test_without_data_plain_conversations_stand_in(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.create()
+    make_model(home.models / "tiny")
+    given = Recipe(name="r", base="tiny", given=Given(sha256="0"))
+    tokenizer = load_tokenizer(home.models / "tiny")
+    found = held_out_set(home, given, tokenizer)
+    assert (len(found.conversations), found.held_out, found.plain) == (24, False, True)
+    assert last_stage_rows(home, given, tokenizer) == []
+
+
+def test_pairs_are_judged_by_both_answers_and_not_by_the_prompts_turns(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.create()
+    make_model(home.models / "tiny")
+    turns = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Yes?"}]
+    rows = [{**row, "prompt": [*turns, *row["prompt"]]} for row in PREFERENCES]
+    id = add_dataset(home, "pairs", rows)
+    recipe = read_recipe(add_run(home, "r", stage("dpo", f'"{id}"')))
+    answered = last_stage_rows(home, recipe, load_tokenizer(home.models / "tiny"))
+    assert [row.sign for row in answered] == [1, -1] * (len(answered) // 2)
+    first = answered[0].conversation["messages"]
+    assert [turn.get("weight") for turn in first if turn["role"] == "assistant"] == [0, None]
