@@ -201,7 +201,10 @@ def import_release(file: Path, name: str | None) -> None:
 
     It says of itself that it was verified: it is listed as verified elsewhere, until `verify --gates` has done so here.
     """
-    print(ask(lambda client: client.import_release(file, name)).id)
+    release = ask(lambda client: client.import_release(file, name))
+    print(release.id)
+    if release.state == "verified elsewhere":
+        console.say(f"its gates have run on another box; `appliance verify {release.id} --gates` repeats them here")
 
 
 @click.command()

@@ -29,7 +29,7 @@ class _Check:
 
 
 class Checks:
-    """What a check finds is recorded in `releases`; `changed` is called then. One release is read at a time."""
+    """What a check finds is recorded in `releases`; `changed` is called then. Thorough ones take turns."""
 
     def __init__(self, home: Home, releases: Releases, changed: Callable[[], None]) -> None:
         self._home = home
@@ -66,8 +66,7 @@ class Checks:
         if self.view(release).state == "unread":
             self.start(release)
         if check := self._checks.get(release):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(check.task), seconds)
+            await asyncio.wait({check.task}, timeout=seconds)
         return self.view(release)
 
     def view(self, release: str) -> api.Check:
@@ -90,7 +89,7 @@ class Checks:
 
     async def _check(self, release: str, reading: Reading) -> None:
         try:
-            async with self._turn:
+            async with self._turn if reading.from_disk else contextlib.nullcontext():
                 await self._examine(release, reading)
         except NotFound:
             log.info("release %s was removed while its files were read", release)

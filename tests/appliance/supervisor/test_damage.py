@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -347,8 +348,37 @@ async def test_a_check_by_hand_takes_the_place_of_a_lesser_one(daemon: Daemon, m
 
     monkeypatch.setattr(checks, "examine", note)
     daemon.supervisor.checks.start(first)
+    waiting = asyncio.create_task(daemon.supervisor.checks.settle(first, 5))
+    await asyncio.sleep(0)
     daemon.supervisor.checks.start(first, thorough=True)
     daemon.supervisor.checks.start(first)
+    assert (await waiting).release == first, "who waits for the lesser one is not ended with it"
     assert (await daemon.supervisor.checks.settle(first, 5)).state == "whole"
     assert how[-1] is True
     assert daemon.supervisor.checks.under_way == frozenset()
+
+
+async def test_what_is_to_answer_does_not_wait_for_checks_by_hand(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await releases(daemon, 2)
+    go = threading.Event()
+    by_hand: list[str] = []
+    original: Callable[..., integrity.Examination] = integrity.examine
+
+    def slow(folder: Path, digest: str, seen: object, reading: integrity.Reading) -> integrity.Examination:
+        if reading.from_disk:
+            by_hand.append(folder.name)
+            go.wait(20)
+        return original(folder, digest, seen, reading)
+
+    monkeypatch.setattr(checks, "examine", slow)
+    for release in (first, second):
+        daemon.supervisor.checks.start(release, thorough=True)
+    daemon.supervisor.promote(daemon.supervisor.releases.before() or "")
+    await daemon.until(lambda: daemon.supervisor.routed == first)
+    third = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == third)
+    assert by_hand == [first], "of which there is one at a time"
+    go.set()
+    await daemon.until(lambda: by_hand == [first, second])
