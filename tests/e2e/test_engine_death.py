@@ -36,7 +36,7 @@ async def test_an_engine_that_dies_under_load(running: Box, key: str) -> None:
 
     async with (
         contextlib.AsyncExitStack() as stack,
-        httpx.AsyncClient(base_url=endpoint, headers=headers, timeout=10) as http,
+        httpx.AsyncClient(base_url=endpoint, headers=headers, timeout=60) as http,
     ):
         streams = [await stack.enter_async_context(http.stream("POST", CHAT, json=ASK)) for _ in range(4)]
         texts = [stream.aiter_text() for stream in streams]
@@ -51,16 +51,16 @@ async def test_an_engine_that_dies_under_load(running: Box, key: str) -> None:
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) > 0
         assert refused.json()["error"]["code"] == "engine_unavailable"
-        await running.until("not ready", unready, 10)
+        await running.until("not ready", unready, 60)
         assert (await http.get(endpoint.removesuffix("/v1") + "/healthz")).status_code == 200
-        first = await running.until("backoff", resting, 10)
+        first = await running.until("backoff", resting, 60)
         assert (first.release, first.restarts) == ("old", 1)
 
         await running.until_answers("old")
         assert await ready() == 200
         assert "data: [DONE]" in (await http.post(CHAT, json=ASK)).text
         assert running.kill("engine", "old") != killed
-        second = await running.until("backoff again", resting, 10)
+        second = await running.until("backoff again", resting, 60)
         assert second.restarts == 2
 
 

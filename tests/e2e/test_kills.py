@@ -10,7 +10,7 @@ import pytest
 from box import box
 from test_loop import RECIPE, prepare
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.thorough]
 
 
 async def test_three_kills_in_one_run(smollm2: Path) -> None:

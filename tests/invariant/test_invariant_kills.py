@@ -32,7 +32,9 @@ def killed_worker(run: Path, method: str, plan: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", STAGES)
+@pytest.mark.parametrize(
+    "method", [pytest.param("sft", marks=pytest.mark.thorough), "dpo", pytest.param("kto", marks=pytest.mark.thorough)]
+)
 def test_killed_at_random_steps_and_saves_it_trains_as_if_it_had_not_been(home: Home, method: str) -> None:
     kind, text = STAGES[method]
     whole, killed = (add_run(home, id, text, kind) for id in ("whole", "killed"))

@@ -28,24 +28,41 @@ dataset = "one"
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-@pytest.mark.slow
-async def test_each_stage_is_forecast_and_nothing_is_queued(control: Control, tmp_path: Path) -> None:
-    base = control.home.models / "tiny"
-    make_tokenizer(CHATML).save_pretrained(base)
+@pytest.fixture
+def base(control: Control) -> None:
+    """A base model without weights."""
+    folder = control.home.models / "tiny"
+    make_tokenizer(CHATML).save_pretrained(folder)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, **SHAPE}
-    (base / "config.json").write_text(json.dumps(config))
-    save_file({}, base / "model.safetensors")
-    with pytest.raises(NotFound):
-        await control.client.forecast(RECIPE.format(second="sft"))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({}, folder / "model.safetensors")
+
+
+async def import_rows(control: Control, tmp_path: Path) -> None:
     file = tmp_path / "one.jsonl"
     file.write_text("\n".join(json.dumps({"instruction": f"Say {n}", "output": f"I say {n}"}) for n in range(20)))
     await control.client.import_dataset(find_sources([str(file)]), "one")
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("base")
+async def test_each_stage_is_forecast_and_nothing_is_queued(control: Control, tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        await control.client.forecast(RECIPE.format(second="sft"))
+    await import_rows(control, tmp_path)
     first, again = await control.client.forecast(RECIPE.format(second="sft"))
     assert (first["stage"], first["steps"], first["fits"], first["advice"]) == ("sft", 6, True, "")
     assert again["steps"] == 9
     assert first["memory"]["total"] == sum(size for part, size in first["memory"].items() if part != "total")
+    assert await control.client.runs() == []
+    assert list(control.home.incoming.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.usefixtures("base")
+async def test_a_stage_that_could_not_train_is_refused(control: Control, tmp_path: Path) -> None:
+    await import_rows(control, tmp_path)
     with pytest.raises(InvalidInput, match="dpo trains on preference rows"):
         await control.client.forecast(RECIPE.format(second="dpo"))
-    assert await control.client.runs() == []
     assert list(control.home.incoming.iterdir()) == []

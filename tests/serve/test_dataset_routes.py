@@ -206,7 +206,7 @@ async def test_an_import_ends_with_its_client_and_leaves_nothing(control: Contro
         asking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asking
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while psutil.pid_exists(child) or list(control.home.incoming.iterdir()):
             await asyncio.sleep(0.05)
     assert await control.client.datasets() == []
@@ -229,7 +229,7 @@ def _imports(process: psutil.Process) -> bool:
 
 async def importers() -> list[int]:
     """The importing processes under this one, once there are some."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             found = [child.pid for child in psutil.Process().children() if _imports(child)]
             if found:

@@ -42,7 +42,7 @@ class Driver:
     def sees(self, text: str) -> bool:
         return any(text in line for line in self.lines())
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], Any], seconds: float = 60.0) -> None:
         """Wait for a condition; show the screen where it does not come."""
         end = time.monotonic() + seconds
         while not condition():
@@ -51,7 +51,7 @@ class Driver:
             await asyncio.sleep(0.02)
             await self.pilot.pause()
 
-    async def until_seen(self, text: str, seconds: float = 20.0) -> None:
+    async def until_seen(self, text: str, seconds: float = 60.0) -> None:
         await self.until(lambda: self.sees(text), seconds)
 
     def asked(self) -> list[tuple[str, str]]:

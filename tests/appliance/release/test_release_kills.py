@@ -10,7 +10,7 @@ from appliance.release.manifest import read_manifest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("id", ["lora", "qlora"])
+@pytest.mark.parametrize("id", ["lora", pytest.param("qlora", marks=pytest.mark.thorough)])
 def test_killed_at_every_step_of_merge_verify_and_finalise(home: Home, id: str) -> None:
     run = home.runs / id
     merged = hashes(run / "merge" / "model")

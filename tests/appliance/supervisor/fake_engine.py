@@ -20,7 +20,7 @@ class FakeEngine:
 
     name: str = "fake"
     honours: frozenset[str] = frozenset({"messages", "model", "stream"})
-    ready_seconds: float = 5.0
+    ready_seconds: float = 60.0
     token_ids: list[int] = field(default_factory=lambda: [1, 2])
     broken: set[str] = field(default_factory=set)
     reloads: bool = False

@@ -56,7 +56,7 @@ class Daemon:
         return run
 
     async def until(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, f"{self.supervisor.runs.all()}\n{self.supervisor.engines.shown()}"
             await asyncio.sleep(0.02)

@@ -151,7 +151,7 @@ async def test_killed_at_each_step_of_a_swap_one_release_is_live_and_answers(
 
     monkeypatch.setattr(owner, name, die)
     daemon.supervisor.promote(second)
-    await asyncio.wait_for(reached.wait(), 10)
+    await asyncio.wait_for(reached.wait(), 60)
     if victim != "engine":
         await daemon.die()
         daemon.start()

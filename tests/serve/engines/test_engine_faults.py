@@ -42,7 +42,15 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
 
 
-@pytest.mark.parametrize("fault", ["none", "template", "tokenizer", "end of turn"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("none", marks=pytest.mark.thorough),
+        "template",
+        pytest.param("tokenizer", marks=pytest.mark.thorough),
+        "end of turn",
+    ],
+)
 def test_each_fault_has_its_gate(settings: Settings, smollm2: Path, tmp_path: Path, fault: str) -> None:
     release = tmp_path / "release"
     shutil.copytree(smollm2, release, copy_function=shutil.copy)

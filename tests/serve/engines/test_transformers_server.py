@@ -194,5 +194,5 @@ async def test_the_process_of_a_dead_engine_ends(monkeypatch: pytest.MonkeyPatch
     await asyncio.sleep(0.05)
     assert not server.should_exit
     generator.alive = False
-    await asyncio.wait_for(watching, 2)
+    await asyncio.wait_for(watching, 60)
     assert server.should_exit

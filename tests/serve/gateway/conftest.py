@@ -86,5 +86,5 @@ async def url(gateway: Gateway, listen: Callable[[Any], Any]) -> str:
 @pytest.fixture
 async def http(url: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client with a good key."""
-    async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=25) as client:
         yield client

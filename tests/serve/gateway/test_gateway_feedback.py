@@ -158,7 +158,7 @@ async def test_answers_are_written_down_by_and_by_and_known_after_a_restart(
     writing = asyncio.create_task(ledger.serve())
     for _ in range(3):
         await http.post(CHAT, json=ASK)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not rows(tmp_path, "requests"):
             await asyncio.sleep(0.01)
     writing.cancel()
