@@ -6,7 +6,6 @@ import hashlib
 import json
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from appliance.errors import InvalidInput
 
@@ -28,8 +27,8 @@ def tar_padding(size: int) -> bytes:
     return bytes(-size % tarfile.BLOCKSIZE)
 
 
-def unpack(archive: Path, folder: Path) -> dict[str, Any]:
-    """Write the release in the tar `archive` into `folder` and return its manifest.
+def unpack(archive: Path, folder: Path) -> None:
+    """Write the release in the tar `archive` into `folder`.
 
     Raises InvalidInput for a file that is no such archive, is cut short, or holds other content than its manifest says.
     """
@@ -39,8 +38,7 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
             for member in tar:
                 name = _inner_name(member)
                 found[name] = _extract(tar, member, folder / name)
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        listed: dict[str, str] = manifest["files"]
+        listed: dict[str, str] = dict(json.loads((folder / MANIFEST).read_bytes())["files"])
     except (tarfile.TarError, *_NOT_A_TREE, ValueError, KeyError, TypeError) as error:
         raise _damaged(f"it is no whole archive of a release ({error})") from None
     del found[MANIFEST]
@@ -48,7 +46,6 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
         if found.get(name) != listed.get(name):
             state = "is missing" if name not in found else "is not in the manifest" if name not in listed else "differs"
             raise _damaged(f"{name} {state}")
-    return dict(manifest)
 
 
 def _inner_name(member: tarfile.TarInfo) -> str:

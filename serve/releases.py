@@ -22,7 +22,7 @@ from appliance.garbage import find_garbage, forget_garbage, remove_garbage
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, sha256, write_atomic
 from appliance.models import model_path
 from appliance.release.foreign import ForeignRequest
-from appliance.release.manifest import accept_quality, lacks, read_manifest
+from appliance.release.manifest import accept_quality, read_foreign, read_manifest
 from appliance.release.recheck import plan_recheck, write_recheck
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Proof
@@ -67,8 +67,8 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         id: str, accept: Literal["quality"] | None = None, canary: Annotated[float | None, Query(gt=0, lt=1)] = None
     ) -> api.Release:
         """It answers when its files have been read and an engine has started on them; a damaged one is refused."""
-        if accept and releases.get(id).state == "refused":
-            accepted = accept_quality(home, id, releases.proof(id).manifest_sha256)
+        if accept and (refused := releases.get(id)).state == "refused":
+            accepted = accept_quality(home, id, releases.proof(id).manifest_sha256, refused.reason)
             releases.accept(id, accepted.reason, sha256(home.releases / id / MANIFEST))
         releases.require_fit(id)
         check = await supervisor.checks.settle(id, CHECK_SECONDS)
@@ -117,8 +117,12 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
             await _receive(request, folder / "release.tar")
             require_space(home.releases, (folder / "release.tar").stat().st_size, "unpacking the release")
             files = folder / "release"
-            manifest = await asyncio.to_thread(unpack, folder / "release.tar", files)
-            id, gates = _described(manifest, name)
+            await asyncio.to_thread(unpack, folder / "release.tar", files)
+            manifest = read_foreign((files / MANIFEST).read_bytes(), supervisor.engines.kind.name)
+            if manifest.state != "verified":
+                raise InvalidInput("refused_release", f"the release was refused: {manifest.reason}", "import another")
+            id = _checked_name(name or manifest.release)
+            gates = {gate: bool(outcome["passed"]) for gate, outcome in manifest.gates.items()}
             await run_module("appliance.release.foreign", home, ForeignRequest(folder=files, name=id), folder, request)
             digest = sha256(files / MANIFEST)
             async with arriving:
@@ -129,7 +133,7 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
                     )
                 if not recorded or (await supervisor.checks.settle(id, CHECK_SECONDS)).damage:
                     await asyncio.to_thread(_place, files, home.releases / id)
-                    releases.add(id, manifest["base"], "verified elsewhere", manifest["reason"], gates, False, digest)
+                    releases.add(id, manifest.base, "verified elsewhere", manifest.reason, gates, False, digest)
                     supervisor.checks.start(id)
                 await supervisor.checks.settle(id, CHECK_SECONDS)
         return releases.get(id)
@@ -186,22 +190,6 @@ async def _receive(request: Request, path: Path) -> None:
                 await asyncio.to_thread(file.write, chunk)
     except OSError as error:
         raise disk_error(error, path.parent) from error
-
-
-def _described(manifest: dict[str, Any], name: str | None) -> tuple[str, dict[str, bool]]:
-    """What the release of an archive is to be called, and which of its gates have passed, as the archive says."""
-    try:
-        said = [manifest[key] for key in ("release", "base", "state", "reason")]
-        gates = {gate: bool(outcome["passed"]) for gate, outcome in manifest["gates"].items()}
-        if lacks(manifest) or not all(isinstance(value, str) for value in said):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError):
-        raise InvalidInput(
-            "bad_archive", "the release cannot be imported: its manifest is none of a release", "export it again"
-        ) from None
-    if manifest["state"] != "verified":
-        raise InvalidInput("refused_release", f"the release was refused: {manifest['reason']}", "import another")
-    return _checked_name(name or manifest["release"]), gates
 
 
 def _may_take(home: Home, id: str, digest: str, recorded: Proof | None) -> bool:

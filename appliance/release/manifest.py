@@ -7,14 +7,16 @@ import json
 import os
 import platform
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
 from appliance import __version__
-from appliance.errors import ApplianceError, Conflict, NotFound
+from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
 from appliance.home import Home, fsync_directory, json_bytes, sha256, write_atomic, write_json
 from appliance.models import SOURCE
 from appliance.release.card import CARD, model_card
@@ -24,6 +26,7 @@ from appliance.train.recipe import Recipe
 MANIFEST = "manifest.json"
 SIXTEEN_BIT, DEQUANTISED = "16-bit", "dequantised"
 """The form of the base that an adapter was merged into."""
+_ALL_PASSED = f"all {len(GATES)} gates passed"
 _ACCEPTED = "accepted by the operator in spite of "
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
@@ -61,7 +64,36 @@ class Manifest:
     """Gates that did not pass and that the operator accepted by name, and when."""
 
 
-_REQUIRED = {each.name for each in fields(Manifest) if each.default_factory is MISSING}
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Outcome(_Strict):
+    passed: bool
+    figures: dict[str, Any]
+    reason: str
+
+
+class _Asked(_Strict):
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    text: str
+
+
+class _Reference(_Strict):
+    engine: str = ""
+    answers: list[_Asked] = []
+
+
+class _Foreign(_Strict):
+    """What a manifest has to hold within, where nobody here has written it."""
+
+    gates: dict[str, _Outcome]
+    recipe: Recipe
+    reference: _Reference = _Reference()
+    accepted: dict[Literal["quality"], float] = {}
+
+
+_TYPES = TypeAdapter(Manifest)
 
 
 def finalise(
@@ -95,18 +127,26 @@ def judge(home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gate])
     return _manifest(home.runs / run_id, recipe, probe_gates)
 
 
-def accept_quality(home: Home, release_id: str, recorded: str) -> Manifest:
+def accept_quality(home: Home, release_id: str, recorded: str, refusal: str) -> Manifest:
     """Verify a release that only gate 5 has refused, because the operator says so, and say so in its manifest.
 
     This is the one change that a manifest ever sees; the files that it lists stay as they are. Safe to repeat.
-    `recorded` is the hash of the manifest that refused it, empty where that is not known. Raises NotFound, and Conflict
-    where the manifest is another, or another gate has refused the release too.
+    `recorded` is the hash of the manifest that refused it, empty where that is not known, and `refusal` the reason that
+    is recorded. Raises NotFound, and Conflict where the manifest is another, or something else has refused the release:
+    another gate, or what was seen of it since.
     """
     folder = home.releases / release_id
     for left_by_a_kill in folder.glob(".*.tmp"):
         left_by_a_kill.unlink()
     content = read_manifest(home, release_id)
     manifest = Manifest(**content)
+    not_acceptable = Conflict(
+        "not_acceptable",
+        f"release {release_id} was refused: {refusal}",
+        "only what its quality gate, and nothing else, has refused can be accepted",
+    )
+    if refusal != manifest.reason.removeprefix(_ACCEPTED):
+        raise not_acceptable
     before = sha256(folder / MANIFEST)
     if manifest.accepted:
         refused = {"state": "refused", "reason": manifest.reason.removeprefix(_ACCEPTED), "accepted": {}}
@@ -117,15 +157,10 @@ def accept_quality(home: Home, release_id: str, recorded: str) -> Manifest:
             f"release {release_id} is damaged: {MANIFEST} is not the one that was recorded",
             "restore it, or train again",
         )
-    if manifest.state == "verified":
+    if [name for name, gate in manifest.gates.items() if not gate["passed"]] != ["quality"]:
+        raise not_acceptable
+    if manifest.accepted:
         return manifest
-    failed = [name for name, gate in manifest.gates.items() if not gate["passed"]]
-    if failed != ["quality"]:
-        raise Conflict(
-            "not_acceptable",
-            f"release {release_id} was refused by {', '.join(failed)}: {manifest.reason}",
-            "only the quality gate can be accepted",
-        )
     now = {"quality": round(time.time(), 3)}
     content |= {"state": "verified", "reason": f"{_ACCEPTED}{manifest.reason}", "accepted": now}
     write_json(folder / MANIFEST, content)
@@ -135,20 +170,71 @@ def accept_quality(home: Home, release_id: str, recorded: str) -> Manifest:
 def read_manifest(home: Home, release_id: str) -> dict[str, Any]:
     """The manifest of a release as it is on disk. Raises NotFound, and ApplianceError for one that is damaged."""
     try:
-        manifest: dict[str, Any] = json.loads((home.releases / release_id / MANIFEST).read_bytes())
-        missing = lacks(manifest)
+        content = (home.releases / release_id / MANIFEST).read_bytes()
+        _TYPES.validate_json(content, strict=True)
+        manifest: dict[str, Any] = json.loads(content)
     except FileNotFoundError:
         raise NotFound("no_such_release", f"there is no release {release_id}", "see `appliance releases`") from None
-    except (OSError, ValueError, TypeError) as error:
+    except ValidationError as error:
+        raise _damaged(release_id, _fault(error)) from None
+    except (OSError, ValueError) as error:
         raise _damaged(release_id, str(error)) from None
-    if missing:
-        raise _damaged(release_id, f"it lacks '{missing}'")
     return manifest
 
 
-def lacks(manifest: dict[str, Any]) -> str:
-    """The first key that what should be a manifest has not; empty: it has all."""
-    return min(_REQUIRED - set(manifest), default="")
+def read_foreign(content: bytes, engine: str) -> Manifest:
+    """The manifest of an archive, as one that was made here would be down to every field.
+
+    Raises InvalidInput naming the field that is not, also where the release was made on the kind of `engine` that is
+    here and has no answers that it could be asked for.
+    """
+    try:
+        manifest = _TYPES.validate_json(content, strict=True)
+        why = _contradiction(manifest, json.loads(content), _Foreign.model_validate_json(content), engine)
+    except ValidationError as error:
+        why = _fault(error)
+    except ValueError as error:
+        why = str(error)
+    if why:
+        message = f"the release cannot be imported: its manifest is none of a release: {why}"
+        raise InvalidInput("bad_archive", message, "export it again on the box that made it")
+    return manifest
+
+
+def _contradiction(manifest: Manifest, content: dict[str, Any], within: _Foreign, engine: str) -> str:
+    """Which field cannot be beside the others; empty: none."""
+    failed = [name for name in GATES if name in within.gates and not within.gates[name].passed]
+    accepted = bool(within.accepted)
+    state = "refused" if failed and not accepted else "verified"
+    reasons = {f"{_ACCEPTED * accepted}{name}: {within.gates[name].reason}" for name in failed} or {_ALL_PASSED}
+    if unknown := min(content.keys() - {each.name for each in fields(Manifest)}, default=""):
+        return f"{unknown!r} is no field of it"
+    if within.gates.keys() != set(GATES):
+        return f"'gates' has to hold {', '.join(GATES)}"
+    if accepted and failed != ["quality"]:
+        return "'accepted' is not the gate that failed"
+    if manifest.state != state:
+        return f"'state' is {manifest.state}, and its gates say {state}"
+    if manifest.reason not in reasons:
+        return "'reason' is not what its gates say"
+    if manifest.base != within.recipe.base:
+        return "'base' is not that of its recipe"
+    if within.reference.engine == engine and not within.reference.answers:
+        return "it has no reference answers to be repeated ('reference')"
+    try:
+        clock_of(content)
+    except (ValueError, TypeError, OverflowError, OSError):
+        return "'created' or 'recipe.clock' is no day"
+    return ""
+
+
+def _fault(error: ValidationError) -> str:
+    """The first thing that is wrong, in a few words."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"it lacks {where!r}"
+    return f"{where!r} is not valid: {first['msg']}" if where else str(first["msg"])
 
 
 def _damaged(release_id: str, why: str) -> ApplianceError:
@@ -190,7 +276,7 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
     failed = [name for name in GATES if name in measured and not gates[name]["passed"]]
     missing = [name for name in GATES if name not in measured]
     state: Literal["verified", "refused"] = "refused" if failed or missing else "verified"
-    reason = f"all {len(GATES)} gates passed"
+    reason = _ALL_PASSED
     if state == "refused":
         first = (failed or missing)[0]
         reason = f"{first}: {gates[first]['reason']}"

@@ -35,6 +35,8 @@ REFERENCE_PROMPTS = 3
 REFERENCE_TOKENS = 8
 """How much of its recorded answers a release has to repeat after its weights were loaded in place."""
 REPLAY_REST_SECONDS = 1.0
+MOST_REPLAY_TRIES = 3
+"""An engine that has so often not answered when it was asked for reference answers has failed."""
 MOST_REPLAYED = 10
 DIFFERING_SHARE = 5
 """Of the reference answers of a release from elsewhere one in so many may begin otherwise here, and one always may: on
@@ -93,6 +95,7 @@ class EngineProcesses:
         self._swaps: dict[str, asyncio.Task[None]] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._replays: dict[str, asyncio.Task[None]] = {}
+        self._replay_tries: dict[str, int] = {}
         self._adapters: dict[str, str] = {}
         self._unswappable: set[str] = set()
 
@@ -202,6 +205,11 @@ class EngineProcesses:
             command.address,
         )
         self._records.add(row)
+
+    def start_failed(self, release: str) -> None:
+        """Count that no process could be started for it: it rests, as after a failure of its engine."""
+        self._forget(release)
+        self._count_failure(release)
 
     def stop(self, release: str, failed: bool) -> None:
         """Let its answers end, then its whole process group. `failed`: it rests before it is started again."""
@@ -326,13 +334,17 @@ class EngineProcesses:
             differing = [said for asked in answers if (said := await self._says_otherwise(row, asked))]
             count = f"{len(answers) - len(differing)} of {len(answers)} reference answers were repeated here"
             log.info("%s: %s", release, count)
-            if len(differing) > max(1, len(answers) // DIFFERING_SHARE):
+            if len(differing) > max(1, len(answers) // DIFFERING_SHARE) or len(differing) == len(answers):
                 self._releases.refuse(release, f"only {count}: {differing[0]}")
             else:
                 self._releases.note(release, count)
         except ConnectionError as error:
             log.warning("the engine went away while %s repeated its reference answers: %s", release, error)
+            self._replay_tries[release] = self._replay_tries.get(release, 0) + 1
             await asyncio.sleep(REPLAY_REST_SECONDS)
+            if self._replay_tries[release] >= MOST_REPLAY_TRIES and row in self.rows() and release not in self._stops:
+                self._ready_since.pop(release, None)
+                self.stop(release, failed=True)
         except Exception as error:
             log.exception("the reference answers of %s cannot be asked for", release)
             why = error.message if isinstance(error, ApplianceError) else f"{type(error).__name__}: {error}"
@@ -377,7 +389,7 @@ class EngineProcesses:
         return parse_recipe(recipe.read_text()).clock if recipe.exists() else date.today()
 
     def _forget(self, release: str) -> None:
-        for memory in (self._begun, self._ready_since, self._answered, self._adapters):
+        for memory in (self._begun, self._ready_since, self._answered, self._adapters, self._replay_tries):
             memory.pop(release, None)
 
     def _count_failure(self, release: str) -> None:

@@ -285,14 +285,18 @@ class Supervisor:
     # Acting
 
     def _do(self, action: Action) -> None:
-        """Do it; a run whose action cannot be done fails by itself and leaves the others alone."""
+        """Do it. A run whose action cannot be done, or an engine that cannot be started, fails alone."""
         log.info("%s", action)
         try:
             self._perform(action)
         except Exception as error:
-            if not isinstance(action, RunAction):
+            if isinstance(action, StartEngine):
+                log.exception("no engine could be started for %s", action.release)
+                self.engines.start_failed(action.release)
+            elif isinstance(action, RunAction):
+                self._give_up(action.run, error)
+            else:
                 raise
-            self._give_up(action.run, error)
 
     def _perform(self, action: Action) -> None:
         match action:

@@ -31,8 +31,7 @@ def pack(files: dict[str, bytes], path: Path, folder: str = "r-1") -> Path:
 
 
 def test_what_was_packed_comes_out(tmp_path: Path) -> None:
-    manifest = unpack(pack(FILES, tmp_path / "r.tar"), tmp_path / "out")
-    assert manifest["release"] == "r-1"
+    unpack(pack(FILES, tmp_path / "r.tar"), tmp_path / "out")
     assert hashes(tmp_path / "out").keys() == {*FILES, MANIFEST}
     for name, content in FILES.items():
         assert (tmp_path / "out" / name).read_bytes() == content

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,8 +34,9 @@ class Box:
     def release(self, *ids: str, dataset: str = "") -> None:
         for id in ids:
             (self.home.releases / id).mkdir()
-            manifest = {each.name: {} for each in fields(Manifest)}
-            manifest["datasets"] = {"sft": dataset} if dataset else {}
+            manifest: dict[str, Any] = {each.name: {} for each in fields(Manifest)}
+            manifest |= {"release": id, "state": "verified", "reason": "", "created": 1.0, "base": "tiny"}
+            manifest |= {"recipe_sha256": "", "datasets": {"sft": dataset} if dataset else {}}
             (self.home.releases / id / "manifest.json").write_text(json.dumps(manifest))
             self.releases.add(id, "tiny", "verified", "", {}, promote=False)
 

@@ -43,11 +43,14 @@ class Box(Control):
             name: {"passed": name not in failed, "figures": {}, "reason": f"{name} said so"}
             for name in ("structure", "fidelity", "parity", "stopping", "quality")
         }
-        state, reason = ("refused", f"{failed[0]}: {failed[0]} said so") if failed else ("verified", "all passed")
+        state, reason = (
+            ("refused", f"{failed[0]}: {failed[0]} said so") if failed else ("verified", "all 5 gates passed")
+        )
         parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions")
         manifest: dict[str, Any] = {part: {} for part in parts}
         manifest |= {"release": id, "state": state, "reason": reason, "created": 1.0, "base": "tiny", "gates": gates}
         manifest |= {"files": hashes(folder), "recipe_sha256": "", "accepted": {}}
+        manifest["recipe"] = {"name": "r", "base": "tiny", "clock": "2026-01-01"}
         write_json(folder / "manifest.json", manifest)
         passed = {name: name not in failed for name in gates}
         digest = sha256(folder / "manifest.json")
@@ -237,6 +240,24 @@ async def test_a_refused_release_does_not_accept_itself(box: Box) -> None:
     assert box.supervisor.releases.get("r-1").state == "refused"
 
 
+@pytest.mark.parametrize("accepted", [False, True])
+async def test_what_this_box_refused_by_itself_is_not_acceptable(box: Box, accepted: bool) -> None:
+    """Though its manifest says that it was verified, or accepted."""
+    folder = box.release("r-1", *(["quality"] if accepted else []))
+    if accepted:
+        await box.client.promote("r-1", accept="quality")
+    box.release("r-2")
+    await box.client.promote("r-2")
+    before = hashes(folder)
+    box.supervisor.releases.refuse("r-1", "only 0 of 10 reference answers were repeated here")
+    with pytest.raises(Conflict, match="refused: only 0 of 10") as caught:
+        await box.client.promote("r-1", accept="quality")
+    assert caught.value.code == "not_acceptable"
+    assert box.supervisor.releases.get("r-1").state == "refused"
+    assert box.supervisor.releases.live() == "r-2"
+    assert hashes(folder) == before
+
+
 async def test_accepting_what_has_passed_changes_nothing(box: Box) -> None:
     folder = box.release("r-1")
     before = hashes(folder)
@@ -335,32 +356,89 @@ async def test_what_would_run_code_or_cannot_be_loaded_leaves_nothing(
     assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
 
 
+GATES = {
+    name: {"passed": True, "figures": {}, "reason": f"{name} said so"}
+    for name in ("structure", "fidelity", "parity", "stopping", "quality")
+}
+FAILED = {"passed": False, "figures": {}, "reason": "apart"}
+RECIPE = {"name": "r", "base": "tiny"}
+ASKED = {"messages": [{"role": "user", "content": "hi"}], "text": "hello"}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "says"),
     [
-        {"gates": None},
-        {"gates": {"structure": "passed"}},
-        {"base": 7},
-        {"recipe": ...},
-        {"state": "verified elsewhere"},
-        {"release": "../x"},
+        ({"gates": None}, "'gates'"),
+        ({"gates": {"structure": "passed"}}, "'gates.structure'"),
+        ({"gates": {"structure": GATES["structure"]}}, "'gates' has to hold structure, fidelity"),
+        ({"gates": GATES | {"taste": GATES["quality"]}}, "'gates' has to hold structure, fidelity"),
+        ({"gates": GATES | {"parity": {"passed": "yes"}}}, r"'gates\.parity\.passed'"),
+        ({"gates": GATES | {"fidelity": FAILED}}, "'state' is verified, and its gates say refused"),
+        ({"state": "refused"}, "'state' is refused, and its gates say verified"),
+        ({"accepted": {"quality": 1.0}}, "'accepted' is not the gate that failed"),
+        ({"accepted": {"parity": 1.0}, "gates": GATES | {"parity": FAILED}}, r"'accepted\.parity"),
+        ({"reason": "all 7 gates passed"}, "'reason' is not what its gates say"),
+        ({"base": 7}, "'base'"),
+        ({"base": "other"}, "'base' is not that of its recipe"),
+        ({"recipe": ...}, "lacks 'recipe'"),
+        ({"recipe": []}, "'recipe'"),
+        ({"recipe": RECIPE | {"clock": "tomorrow"}}, r"'recipe\.clock'"),
+        ({"recipe": RECIPE | {"given": {"sha256": 7}}}, r"'recipe\.given\.sha256'"),
+        ({"created": 1e300, "recipe": RECIPE}, "'created' or 'recipe.clock' is no day"),
+        ({"datasets": ["x"]}, "'datasets'"),
+        ({"datasets": {"sft": []}}, r"'datasets\.sft'"),
+        ({"files": []}, ""),
+        ({"reference": {"engine": "transformers", "answers": [7]}}, r"'reference\.answers\.0'"),
+        (
+            {"reference": {"engine": "vllm", "answers": [ASKED | {"messages": []}]}},
+            r"answers\.0\.messages'",
+        ),
+        ({"reference": {"engine": "transformers", "answers": []}}, "it has no reference answers to be repeated"),
+        ({"reference": {"engine": "transformers"}}, "it has no reference answers to be repeated"),
+        ({"surprise": 1}, "'surprise' is no field"),
+        ({"state": "verified elsewhere"}, "'state'"),
+        ({"release": "../x"}, "no name"),
     ],
 )
 async def test_a_manifest_that_is_none_leaves_nothing(
+    box: Box, other: Box, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        await other.client.import_release(changed_archive(box, tmp_path, change))
+    assert await other.client.releases() == []
+    assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reference": {}},
+        {"reference": {"engine": "vllm", "answers": []}},
+        {"reference": {"engine": "transformers", "answers": [ASKED]}},
+        {
+            "accepted": {"quality": 1.0},
+            "gates": GATES | {"quality": FAILED},
+            "reason": "accepted by the operator in spite of quality: apart",
+        },
+    ],
+)
+async def test_a_manifest_that_says_what_ours_could_is_taken(
     box: Box, other: Box, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    folder = box.release("r-1")
-    manifest = json.loads((folder / "manifest.json").read_bytes()) | change
-    write_json(folder / "manifest.json", {key: value for key, value in manifest.items() if value is not ...})
-    subprocess.run(["tar", "-cf", tmp_path / "r.tar", "-C", box.home.releases, "r-1"], check=True)
-    with tarfile.open(tmp_path / "r.tar") as old, tarfile.open(tmp_path / "clean.tar", "w") as new:
+    assert (await other.client.import_release(changed_archive(box, tmp_path, change))).state == "verified elsewhere"
+
+
+def changed_archive(box: Box, folder: Path, change: dict[str, Any]) -> Path:
+    """The archive of a release whose manifest says something else."""
+    release = box.release("r-1")
+    manifest = json.loads((release / "manifest.json").read_bytes()) | change
+    write_json(release / "manifest.json", {key: value for key, value in manifest.items() if value is not ...})
+    subprocess.run(["tar", "-cf", folder / "r.tar", "-C", box.home.releases, "r-1"], check=True)
+    with tarfile.open(folder / "r.tar") as old, tarfile.open(folder / "clean.tar", "w") as new:
         for member in old:
             if member.isfile():
                 new.addfile(member, old.extractfile(member))
-    with pytest.raises(InvalidInput):
-        await other.client.import_release(tmp_path / "clean.tar")
-    assert await other.client.releases() == []
-    assert list(other.home.releases.iterdir()) == list(other.home.incoming.iterdir()) == []
+    return folder / "clean.tar"
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -108,7 +109,7 @@ def test_quality_alone_can_be_accepted_and_the_manifest_says_so(home: Home) -> N
     assert (refused.state, refused.reason, refused.accepted) == ("refused", "quality: quality is bad", {})
     before = hashes(home.releases / "lora")
     recorded = hashes(home.releases / "lora")["manifest.json"]
-    accepted = accept_quality(home, "lora", recorded)
+    accepted = accept_quality(home, "lora", recorded, "quality: quality is bad")
     assert accepted.state == "verified"
     assert accepted.reason == "accepted by the operator in spite of quality: quality is bad"
     assert accepted.accepted.keys() == {"quality"}
@@ -116,7 +117,7 @@ def test_quality_alone_can_be_accepted_and_the_manifest_says_so(home: Home) -> N
     assert accepted.files == refused.files
     changed = {name for name, digest in hashes(home.releases / "lora").items() if before[name] != digest}
     assert changed == {"manifest.json"}
-    again = accept_quality(home, "lora", recorded)
+    again = accept_quality(home, "lora", recorded, "quality: quality is bad")
     assert again == accepted == Manifest(**read_manifest(home, "lora")), "as after a kill before it was recorded"
 
 
@@ -124,8 +125,8 @@ def test_quality_alone_can_be_accepted_and_the_manifest_says_so(home: Home) -> N
 def test_no_other_gate_can_be_accepted(home: Home, gates: tuple[str, ...]) -> None:
     fail(home, *gates)
     manifest = finalise(home, "lora", read_recipe(home.runs / "lora"), PASSED)
-    with pytest.raises(Conflict, match="refused by fidelity"):
-        accept_quality(home, "lora", hashes(home.releases / "lora")["manifest.json"])
+    with pytest.raises(Conflict, match="refused: fidelity: fidelity is bad"):
+        accept_quality(home, "lora", hashes(home.releases / "lora")["manifest.json"], manifest.reason)
     assert Manifest(**read_manifest(home, "lora")) == manifest
 
 
@@ -142,7 +143,7 @@ def test_a_manifest_that_is_not_the_recorded_one_is_not_accepted(home: Home, acc
         forged["gates"]["fidelity"]["passed"] = True
     path.write_text(json.dumps(forged))
     with pytest.raises(Conflict, match=r"manifest\.json is not the one that was recorded"):
-        accept_quality(home, "lora", recorded)
+        accept_quality(home, "lora", recorded, forged["reason"])
 
 
 def test_an_acceptance_that_was_killed_leaves_no_file_behind(home: Home) -> None:
@@ -151,7 +152,8 @@ def test_an_acceptance_that_was_killed_leaves_no_file_behind(home: Home) -> None
     folder = home.releases / "lora"
     (folder / ".manifest.json.1.tmp").write_text("{")
     before = set(hashes(folder))
-    assert accept_quality(home, "lora", hashes(folder)["manifest.json"]).state == "verified"
+    recorded = hashes(folder)["manifest.json"]
+    assert accept_quality(home, "lora", recorded, "quality: quality is bad").state == "verified"
     assert before - set(hashes(folder)) == {".manifest.json.1.tmp"}
 
 
@@ -197,6 +199,26 @@ def test_a_release_of_the_base_itself(home: Home) -> None:
     manifest = finish(home, id="base")
     assert manifest.state == "verified"
     assert manifest.datasets == manifest.stages == {}
+
+
+@pytest.mark.parametrize("change", [{"recipe": []}, {"datasets": ["x"]}, {"files": [1]}, {"created": "then"}])
+def test_a_manifest_of_other_types_is_a_damaged_one(tmp_path: Path, change: dict[str, object]) -> None:
+    fields = {each.name: {} for each in dataclasses.fields(Manifest)}
+    whole = fields | {
+        "release": "r-1",
+        "state": "verified",
+        "reason": "",
+        "created": 1,
+        "base": "b",
+        "recipe_sha256": "",
+    }
+    path = tmp_path / "releases" / "r-1" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(whole))
+    assert read_manifest(Home(tmp_path), "r-1") == whole
+    path.write_text(json.dumps(whole | change))
+    with pytest.raises(ApplianceError, match=f"cannot be read: '{next(iter(change))}"):
+        read_manifest(Home(tmp_path), "r-1")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"release": "r-1", "fi', b"[]", b"7", b"\xff", b'{"files": {}}', None])

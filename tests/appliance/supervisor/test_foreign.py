@@ -21,8 +21,15 @@ def arrive(daemon: Daemon, id: str, engine: str = "fake", prompts: tuple[str, ..
     folder = daemon.home.releases / id
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights from elsewhere")
+<<<<<<< HEAD
     said = f"hello on {date.fromtimestamp(MADE)}, and to all of you"
     answers = [{"messages": [{"role": "user", "content": prompt}], "text": said} for prompt in prompts]
+=======
+    answers = [
+        {"messages": [{"role": "user", "content": prompt}], "text": f"hello on {date.fromtimestamp(1.0)} too"}
+        for prompt in prompts
+    ]
+>>>>>>> mend
     parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions", "gates")
     manifest: dict[str, Any] = {part: {} for part in parts} | {"files": hashes(folder), "release": id, "base": "tiny"}
     manifest |= {"state": "verified", "reason": "", "created": MADE, "recipe_sha256": ""}
@@ -109,6 +116,34 @@ async def test_an_engine_that_goes_away_meanwhile_is_asked_again(
     daemon.supervisor.promote(imported)
     await daemon.until(lambda: daemon.supervisor.routed == imported)
     assert daemon.supervisor.releases.get(imported).note == "10 of 10 reference answers were repeated here"
+
+
+async def test_an_engine_that_never_answers_when_asked_has_failed(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.supervisor.engine_processes.REPLAY_REST_SECONDS", 0.01)
+    own = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == own)
+    imported = arrive(daemon, "imported")
+    daemon.engine.unreachable = 1000
+    daemon.supervisor.promote(imported)
+    await daemon.until(lambda: daemon.supervisor.releases.setback())
+    assert daemon.supervisor.releases.live() == own
+    assert "its engine does not start" in daemon.supervisor.releases.setback()
+    assert imported not in daemon.frontage.routes
+
+
+async def test_a_release_on_which_no_engine_can_be_started_stops_nothing_else(daemon: Daemon) -> None:
+    own = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == own)
+    imported = arrive(daemon, "imported")
+    path = daemon.home.releases / imported / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"recipe": {"clock": "tomorrow"}}))
+    daemon.db.execute("UPDATE releases SET manifest_sha256 = ''")
+    daemon.supervisor.promote(imported)
+    await daemon.until(lambda: daemon.supervisor.releases.setback())
+    assert daemon.supervisor.releases.live() == own
+    assert imported not in daemon.frontage.routes
 
 
 async def test_as_a_canary_it_repeats_them_too(daemon: Daemon) -> None:

@@ -156,7 +156,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Home, list[A
 
 
 def write_manifest(home: Home, manifest: dict[str, Any]) -> None:
-    known = dict.fromkeys(field.name for field in dataclasses.fields(Manifest))
+    known: dict[str, Any] = {field.name: {} for field in dataclasses.fields(Manifest)}
+    known |= {"release": "r1", "state": "verified", "reason": "", "created": 1.0, "base": "tiny", "recipe_sha256": ""}
     manifest = known | manifest
     (home.releases / "r1" / "manifest.json").write_text(json.dumps(manifest))
 
