@@ -21,15 +21,8 @@ def arrive(daemon: Daemon, id: str, engine: str = "fake", prompts: tuple[str, ..
     folder = daemon.home.releases / id
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights from elsewhere")
-<<<<<<< HEAD
     said = f"hello on {date.fromtimestamp(MADE)}, and to all of you"
     answers = [{"messages": [{"role": "user", "content": prompt}], "text": said} for prompt in prompts]
-=======
-    answers = [
-        {"messages": [{"role": "user", "content": prompt}], "text": f"hello on {date.fromtimestamp(1.0)} too"}
-        for prompt in prompts
-    ]
->>>>>>> mend
     parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions", "gates")
     manifest: dict[str, Any] = {part: {} for part in parts} | {"files": hashes(folder), "release": id, "base": "tiny"}
     manifest |= {"state": "verified", "reason": "", "created": MADE, "recipe_sha256": ""}
