@@ -20,10 +20,8 @@ def arrive(daemon: Daemon, id: str, engine: str = "fake", prompts: tuple[str, ..
     folder = daemon.home.releases / id
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights from elsewhere")
-    answers = [
-        {"messages": [{"role": "user", "content": prompt}], "text": f"hello on {date.fromtimestamp(1.0)} too"}
-        for prompt in prompts
-    ]
+    said = f"hello on {date.fromtimestamp(1.0)} too"
+    answers = [{"messages": [{"role": "user", "content": prompt}], "text": said} for prompt in prompts]
     parts = ("datasets", "dataset_rows", "merge", "stages", "base_files", "recipe", "versions", "gates")
     manifest: dict[str, Any] = {part: {} for part in parts} | {"files": hashes(folder), "release": id, "base": "tiny"}
     manifest |= {"state": "verified", "reason": "", "created": 1.0, "recipe_sha256": ""}
