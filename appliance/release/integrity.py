@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from typing import NamedTuple
 from appliance.release.manifest import MANIFEST
 
 _CHUNK = 1 << 20
+_BEING_WRITTEN = ".*.tmp"
+"""What `write_atomic` makes beside the file that it replaces."""
 _CLOCK_SECONDS = 0.05
 """A file that is written to twice within a tick of the kernel's clock (a hundredth of a second) may keep its times."""
 _OUT_OF_MEANS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
@@ -69,7 +72,7 @@ class Examination:
 
 
 def stamps(folder: Path) -> dict[str, Stamp]:
-    """The stamp of everything below `folder` but its directories, by path from there. Raises OSError."""
+    """The stamp of every file below `folder` but those just being written, by path from there. Raises OSError."""
     return dict(_stamps(str(folder), ""))
 
 
@@ -134,7 +137,7 @@ def _stamps(folder: str, prefix: str) -> Iterator[tuple[str, Stamp]]:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _stamps(entry.path, f"{prefix}{entry.name}/")
-            else:
+            elif not fnmatch.fnmatchcase(entry.name, _BEING_WRITTEN):
                 yield prefix + entry.name, _stamp(entry)
 
 

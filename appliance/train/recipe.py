@@ -174,7 +174,7 @@ class Given(_Section):
     """SHA-256 of its weights, which lie beside the recipe."""
     quantised: bool = False
     """It was trained over the base in NF4."""
-    dataset: str = ""
+    dataset: Name | Literal[""] = ""
     """Name or id of the dataset that the merged weights are judged on; empty: a few plain questions."""
 
 

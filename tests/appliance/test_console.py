@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from appliance import api
 from appliance.canary import FIRST_TOKEN, Comparison
-from appliance.console import canary_lines, event_line, percent
+from appliance.console import canary_lines, event_line, percent, print_table
 
 
 def test_a_warning_says_what_to_try_and_shows_the_logs_last_lines() -> None:
@@ -45,3 +47,8 @@ def test_a_canary_with_both_sides_figures() -> None:
 
 def test_percent() -> None:
     assert [percent(share) for share in (0.1, 0.07, 0.005, 0.5)] == ["10%", "7%", "0.5%", "50%"]
+
+
+def test_a_table_shows_control_characters_as_their_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("A", "B"), [("\x1b[2J", "b")])
+    assert capsys.readouterr().out == "A     B\n\u241b[2J  b\n"

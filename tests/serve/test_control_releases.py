@@ -384,6 +384,7 @@ ASKED = {"messages": [{"role": "user", "content": "hi"}], "text": "hello"}
         ({"recipe": []}, "'recipe'"),
         ({"recipe": RECIPE | {"clock": "tomorrow"}}, r"'recipe\.clock'"),
         ({"recipe": RECIPE | {"given": {"sha256": 7}}}, r"'recipe\.given\.sha256'"),
+        ({"recipe": RECIPE | {"given": {"sha256": "0", "dataset": "../x"}}}, r"'recipe\.given\.dataset"),
         ({"created": 1e300, "recipe": RECIPE}, "'created' or 'recipe.clock' is no day"),
         ({"datasets": ["x"]}, "'datasets'"),
         ({"datasets": {"sft": []}}, r"'datasets\.sft'"),

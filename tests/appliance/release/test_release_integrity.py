@@ -249,3 +249,8 @@ def test_without_descriptors_nobody_can_say(folder: Path, monkeypatch: pytest.Mo
         unchanged(folder, seen)
     with pytest.raises(OSError, match="Too many"):
         look(folder, seen)
+
+
+def test_a_file_that_is_just_being_written_is_no_damage(folder: Path) -> None:
+    (folder / ".manifest.json.7.tmp").write_text("{")
+    assert examine(folder, "", {}, Reading()).damage == ""
