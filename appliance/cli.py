@@ -138,7 +138,14 @@ def runs(run: str | None, as_json: bool) -> None:
         console.print_json(found[0] if run else found)
         return
     rows = [
-        (one.id, one.state, one.stage, one.base, console.ago(one.created), f"{one.reason} {one.next}".strip())
+        (
+            one.id,
+            one.state,
+            one.stage,
+            one.base,
+            console.ago(one.created),
+            " — ".join(filter(None, (one.reason, one.next))),
+        )
         for one in found
     ]
     console.print_table(("RUN", "STATE", "STAGE", "BASE", "QUEUED", "WHY"), rows)

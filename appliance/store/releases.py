@@ -139,22 +139,18 @@ class Releases:
     def successor(self) -> str | None:
         """What is to be live where the live release may not be: what was so before, else the newest verified one.
 
-        One that was to go live and did not is passed over.
+        Those that were verified here come before those from elsewhere. One that was to go live and did not is passed
+        over, and one from elsewhere that was never live.
         """
-        fit = "damage = '' AND state != 'refused' AND id IS NOT ?"
-        live = self.live()
         row = self._db.execute(
-            f"SELECT release AS id FROM deployments JOIN releases ON id = release WHERE failed = '' AND {fit}"
-            " ORDER BY position DESC LIMIT 1",
-            (live,),
+            "SELECT id FROM releases LEFT JOIN"
+            " (SELECT release, max(position) AS position FROM deployments WHERE failed = '' GROUP BY release)"
+            " ON release = id WHERE damage = '' AND state != 'refused' AND id IS NOT ?"
+            " AND (position IS NOT NULL OR state = 'verified' AND id NOT IN"
+            " (SELECT release FROM deployments WHERE failed != '' AND answered IS NULL))"
+            " ORDER BY state = 'verified' DESC, position DESC, created DESC, releases.rowid DESC LIMIT 1",
+            (self.live(),),
         ).fetchone()
-        if row is None:
-            row = self._db.execute(
-                f"SELECT id FROM releases WHERE {fit} AND state = 'verified' AND id NOT IN"
-                " (SELECT release FROM deployments WHERE failed != '' AND answered IS NULL)"
-                " ORDER BY created DESC, rowid DESC LIMIT 1",
-                (live,),
-            ).fetchone()
         return None if row is None else str(row["id"])
 
     def give_way(self, to: str | None, reason: str) -> None:

@@ -189,6 +189,17 @@ def test_a_damaged_live_release_gives_way_and_no_way_leads_back_to_it(db: sqlite
         releases.rollback()
 
 
+def test_what_was_verified_here_comes_before_what_comes_from_elsewhere(db: sqlite3.Connection) -> None:
+    releases = Releases(db)
+    history(releases, "a")
+    releases.add("elsewhere", "tiny", "verified elsewhere", "", {}, promote=False)
+    history(releases, "elsewhere", "b")
+    releases.found_damaged("b", "bits")
+    assert releases.successor() == "a"
+    releases.found_damaged("a", "bits")
+    assert releases.successor() == "elsewhere"
+
+
 def test_the_newest_verified_release_comes_after_those_that_were_live(db: sqlite3.Connection) -> None:
     releases = Releases(db)
     history(releases, "a")
