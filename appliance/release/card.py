@@ -34,6 +34,9 @@ def model_card(manifest: Manifest, source: dict[str, Any]) -> str:
         f"- {stage}: `{id}` (SHA-256 of its rows `{manifest.dataset_rows[id]}`)"
         for stage, id in manifest.datasets.items()
     )
+    warnings = "".join(
+        f"- Warning: {_cell(line)}\n" for figures in manifest.stages.values() for line in figures.get("warnings", ())
+    )
     recipe = dump_recipe(Recipe.model_validate(manifest.recipe))
     return f"""---
 {front_matter}
@@ -63,6 +66,7 @@ Kept: the merge into the {manifest.merge["kept"]} base.
 |---|---|
 {losses or "| nothing was trained | |"}
 
+{warnings}
 All figures and the SHA-256 of every file are in `manifest.json`.
 
 ## Recipe

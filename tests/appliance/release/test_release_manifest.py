@@ -58,6 +58,18 @@ def test_a_gate_that_did_not_pass_refuses_the_release(home: Home) -> None:
     assert manifest.reason == "stopping: 1 of 3 answers do not end"
 
 
+def test_a_loss_that_training_has_not_lowered_is_a_line_of_the_card(home: Home) -> None:
+    path = home.runs / "lora" / "sft" / "result.json"
+    figures = json.loads(path.read_bytes())
+    assert figures["warnings"] == []
+    path.write_text(
+        json.dumps(figures | {"warnings": ["the held-out loss is no lower after sft: 3.1, and 2.9 before"]})
+    )
+    finish(home)
+    card = (home.releases / "lora" / "README.md").read_text()
+    assert "\n- Warning: the held-out loss is no lower after sft: 3.1, and 2.9 before\n" in card
+
+
 @pytest.mark.parametrize("passed", [True, False])
 def test_what_the_engine_says_of_fidelity_stands_beside_what_the_files_say(home: Home, passed: bool) -> None:
     manifest = finish(home, {**PASSED, "served": Gate(passed, {"tokens": 9}, "the engine is apart")})
