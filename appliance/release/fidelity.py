@@ -42,7 +42,10 @@ class Measured:
         parts = {"trained": self.trained}
         if self.merged_into is not self.trained:
             parts["merged_into"] = self.merged_into
-        tensors = {f"{part}.{name}": value for part, scores in parts.items() for name, value in vars(scores).items()}
+        # Both may hold the same tensor of ids, which the format does not take twice.
+        tensors = {
+            f"{part}.{name}": value.clone() for part, scores in parts.items() for name, value in vars(scores).items()
+        }
         save_file({**tensors, "reference": self.reference}, path)
 
     @classmethod

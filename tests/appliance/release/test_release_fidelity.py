@@ -128,7 +128,7 @@ def test_limits_have_a_floor() -> None:
 @pytest.mark.parametrize("same", [True, False])
 def test_what_was_measured_comes_back_from_its_file(tmp_path: Path, same: bool) -> None:
     trained = scores()
-    measured = Measured(trained, trained if same else scores(0.1, 2), torch.ones(3))
+    measured = Measured(trained, trained if same else replace(scores(0.1, 2), ids=trained.ids), torch.ones(3))
     measured.save(tmp_path / "scores.safetensors")
     found = Measured.load(tmp_path / "scores.safetensors")
     assert (found.merged_into is found.trained) == same

@@ -82,5 +82,10 @@ def test_one_that_cannot_be_merged_fails_by_name(home: Home) -> None:
     tensors = load_file(path)
     save_file({**tensors, "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 64)}, path)
     assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["reason"] == "the adapter is not the one that was given"
+    recipe = read_recipe(run)
+    about = Given(sha256=sha256(path))
+    (run / "recipe.toml").write_text(dump_recipe(recipe.model_copy(update={"given": about})))
+    assert work(run, "merge") == Exit.FAILED
     assert failure(run, "merge")["code"] == "not_mergeable"
     assert "no module model.layers.7.mlp.up_proj" in failure(run, "merge")["reason"]
