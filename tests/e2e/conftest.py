@@ -8,16 +8,44 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from box import Box
 
-from appliance.home import Home
+from appliance.home import Home, sha256, write_json
+from appliance.release.manifest import MANIFEST, Manifest
 from appliance.store.database import open_database
 from appliance.store.releases import Releases
 
 SERVE = (sys.executable, str(Path(__file__).parent / "invented_daemon.py"))
+
+
+def write_release(home: Home, id: str) -> str:
+    """A release that holds nothing but its manifest, whose hash is returned."""
+    nothing: dict[str, Any] = {}
+    manifest = Manifest(
+        release=id,
+        state="verified",
+        reason="all 5 gates passed",
+        created=1.0,
+        base="tiny",
+        datasets=nothing,
+        dataset_rows=nothing,
+        gates=nothing,
+        merge=nothing,
+        stages=nothing,
+        files=nothing,
+        base_files=nothing,
+        recipe={"name": id, "base": "tiny", "clock": "2026-01-01"},
+        recipe_sha256="",
+        versions=nothing,
+    )
+    (home.releases / id).mkdir()
+    write_json(home.releases / id / MANIFEST, asdict(manifest))
+    return sha256(home.releases / id / MANIFEST)
 
 
 @pytest.fixture
@@ -29,8 +57,8 @@ async def running(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Box]:
     home.create()
     with contextlib.closing(open_database(home.database)) as db:
         for id in ("old", "new"):
-            (home.releases / id).mkdir()
-            Releases(db).add(id, "tiny", "verified", "", {}, promote=id == "old")
+            digest = write_release(home, id)
+            Releases(db).add(id, "tiny", "verified", "", {}, promote=id == "old", manifest_sha256=digest)
     box = Box(home, SERVE)
     box.start()
     try:

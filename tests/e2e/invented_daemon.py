@@ -1,7 +1,7 @@
 """A real daemon whose engines invent their answers: `python invented_daemon.py`. Settings come from the environment.
 
-An engine is this file too. It answers with its release's name, unless the release's directory has a file `behaviour`
-that says: refuse (an error), break (an answer ends in the middle), stall (it stops there and never ends), die (the
+An engine is this file too. It answers with its release's name, unless the home has a file `RELEASE.behaviour` that
+says: refuse (an error), break (an answer ends in the middle), stall (it stops there and never ends), die (the
 process ends), cut (by the length limit).
 """
 
@@ -51,7 +51,8 @@ def engine(release: Path, name: str) -> Starlette:
 
     async def complete(request: Request) -> Response:
         asked = await request.json()
-        behaviour = (release / "behaviour").read_text() if (release / "behaviour").exists() else ""
+        said = release.parent.parent / f"{release.name}.behaviour"
+        behaviour = said.read_text() if said.exists() else ""
         if behaviour == "die":
             os._exit(1)
         if behaviour == "refuse":

@@ -110,7 +110,7 @@ async def test_a_good_canary_goes_live_and_nobody_notices(running: Box, key: str
 
 @pytest.mark.parametrize("behaviour", ["refuse", "die", "cut"])
 async def test_a_bad_canary_goes_back_and_nobody_notices(running: Box, key: str, behaviour: str) -> None:
-    (running.home.releases / "new" / "behaviour").write_text(behaviour)
+    (running.home.root / "new.behaviour").write_text(behaviour)
     async with asking(running, key) as clients:
         await running.client.promote("new", canary=0.2)
         canary = await ended(running)
@@ -137,7 +137,7 @@ async def test_a_canary_whose_answers_people_dislike_goes_back(running: Box, key
 
 
 async def test_a_canary_whose_streams_break_goes_back(running: Box, key: str) -> None:
-    (running.home.releases / "new" / "behaviour").write_text("break")
+    (running.home.root / "new.behaviour").write_text("break")
     async with asking(running, key) as clients:
         await running.client.promote("new", canary=0.2)
         canary = await ended(running)

@@ -20,7 +20,7 @@ CHAT = "/chat/completions"
 
 
 async def test_an_engine_that_dies_under_load(running: Box, key: str) -> None:
-    behaviour = running.home.releases / "old" / "behaviour"
+    behaviour = running.home.root / "old.behaviour"
     behaviour.write_text("stall")
     endpoint = (await running.client.status()).endpoint
     headers = {"authorization": f"Bearer {key}"}
