@@ -25,8 +25,8 @@ from appliance.release.weights import pairs
 
 TARGET = "model.layers.0.self_attn.v_proj.weight"
 Tensors = dict[str, torch.Tensor]
-TOO_SMALL = {"a norm changed by one per cent"}
-"""For their sound alone; their bytes tell."""
+TOO_SMALL = {(id, "a norm changed by one per cent") for id in ("lora", "nudged")} | {("nudged", "one weight forgotten")}
+"""For their sound alone, which rounding drowns; the bytes tell."""
 
 
 def verify(home: Home, id: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def test_a_planted_fault_is_caught(home: Home, id: str, fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("id", "fault"), [(id, fault) for id, fault in PLANTED if id in ("lora", "nudged") and fault not in TOO_SMALL]
+    ("id", "fault"), [(id, fault) for id, fault in PLANTED if id in ("lora", "nudged") and (id, fault) not in TOO_SMALL]
 )
 def test_a_planted_fault_is_heard_in_what_the_model_says(
     home: Home, monkeypatch: pytest.MonkeyPatch, id: str, fault: str
