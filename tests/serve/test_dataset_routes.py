@@ -144,7 +144,8 @@ async def test_what_a_release_was_made_from_stays(control: Control, tmp_path: Pa
     id = await imported(control, write(tmp_path / "one.jsonl", range(3)), "one")
     run = refer(control, id, "finished")
     with building(control.home.releases / run) as directory:
-        manifest = {each.name: {} for each in fields(Manifest)} | {"datasets": {"sft": id}}
+        words = {"release": run, "state": "verified", "reason": "", "base": "tiny", "recipe_sha256": "", "created": 1.0}
+        manifest = {each.name: {} for each in fields(Manifest)} | words | {"datasets": {"sft": id}}
         write_json(directory / "manifest.json", manifest)
     with pytest.raises(Conflict, match=f"needed by release {run}"):
         await control.client.remove_dataset("one")
