@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from engine_process import KEY, Served, listening, serving
@@ -12,6 +14,9 @@ from engine_process import KEY, Served, listening, serving
 from appliance.settings import Settings, load_settings
 from serve.gateway.app import Gateway, Route
 from serve.gateway.feedback import Ledger
+
+if TYPE_CHECKING:
+    from serve.engines.generation import Generator
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -51,6 +56,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def generator(tiny: Path) -> Iterator[Generator]:
+    """The embedded engine on the tiny model, once its thread has begun to count batches."""
+    from serve.engines.generation import Generator
+
+    generator = Generator(tiny, kv_cache_gib=0.01, gpu_memory_share=0.5, max_model_len=512)
+    while not hasattr(generator._manager, "current_batch"):
+        assert generator.alive
+        time.sleep(0.01)
+    yield generator
+    generator.close()
 
 
 @pytest.fixture(scope="session")

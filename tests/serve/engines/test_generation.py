@@ -53,13 +53,6 @@ async def settles(condition: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def generator(tiny: Path) -> Any:
-    generator = Generator(tiny, kv_cache_gib=0.01, gpu_memory_share=0.5, max_model_len=512)
-    yield generator
-    generator.close()
-
-
-@pytest.fixture(scope="module")
 def reference(tiny: Path) -> Any:
     """What Transformers' own `generate` answers greedily."""
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +18,6 @@ from serve.engines.transformers_server import Server
 MESSAGES = [{"role": "user", "content": "Hi"}]
 ASK: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def generator(tiny: Path) -> Iterator[Generator]:
-    generator = Generator(tiny, kv_cache_gib=0.01, gpu_memory_share=0.5, max_model_len=512)
-    yield generator
-    generator.close()
 
 
 @pytest.fixture
