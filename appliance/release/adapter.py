@@ -65,7 +65,7 @@ class Replaced:
         return len(shape) > 0 and shape == tuple(self.value.shape)
 
     def __call__(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        return self.value[rows].float()
+        return weight.copy_(self.value[rows])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ name, so that the same merge gives the same files, and whoever knows the values 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 
@@ -17,8 +18,8 @@ DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 """The last bits of an fp32 value, for which the type has no room."""
 _TO_FP32_RANGE = 2.0**-112
 """Brings the least normal number of fp16 to that of fp32, so that values below lose bits as they do in fp16."""
-_TABLE = 1 << 18
-"""Draws that are kept at once."""
+_BLOCK = 1 << 18
+"""Values in a row that take neighbouring draws."""
 
 
 class Rounding:
@@ -28,33 +29,34 @@ class Rounding:
         self._dtype = dtype
         if dtype not in DROPPED_BITS:
             return
-        rows, columns = shape[0], max(1, math.prod(shape[1:]))
+        self._width = math.prod(shape[1:])
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-        generator, most = torch.Generator().manual_seed(seed), 1 << DROPPED_BITS[dtype]
-        self._height = min(rows, max(1, _TABLE // columns))
-        self._table = torch.randint(most, (self._height, columns), generator=generator, dtype=torch.int32)
-        # Blocks of so many rows share their draws, each block turned by another number of columns.
-        blocks = -(-rows // self._height)
-        self._turns = (torch.randperm(max(columns, blocks), generator=generator)[:blocks] % columns).tolist()
+        blocks = -(-math.prod(shape) // _BLOCK)
+        generator = torch.Generator().manual_seed(seed)
+        self._starts = torch.randint(_BLOCK, (blocks,), generator=generator).tolist()
 
-    def __call__(self, values: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The `values` of `rows`, which are overwritten, in the tensor's type."""
+    def __call__(self, values: torch.Tensor, rows: slice, out: torch.Tensor) -> torch.Tensor:
+        """`out`, given the `values` of `rows`, which are overwritten."""
         if self._dtype not in DROPPED_BITS:
-            return values.to(self._dtype)
+            return out.copy_(values)
         values = values.contiguous()
         if self._dtype == torch.float16:
             values.mul_(_TO_FP32_RANGE)
-        bits = values.view(torch.int32).view(len(values), -1)
-        start = rows.start
-        while start < rows.stop:
-            block, at = divmod(start, self._height)
-            stop = min(rows.stop, start + self._height - at)
-            draws, turn = self._table[at : at + stop - start], self._turns[block]
-            part = bits[start - rows.start : stop - rows.start]
-            part[:, turn:].add_(draws[:, : draws.shape[1] - turn])
-            part[:, :turn].add_(draws[:, draws.shape[1] - turn :])
-            start = stop
+        bits, draws = values.view(torch.int32).flatten(), _draws(DROPPED_BITS[self._dtype])
+        begin, done = rows.start * self._width, 0
+        while done < len(bits):
+            block, within = divmod(begin + done, _BLOCK)
+            count, at = min(len(bits) - done, _BLOCK - within), self._starts[block] + within
+            bits[done : done + count].add_(draws[at : at + count])
+            done += count
         bits.bitwise_and_(-1 << DROPPED_BITS[self._dtype])
         if self._dtype == torch.float16:
             values.div_(_TO_FP32_RANGE)
-        return values.to(self._dtype)
+        return out.copy_(values)
+
+
+@functools.cache
+def _draws(bits: int) -> torch.Tensor:
+    """[2 * _BLOCK] Even draws of so many bits: a value's last bits and one of them make the next step, or do not."""
+    generator = torch.Generator().manual_seed(bits)
+    return torch.randint(1 << bits, (2 * _BLOCK,), generator=generator, dtype=torch.int32)

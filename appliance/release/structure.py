@@ -120,8 +120,8 @@ def _differing(name: str, start: torch.Tensor, merged: torch.Tensor, stored: tor
     if stored.dtype not in DROPPED_BITS:
         far = int(((stored.float() - merged).abs() > allowed).sum())
         return far, far
-    rows = slice(0, len(merged))
-    rounded = Rounding(name, tuple(merged.shape), stored.dtype)(merged.clone(), rows)
+    rounding = Rounding(name, tuple(merged.shape), stored.dtype)
+    rounded = rounding(merged.clone(), slice(0, len(merged)), out=torch.empty_like(stored))
     wrong = rounded != stored
     count = int(wrong.sum())
     if not count:

@@ -106,7 +106,8 @@ def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, 
 def _round_again(model: Any, parameters: dict[str, str], dtype: torch.dtype, name: str, exact: torch.Tensor) -> None:
     """Give the loaded model the values of a stored tensor as other draws would have rounded them."""
     rounding = Rounding(f"{name} again", tuple(exact.shape), dtype)
-    model.get_parameter(parameters[name]).copy_(rounding(exact.clone(), slice(0, len(exact))))
+    again = torch.empty_like(exact, dtype=dtype)
+    model.get_parameter(parameters[name]).copy_(rounding(exact.clone(), slice(0, len(exact)), out=again))
 
 
 def _served(conversations: list[Rendered], adapter: Scores, noisy: Scores) -> Served:

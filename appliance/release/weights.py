@@ -155,13 +155,16 @@ def _write_changed(source: FileIO, target: FileIO, tensor: Stored, change: Chang
     dtype = DTYPES[tensor.dtype]
     count = tensor.shape[0]
     width = (tensor.end - tensor.begin) // count
-    step = count if change.whole else max(1, _BLOCK * dtype.itemsize // width)
+    step = count if change.whole else min(count, max(1, _BLOCK * dtype.itemsize // width))
     rounding = Rounding(tensor.name, tensor.shape, dtype)
+    block = torch.empty((step, *tensor.shape[1:]), dtype=dtype)
+    exact = torch.empty_like(block, dtype=torch.float32)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
-        stored = torch.empty((rows.stop - rows.start, *tensor.shape[1:]), dtype=dtype)
+        stored = block[: rows.stop - start]
         _fill(source, _bytes(stored))
-        _write(target, _bytes(rounding(change(stored.to(torch.float32, copy=True), rows), rows)))
+        changed = change(exact[: len(stored)].copy_(stored), rows)
+        _write(target, _bytes(rounding(changed, rows, out=stored)))
 
 
 def _copy(source: FileIO, target: FileIO, length: int) -> None:
