@@ -90,7 +90,7 @@ def read_changes(adapter: Path, base: Path) -> dict[str, Change]:
     """
     config, tensors = _read(adapter)
     skeleton = load_skeleton(base)
-    stored = layout(base)
+    stored, modules = layout(base), dict(skeleton.named_modules())
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         module, part = _split(name.removeprefix(PREFIX))
@@ -98,7 +98,7 @@ def read_changes(adapter: Path, base: Path) -> dict[str, Change]:
     by_parameter: dict[str, Change] = {}
     for module, found in parts.items():
         if any(part in _FACTORS for part in found):
-            by_parameter[f"{module}.weight"] = _low_rank(skeleton, config, module, found)
+            by_parameter[f"{module}.weight"] = _low_rank(modules.get(module), config, module, found)
         else:
             by_parameter |= {f"{module}.{part}": Replaced(tensor) for part, tensor in found.items()}
     changes: dict[str, Change] = {}
@@ -162,9 +162,10 @@ def _split(name: str) -> tuple[str, str]:
     return module, part
 
 
-def _low_rank(skeleton: Any, config: dict[str, Any], name: str, parts: dict[str, torch.Tensor]) -> LowRank:
-    """The change of one module, turned to the way in which its weight is stored."""
-    module = dict(skeleton.named_modules()).get(name)
+def _low_rank(
+    module: Any, config: dict[str, Any], name: str, parts: dict[str, torch.Tensor]
+) -> LowRank:
+    """The change of the base's `module`, turned to the way in which its weight is stored."""
     if module is None:
         raise not_mergeable(
             f"the base model has no module {name}, which the adapter changes",
