@@ -162,9 +162,7 @@ def _split(name: str) -> tuple[str, str]:
     return module, part
 
 
-def _low_rank(
-    module: Any, config: dict[str, Any], name: str, parts: dict[str, torch.Tensor]
-) -> LowRank:
+def _low_rank(module: Any, config: dict[str, Any], name: str, parts: dict[str, torch.Tensor]) -> LowRank:
     """The change of the base's `module`, turned to the way in which its weight is stored."""
     if module is None:
         raise not_mergeable(
