@@ -15,8 +15,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+import torch
 from engine_process import Served, serving
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from appliance.data.render import render_prompt
 from appliance.data.tokenizer import load_tokenizer
@@ -73,6 +74,20 @@ async def test_today_is_what_its_release_takes_for_it(long_ago: Served) -> None:
         await served.kind.reload(served.address, served.model, "r2", LATER)
         answer = await served.kind.probe(served.address, "r2", Probe(MESSAGES, [], 2))
         assert answer.token_ids == rendered[LATER]
+
+
+async def test_what_it_finds_likely_is_what_transformers_does_or_it_cannot_say(served: Served, probe: Probe) -> None:
+    ids = [*probe.token_ids, *(await served.kind.probe(served.address, served.name, probe)).token_ids[:8]]
+    said = await served.kind.logprobs(served.address, served.name, ids)
+    if served.kind.name == "transformers":
+        assert said is None
+        return
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(served.model, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    wanted = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert said is not None
+    assert said[0] == 0
+    assert said[1:] == pytest.approx(wanted.tolist(), abs=0.05)
 
 
 async def test_an_engine_that_is_not_there(served: Served, probe: Probe, tmp_path: Path) -> None:
