@@ -41,6 +41,7 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m appliance.train.reference > docs/RECIPES.md
+	$(BIN)/python tests/appliance/data/template_table.py > docs/TEMPLATES.md
 
 $(READY): pyproject.toml setup.sh
 	@PYTHON=$(PYTHON) ./setup.sh $(VENV)
@@ -53,10 +54,11 @@ $(VLLM_VENV)/ready: pyproject.toml setup.sh
 bench-data: $(READY)
 	@$(BIN)/python bench/data.py
 
-# Needs an NVIDIA GPU, without one ARGUMENTS=--dry.
+# About an hour on 2 cores; ARGUMENTS="--home DIRECTORY" goes on where it was.
 bench-gates: $(READY)
 	@PYTHONPATH=.:bench:tests/appliance/release HF_HUB_OFFLINE=1 $(BIN)/python bench/gates.py $(ARGUMENTS)
 
+# Needs an NVIDIA GPU, without one ARGUMENTS=--dry.
 bench-gpu: $(READY)
 	@bench/gpu.sh $(ARGUMENTS)
 

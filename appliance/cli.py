@@ -269,7 +269,8 @@ def status(as_json: bool) -> None:
         console.print_json(now)
         return
     print(f"endpoint  {now.endpoint}")
-    print(f"live      {now.live or 'nothing'}{'' if now.live == now.routed else f' (answering: {now.routed or None})'}")
+    meanwhile = f"{now.routed} answers meanwhile" if now.routed else "nothing answers yet"
+    print(f"live      {now.live or 'nothing'}{'' if now.live == now.routed else f' ({meanwhile})'}")
     if now.unmerged:
         print(f"unmerged  {now.unmerged.name} answers on that release's engine until {now.unmerged.run} is verified")
     for line in console.canary_lines(now.canary) if now.canary else ():

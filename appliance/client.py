@@ -16,6 +16,7 @@ import httpx
 from pydantic import TypeAdapter
 
 from appliance import api
+from appliance.adapters import WEIGHTS, read_about
 from appliance.archive import MANIFEST, TAR_END, tar_header, tar_padding
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed, NotFound, Unreachable
 from appliance.home import building, disk_error, replacing
@@ -68,11 +69,15 @@ class Client:
     async def import_dataset(self, files: Sequence[SourceFile], name: str, **how: Any) -> dict[str, Any]:
         """Send files to the daemon and return the import's report. Raises InvalidInput for an unreadable file.
 
-        `how` are the import's options: format, columns, base, max_length, salvage, redact.
+        `how` are the import's options: format, columns, base, max_length, encoding, ignore,
+        drop_untrainable, salvage, redact.
         """
         try:
             sizes = [None if file.path is None else file.path.stat().st_size for file in files]
-            uploads = [{"filename": file.name, "bytes": size} for file, size in zip(files, sizes, strict=True)]
+            uploads = [
+                {"filename": file.name, "bytes": size, "about": file.about}
+                for file, size in zip(files, sizes, strict=True)
+            ]
             head = json.dumps(uploads).encode() + b"\n"
             length = len(head) + sum(size or 0 for size in sizes)
             return await self._call(
@@ -208,16 +213,16 @@ class Client:
         """End the canary, or where there is none make the release that was live before the live one live again."""
         return await self._call("POST", "/v1/rollback", api.Release)
 
-    async def merge(self, adapter: Path, base: str, name: str, dataset: str = "", quantised: bool = False) -> api.Run:
-        """Queue a run that merges the adapter in directory `adapter` into `base`. Raises InvalidInput without one."""
-        try:
-            config = json.dumps(json.loads((adapter / "adapter_config.json").read_bytes())).encode() + b"\n"
-        except (OSError, ValueError) as error:
-            raise InvalidInput(
-                "bad_adapter", f"{adapter} holds no adapter: {error}", "name the directory that PEFT saved"
-            ) from None
-        given = {"name": name, "base": base, "dataset": dataset, "quantised": str(quantised).lower()}
-        return await self._send(adapter / "adapter_model.safetensors", "/v1/adapters", api.Run, given, config)
+    async def merge(self, adapter: Path, base: str, name: str, dataset: str = "", **said: bool) -> api.Run:
+        """Queue a run that merges the adapter in directory `adapter` into `base`.
+
+        What a person has `said` of it: `quantised`, `same_base`, `base_template`. Raises InvalidInput where it is no
+        adapter that can be read, or one for another base.
+        """
+        about = read_about(adapter).model_dump_json().encode() + b"\n"
+        given = {"name": name, "base": base, "dataset": dataset}
+        given |= {key: str(value).lower() for key, value in said.items()}
+        return await self._send(adapter / WEIGHTS, "/v1/adapters", api.Run, given, about)
 
     async def export(self, release: str, path: Path) -> None:
         """Write a release to `path`, checking every hash: as a folder, or where the name ends in .tar, as an archive.

@@ -82,7 +82,8 @@ def canary_lines(canary: api.Canary) -> list[str]:
 
 def check_line(check: api.Check) -> str:
     """How far the reading of a release's files is."""
-    return f"the files of {check.release} are being read: {size(check.read)} of {size(check.bytes)}"
+    far = f": {size(check.read)} of {size(check.bytes)}" if check.bytes else ""
+    return f"the files of {check.release} are being read{far}"
 
 
 def percent(share: float) -> str:

@@ -38,6 +38,9 @@ def data() -> None:
 @click.option("--format", "row_format", help="Take every row for this format instead of detecting it.")
 @click.option("--map", "columns", help="Rename the rows' columns: instruction=question,output=answer.")
 @click.option("--type", "extension", help="What the files are where their names do not tell: csv, jsonl.gz, ...")
+@click.option("--encoding", help="The encoding of texts that are not UTF-8, such as cp1252 or gb18030.")
+@click.option("--ignore", multiple=True, metavar="KEY", help="Take KEY of rows and messages for not there; repeatable.")
+@click.option("--drop-untrainable", is_flag=True, help="Leave out the rows that the base model cannot be trained on.")
 @click.option("--salvage", is_flag=True, help="Keep the whole records of a damaged file, and say what was lost.")
 @click.option("--redact", is_flag=True, help="Put placeholders in the place of secrets and e-mail addresses.")
 @_with_base
@@ -48,6 +51,9 @@ def data_import(
     row_format: str | None,
     columns: str | None,
     extension: str | None,
+    encoding: str | None,
+    ignore: tuple[str, ...],
+    drop_untrainable: bool,
     salvage: bool,
     redact: bool,
     recipe: str | None,
@@ -61,8 +67,14 @@ def data_import(
     sources = find_sources(files, extension)
     chosen, max_length = _base(recipe, base)
     name = name or Path(files[0] if Path(files[0]).is_dir() else sources[0].name).name.split(".")[0]
-    how = {"format": row_format, "columns": columns, "base": chosen, "max_length": max_length}
-    how |= {"salvage": salvage or None, "redact": redact or None}
+    how: dict[str, object] = {"format": row_format, "columns": columns, "base": chosen, "max_length": max_length}
+    how |= {
+        "encoding": encoding,
+        "ignore": ignore or None,
+        "drop_untrainable": drop_untrainable or None,
+        "salvage": salvage or None,
+        "redact": redact or None,
+    }
     report = ask(lambda client: client.import_dataset(sources, name, **how))
     if as_json:
         console.print_json(report)
@@ -191,6 +203,10 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
     lines += [f"  {_place(drop)}: {drop['code']}: {drop['reason']}" for drop in report["drops"][:_SHOWN]]
     if report["dropped"] > _SHOWN:
         lines.append(f"  ... and {report['dropped'] - _SHOWN} more: `appliance data show {report['name']} --json`")
+    untrainable = report.get("untrainable", [])
+    lines += [f"  {_place(row)}: cannot be trained on: {row['code']}: {row['reason']}" for row in untrainable[:_SHOWN]]
+    if len(untrainable) > _SHOWN:
+        lines.append(f"  ... and more: `appliance data show {report['name']} --json`")
     tokens = report.get("tokens")
     if tokens and (points := tokens["percentiles"]):
         lines += [

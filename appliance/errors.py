@@ -48,6 +48,14 @@ class ApplianceError(Exception):
         return error
 
 
+def reason(error: Exception) -> str:
+    """One line of any error: what an error of ours says, else its kind and the first line of its text."""
+    if isinstance(error, ApplianceError):
+        return error.message
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class InvalidInput(ApplianceError):
     """What the person gave cannot be used: a file, a recipe, an option."""
 

@@ -27,7 +27,7 @@ def find_garbage(
     oldest = time.time() - LEFTOVER_SECONDS
     every = releases.all()
     whole = [release.id for release in every if not release.damage]
-    kept = {*whole[:keep]} | releases.needed() | serving
+    kept = {*whole[:keep]} | releases.needed() | serving | _rechecked(home, runs)
     unfinished = {run.id for run in runs.all() if run.state != "finished"}
     recorded = {release.id for release in every}
     old = [id for id in recorded if id not in kept]
@@ -93,6 +93,13 @@ def dataset_users(home: Home, runs: Runs) -> dict[str, str]:
             for part in (*recipe.get("stages", ()), recipe.get("given", {})):
                 users.setdefault(part.get("dataset", ""), f"run {path.parent.name} ({state})")
     return users
+
+
+def _rechecked(home: Home, runs: Runs) -> set[str]:
+    """Releases whose gates a run is to repeat."""
+    active = {run.id for run in runs.active()}
+    paths = (path for path in home.runs.glob("*/recipe.toml") if path.parent.name in active)
+    return {recipe.get("rechecks", "") for recipe in (tomllib.loads(path.read_text()) for path in paths)}
 
 
 def _names(folder: Path, oldest: float) -> list[str]:

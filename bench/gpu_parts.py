@@ -313,7 +313,7 @@ PARTS = (
     Part(sft, 120, timed=True),
     Part(dpo, 180),
     Part(out_of_memory, 150),
-    Part(release, 180),
+    Part(release, 240),
     Part(interrupted, 180),
     Part(short_packed, 120, timed=True),
     Part(short_padded, 120, timed=True),

@@ -22,7 +22,7 @@ from appliance import __version__, api, hardware
 from appliance.data.dataset import Dataset
 from appliance.errors import ApplianceError, Conflict, InvalidInput
 from appliance.home import Home, building, disk_error, require_space, write_atomic
-from appliance.models import count_parameters, list_models, model_path
+from appliance.models import count_parameters, list_models, model_path, require_trainable
 from appliance.recipes import shipped_recipes
 from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
@@ -30,6 +30,7 @@ from appliance.store.runs import ACTIVE
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.dry_run import DryRunRequest
 from appliance.train.events import EventLog
+from appliance.train.fit import require_fit
 from appliance.train.recipe import Recipe, dump_recipe, parse_recipe
 from serve.datasets import datasets_router, run_module
 from serve.releases import release_routes
@@ -114,10 +115,13 @@ def control_app(
             raise InvalidInput("given_adapter", "the recipe has a given adapter", "use `appliance merge --adapter DIR`")
         if recipe.rechecks:
             raise InvalidInput("rechecks", "the recipe names a release", "use `appliance verify RELEASE --gates`")
-        recipe = recipe.for_base(count_parameters(model_path(home, recipe.base)))
+        base = model_path(home, recipe.base)
+        if recipe.stages:
+            require_trainable(base)
+        recipe = recipe.for_base(count_parameters(base))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
-        for name, dataset in {dataset.id: dataset for dataset in found}.items():
-            Dataset.open(home, name).require_sound(recipe.base, dataset.name)
+        for stage, dataset in zip(recipe.stages, found, strict=True):
+            require_fit(stage, Dataset.open(home, dataset.id), recipe.base, dataset.name)
         stages = tuple(
             stage.model_copy(update={"dataset": dataset.id})
             for stage, dataset in zip(recipe.stages, found, strict=True)

@@ -35,6 +35,8 @@ class Upload(BaseModel):
 
     filename: str
     bytes: int | None = None
+    about: dict[str, Any] = {}
+    """The entry of a dataset_info.json beside it."""
 
 
 def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
@@ -53,6 +55,9 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
         columns: str | None = None,
         base: str | None = None,
         max_length: Annotated[int | None, Query(ge=1)] = None,
+        encoding: str = "utf-8",
+        ignore: Annotated[tuple[str, ...], Query()] = (),
+        drop_untrainable: bool = False,
         salvage: bool = False,
         redact: bool = False,
     ) -> dict[str, Any]:
@@ -67,6 +72,9 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
                 columns=columns,
                 base=_base(home, base),
                 max_length=max_length,
+                encoding=encoding,
+                ignore=list(ignore),
+                drop_untrainable=drop_untrainable,
                 salvage=salvage,
                 redact=redact,
             )
@@ -178,7 +186,7 @@ async def _receive(request: Request, folder: Path) -> list[Source]:
                     left = None if left is None else left - len(piece)
             if left:
                 raise InvalidInput("short_upload", f"{upload.filename} ended {left} bytes too early", "import it again")
-            files.append(Source(path=path, filename=upload.filename))
+            files.append(Source(path=path, filename=upload.filename, about=upload.about))
     except OSError as error:
         raise disk_error(error, folder) from error
     return files

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 
 from appliance import api
+from appliance.adapters import CONFIG, WEIGHTS, About, require_meant_for
 from appliance.archive import MANIFEST, unpack
 from appliance.errors import Conflict, InvalidInput, NotFound
 from appliance.garbage import find_garbage, forget_garbage, remove_garbage
@@ -30,8 +31,7 @@ from appliance.supervisor.supervisor import Supervisor
 from appliance.train.recipe import Given, Recipe, dump_recipe
 from serve.datasets import run_module
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_LONGEST_CONFIG = 1 << 20
+_LONGEST_ABOUT = 1 << 20
 CHECK_SECONDS = 5.0
 """How long a promotion waits for the files of its release to be read; what takes longer goes on without."""
 
@@ -60,6 +60,11 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         releases.require_fit(id)
         if name != MANIFEST and name not in read_manifest(home, id)["files"]:
             raise NotFound("no_such_file", f"release {id} has no file {name}", f"see `appliance releases {id}`")
+        check = await supervisor.checks.settle(id, CHECK_SECONDS)
+        releases.require_fit(id)
+        if check.state != "whole":
+            fault = f"the files of {id} are still being read, to see whether they are whole"
+            raise Conflict("being_read", fault, "try again when `appliance status` no longer says so")
         return FileResponse(home.releases / id / name)
 
     @routes.post("/v1/releases/{id}/promote")
@@ -139,16 +144,25 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         return releases.get(id)
 
     @routes.post("/v1/adapters")
-    async def merge(request: Request, name: str, base: str, dataset: str = "", quantised: bool = False) -> api.Run:
-        """Queue a run that merges an adapter of PEFT. The body is its config in one line, then its safetensors."""
+    async def merge(
+        request: Request,
+        name: str,
+        base: str,
+        dataset: str = "",
+        quantised: bool = False,
+        same_base: bool = False,
+        base_template: bool = False,
+    ) -> api.Run:
+        """Queue a run that merges an adapter of PEFT. The body is About in one line, then its safetensors."""
         weights = sum(file.stat().st_size for file in model_path(home, base).glob("*.safetensors"))
         judged_on = datasets.find(dataset).id if dataset else ""
         with _incoming(home) as folder:
             await _receive(request, folder / "upload")
             require_space(home.root, 2 * weights, "a merge and its release")
             (folder / "adapter").mkdir()
-            await asyncio.to_thread(_split_adapter, folder / "upload", folder / "adapter")
-            given = Given(sha256=sha256(folder / "adapter" / _ADAPTER_FILES[1]), quantised=quantised, dataset=judged_on)
+            about = await asyncio.to_thread(_split_adapter, folder / "upload", folder / "adapter")
+            require_meant_for(model_path(home, base), about, same_base=same_base, base_template=base_template)
+            given = Given(sha256=sha256(folder / "adapter" / WEIGHTS), quantised=quantised, dataset=judged_on)
             recipe = Recipe(name=_checked_name(name), base=base, given=given)
             id = runs.new_id(recipe)
             with building(home.runs / id) as directory:
@@ -215,16 +229,17 @@ def _place(files: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _split_adapter(upload: Path, folder: Path) -> None:
-    """Write the two files of an adapter from what was received."""
+def _split_adapter(upload: Path, folder: Path) -> About:
+    """Write the two files of an adapter from what was received; what it says of itself."""
     with open(upload, "rb") as source:
-        config = source.readline(_LONGEST_CONFIG)
         try:
-            write_atomic(folder / _ADAPTER_FILES[0], json.dumps(json.loads(config), indent=1).encode())
+            about = About.model_validate_json(source.readline(_LONGEST_ABOUT))
         except ValueError:
-            raise InvalidInput("bad_adapter", f"{_ADAPTER_FILES[0]} is no JSON", "save the adapter again") from None
-        with open(folder / _ADAPTER_FILES[1], "wb") as target:
+            raise InvalidInput("bad_adapter", "what was sent is no adapter", "send it by `appliance merge`") from None
+        write_atomic(folder / CONFIG, json.dumps(about.config, indent=1).encode())
+        with open(folder / WEIGHTS, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
+    return about
 
 
 def _checked_name(name: str) -> str:

@@ -57,6 +57,48 @@ CALLING = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
     "{{ message['content'] }}"
     "{% for call in message.tool_calls or [] %}<|endoftext|>{{ call.function | tojson }}{% endfor %}",
 )
+ABLE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}\n<tool_call>{{ call.id }} {{ call.function.name }}"
+    "{% for name, value in call.function.arguments | items %} {{ name }}={{ value }}{% endfor %}</tool_call>"
+    "{% endfor %}"
+    "{% if message.tool_call_id %} ({{ message.tool_call_id }}){% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""It knows tools, calls with their ids, and thoughts."""
+MISTRAL_V3 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}{% if message.role == 'user' %}"
+    "{% if tools and loop.last or tools and loop.index0 == 0 %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]"
+    "{% endif %}[INST] {% if system is defined and loop.first %}{{ system }}\n\n{% endif %}{{ message.content }}[/INST]"
+    "{% elif message.tool_calls is defined %}[TOOL_CALLS] ["
+    "{% for call in message.tool_calls %}"
+    "{% if call.id | length != 9 %}{{ raise_exception('ids have 9 letters') }}{% endif %}"
+    "{{ call.function | tojson }}{% endfor %}]</s>"
+    "{% elif message.role == 'assistant' %} {{ message.content | trim }}</s>"
+    "{% else %}[TOOL_RESULTS] {{ message.content }} {{ message.tool_call_id }}[/TOOL_RESULTS]{% endif %}{% endfor %}"
+)
+GRANITE = (
+    "{% if tools %}<|start_of_role|>tools<|end_of_role|>{{ tools | tojson }}<|end_of_text|>\n{% endif %}"
+    "{% for message in messages %}<|start_of_role|>{{ message.role }}<|end_of_role|>{{ message.content }}"
+    "{% if message.tool_calls %}<|tool_call|>{{ message.tool_calls | map(attribute='function') | list | tojson }}"
+    "{% endif %}"
+    "<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
+)
+OLMO = (
+    "<|endoftext|>{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}"
+    "{% if message.role == 'assistant' %}<|endoftext|>{% endif %}"
+    "{% if not loop.last or message.role != 'assistant' %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PHI4 = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}<|im_sep|>{{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+)
 DATED = "{% if strftime_now is defined %}It is {{ strftime_now('%d %b %Y') }}.\n{% endif %}" + CHATML
 RAISING = "{{ raise_exception('only the user may speak') }}"
 WITHOUT_END = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}" + (
@@ -64,6 +106,9 @@ WITHOUT_END = "{% for message in messages %}{{ message['role'] }}: {{ message['c
 )
 SHOUTING = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | upper }}")
 COUNTING = "{{ messages | length }}" + CHATML
+"""What it renders of the same turns differs with what follows."""
+UNANSWERED = CHATML.replace("<|im_start|>assistant", "<|im_start|>answer")
+"""What it renders for a prompt is no beginning of anything else."""
 
 
 def make_tokenizer(template: str, normalizer: Any = None) -> Any:

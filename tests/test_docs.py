@@ -37,7 +37,10 @@ def test_exit_codes_in_the_readme() -> None:
     assert [int(code) for code in re.findall(r"\b(\d) ", line)] == [int(code) for code in Exit]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/RECIPES.md"])
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/DATA.md", "docs/RECIPES.md", "docs/TEMPLATES.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]

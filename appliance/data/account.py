@@ -8,10 +8,50 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from appliance.data.dataset import canonical_json
-from appliance.data.formats import FORMATS, Canonical, Dropped, kind_of, shown_keys
+from appliance.data.dropped import Dropped
+from appliance.data.fields import MEANING, Level, level
+from appliance.data.formats import FORMATS, Canonical, kind_of, shown_keys
 from appliance.data.private import EMAIL
 from appliance.errors import InvalidInput
 
+_LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+_KEYS_NAMED = 8
+"""So many keys are named in a finding; the report has all."""
+_UNREAD_ADVICE = {
+    "error": ". Name the format (--format), rename a column (--map NAME=COLUMN), or train without: --ignore KEY",
+    "warning": ". Where they matter: --map NAME=COLUMN; where they do not: --ignore KEY",
+    "note": "",
+}
+_ODD: dict[str, tuple[Level, str]] = {
+    "no_value": ("warning", "{} rows have a text that programs write where there is nothing (nan, None, N/A)"),
+    "placeholder": ("warning", "{} rows hold a placeholder such as {{{{name}}}} that nothing has filled"),
+    "rendered": ("warning", "{} rows hold the control tokens of a chat template, as if they had been rendered before"),
+    "written_by_python": (
+        "warning",
+        "{} rows have an answer that is a list or an object as Python writes it, and is trained as text",
+    ),
+    "thought_in_other_marks": (
+        "warning",
+        "{} rows have an answer that begins with a thought in marks that are trained as text",
+    ),
+    "media_mark": ("warning", "{} rows have the mark of an image, a video or a sound, which is trained as text"),
+    "broken_characters": ("warning", "{} rows hold characters that were lost or read in a wrong encoding"),
+    "tools_in_text": (
+        "note",
+        "{} rows have tools and calls in Hermes' marks: they were read, and the system prompt that describes the tools "
+        "gives way to the chat template's own",
+    ),
+    "label_of_numbers": (
+        "note",
+        "{} rows are judged by a `label` that is a number or a word: where it is a class of theirs, --ignore label",
+    ),
+    "unanswered": ("warning", "{} rows end with a turn that nobody answers; it was left out"),
+    "other_branches": ("note", "{} chats have other branches than the current one, which is what was read"),
+    "greeting": ("note", "{} rows begin with the assistant: what it says before anybody asks is kept, and not trained"),
+    "consecutive": ("note", "{} rows have turns of one speaker in a row, which are kept as they are"),
+    "later_system": ("note", "{} rows have a system message between other turns, which is kept there"),
+}
+"""What is hardly meant, or was read in a way that a person should know."""
 SHOWN = 20
 """So many rows are named as examples of a finding."""
 
@@ -33,6 +73,14 @@ class Account:
     """Of each format, the first row of it and the keys that show it."""
     kinds: dict[str, str] = field(default_factory=dict)
     """Kinds of rows seen, each with the place of its first."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Rows by the keys that hold something and were not read."""
+    odd: Counter[str] = field(default_factory=Counter)
+    """Rows with what is hardly meant, or was read in a way to be known, by code."""
+    first_unread: dict[str, str] = field(default_factory=dict)
+    """Of each key that was not read, the place of the first row that has it."""
+    first_odd: dict[str, str] = field(default_factory=dict)
+    """Of each such code, the place of the first row."""
     private: Counter[str] = field(default_factory=Counter)
     """Secrets and e-mail addresses found, by what they are."""
     private_rows: list[str] = field(default_factory=list)
@@ -48,6 +96,13 @@ class Account:
         """Note the format and the kind of a row."""
         self.formats[found.format] += 1
         self.trimmed += found.trimmed
+        if found.unread or found.odd:
+            self.unread.update(found.unread)
+            self.odd.update(found.odd)
+            for name in found.unread:
+                self.first_unread.setdefault(name, place_name(place))
+            for name in found.odd:
+                self.first_odd.setdefault(name, place_name(place))
         if found.format not in self.evidence:
             self.evidence[found.format] = f"{place_name(place)} has the keys {shown_keys(value)}"
         self.kinds.setdefault(kind_of(found.row), place_name(place))
@@ -65,7 +120,12 @@ class Account:
             )
         if len(self.kinds) > 1:
             places = " and ".join(f"{kind} rows (first at {place})" for kind, place in self.kinds.items())
-            raise InvalidInput("mixed_kinds", f"{files} holds {places}", "put each kind into a dataset of its own")
+            fault, advice = f"{files} holds {places}", "put each kind into a dataset of its own"
+            if "unpaired" in self.kinds:
+                other = self.first_unread.get("label", "")
+                fault += ", by their `label`" + (f", which is neither true nor false at {other}" if other else "")
+                advice += "; where `label` is no judgement of the answer: --ignore label"
+            raise InvalidInput("mixed_kinds", fault, advice)
 
     def figures(self) -> dict[str, Any]:
         """The account as the report holds it: rows_in == kept + dropped + duplicates."""
@@ -78,6 +138,7 @@ class Account:
             "dropped": self.dropped.total(),
             "duplicates": self.duplicates,
             "drop_codes": dict(self.dropped),
+            "unread": dict(self.unread),
             "private": dict(self.private),
         }
 
@@ -104,7 +165,11 @@ def findings(report: dict[str, Any], account: Account, redacted: bool) -> list[d
         base = tokens["base"]
         for code, count in tokens["refused"].items():
             row, reason = tokens["first_refused"][code]
-            say("error", code, count, f"{base} cannot be trained on {count} rows; row {row}: {reason}", base=base)
+            message = (
+                f"{base} cannot be trained on {count} rows; row {row}: {reason}. "
+                "`untrainable` in the report lists them; --drop-untrainable leaves them out"
+            )
+            say("error", code, count, message, base=base)
         say(
             "error",
             "nothing_trained",
@@ -119,8 +184,8 @@ def findings(report: dict[str, Any], account: Account, redacted: bool) -> list[d
             "warning",
             "special_token_in_text",
             spelled,
-            f"{spelled} rows spell a special token of {base} in their text, which the tokenizer takes for the token "
-            f"itself; the first is row {tokens['first_spelled']}",
+            f"{spelled} rows spell a special token of {base} in their text; it is taken for text, in training as when "
+            f"served; the first is row {tokens['first_spelled']}",
         )
         long, lost = tokens.get("truncated_rows", 0), tokens.get("truncated_tokens", 0)
         longest = tokens["percentiles"].get("100", 0)
@@ -133,6 +198,14 @@ def findings(report: dict[str, Any], account: Account, redacted: bool) -> list[d
         )
         share = tokens["trained_share"]
         say("warning", "little_trained", int(0 < share < 0.02), f"only {share:.1%} of the tokens are trained")
+    for worst in _LEVELS:
+        keys = [key for key, _ in account.unread.most_common() if level(key) == worst]
+        more = f" and {len(keys) - _KEYS_NAMED} more" if len(keys) > _KEYS_NAMED else ""
+        named = ", ".join(_unread(account, key) for key in keys[:_KEYS_NAMED]) + more
+        say(worst, "unread_keys", len(keys), f"not read: {named}{_UNREAD_ADVICE[worst]}")
+    for code, (worst, what) in _ODD.items():
+        first, count = account.first_odd.get(code, ""), account.odd[code]
+        say(worst, code, count, f"{what.format(count)}; the first at {first}")
     near = report["near_duplicates"]
     say("warning", "near_duplicates", near, f"{near} rows are nearly the same as an earlier one", rows=report["near"])
     conflicts = report["conflicts"]
@@ -163,6 +236,17 @@ def findings(report: dict[str, Any], account: Account, redacted: bool) -> list[d
         f"{account.trimmed} rows had white space around an answer; it was taken off",
     )
     return found
+
+
+def _unread(account: Account, key: str) -> str:
+    """A key, in how many rows it stands, and what it usually means."""
+    meaning = MEANING.get(key.rpartition(".")[2].lower())
+    usually = f", usually {meaning}" if meaning else ""
+    return f"`{_shown(key)}` ({account.unread[key]} rows, first at {account.first_unread[key]}{usually})"
+
+
+def _shown(key: str) -> str:
+    return key.encode(errors="replace").decode()[:60]
 
 
 def stream_report(report: dict[str, Any], drops: Path, into: Path) -> None:

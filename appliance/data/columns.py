@@ -31,14 +31,16 @@ class ColumnMap:
         self._first_keys = "no columns"
 
     def rename(self, value: Any) -> Any:
-        """The row with its keys renamed; a key that stood under a name given to another is gone."""
+        """The row with its keys renamed; what stood under a name given to another is called `NAME as it was`."""
         if not isinstance(value, dict):
             return value
         if len(self._unseen) == len(self._names):
             self._first_keys = shown_keys(value)
         self._unseen -= value.keys()
         renamed = {name: value[column] for column, name in self._names.items() if column in value}
-        kept = {key: item for key, item in value.items() if key not in self._names and key not in renamed}
+        kept = {
+            f"{key} as it was" if key in renamed else key: item for key, item in value.items() if key not in self._names
+        }
         return kept | renamed
 
     def check(self, filename: str) -> None:

@@ -240,6 +240,12 @@ def prompt_messages(row: Row) -> list[dict[str, Any]]:
     return messages[:last]
 
 
+def answered(row: Row, part: str) -> list[dict[str, Any]]:
+    """The conversation of a row's prompt and the answer that is its `part`, of which only that answer is trained."""
+    prompt = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in row["prompt"]]
+    return [*prompt, *row[part]]
+
+
 def prompt_group(row: Row) -> int:
     """The same 64 bits for rows whose prompts differ in nothing but case, spacing and punctuation."""
     said = spoken(prompt_messages(row))

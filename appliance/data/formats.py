@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Set
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from appliance.data.calls import tools_of
 from appliance.data.dataset import Kind, Row
+from appliance.data.dropped import Dropped, from_json, kind_name
+from appliance.data.exports import read_calls, read_chat, read_transcript, read_vertex
+from appliance.data.fields import IN_ROWS, MEDIA, OTHER_SPLITS, REASONING, SPLIT, TRAIN_SPLITS, VERDICTS, number, unread
+from appliance.data.json_text import RepeatedKey
+from appliance.data.messages import SPOKEN, Message, Reading, trimmed
+from appliance.data.shapes import (
+    ANSWERED,
+    ASKED,
+    Parts,
+    Shape,
+    Value,
+    read_alpaca,
+    read_completion,
+    read_instructed_preference,
+    read_openai,
+    read_preference,
+    read_preferred_output,
+    read_rejected_response,
+    read_second_answer,
+    read_second_conversation,
+    read_sharegpt,
+    read_sharegpt_pair,
+    read_turns,
+)
 
-Message = dict[str, Any]
-Parts = dict[str, list[Message]]
-"""The lists of messages that a row consists of, by name."""
-
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+_VERDICT = {
+    **dict.fromkeys(("true", "1", "1.0", "good", "desirable"), True),
+    **dict.fromkeys(("false", "0", "0.0", "-1", "bad", "undesirable"), False),
 }
-_SPEAKER = {"role", "from"}
-_MAY_FOLLOW = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-
-
-class Dropped(Exception):
-    """Why a record is no row: a code for programs, a reason for a person."""
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,292 +46,190 @@ class Canonical:
     `prompt` and `completion` as such lists, with a `label` that says whether the completion is wanted.
 
     `trimmed` says that white space was taken off around an answer: a header that runs into it would be tokenised
-    otherwise in training than in use.
+    otherwise in training than in use. `unread` are the keys that say something and were not read, of a message as
+    `messages[].KEY`; `odd` codes of what texts hold that is hardly meant.
     """
 
     format: str
     row: Row
     trimmed: bool
+    unread: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
 
 
-def to_canonical(value: Any, format: str | None = None) -> Canonical:
-    """The row that `value` is, in `format` or the one that its keys show. Raises Dropped."""
+def to_canonical(value: Any, format: str | None = None, ignored: Set[str] = frozenset()) -> Canonical:
+    """The row that `value` is, in `format` or the one that its keys show, without the keys in `ignored`.
+
+    Raises Dropped.
+    """
+    if isinstance(value, RepeatedKey):
+        raise Dropped("repeated_key", f"`{value.key}` stands in it twice, and only one of the two could be read")
     if not isinstance(value, dict):
-        raise Dropped("not_an_object", f"it is {_kind(value)}, not an object")
-    found = format or detect(value)
-    if found is None:
+        raise Dropped("not_an_object", f"it is {kind_name(value)}, not an object")
+    reading = Reading(ignored)
+    value = _without(value, ignored)
+    if not _AROUND.isdisjoint(value):
+        value, reading.unread = _unwrapped(value, format)
+        value = _without(value, ignored)
+    shape = _shape(value, format)
+    if not _MAY_REFUSE.isdisjoint(value):
+        _refuse_what_is_not_trained(value)
+    parts = shape.read(reading, value)
+    name, judged_by = shape.format, ""
+    if "messages" in parts and not _JUDGES.isdisjoint(value):
+        judged = format == "unpaired" or name in _JUDGED or isinstance(value.get("label"), bool)
+        may_judge = VERDICTS if judged else VERDICTS[1:]
+        judged_by = next((key for key in may_judge if _verdict(value.get(key)) is not None), "")
+    if judged_by:
+        name, parts = "unpaired", _judged(parts["messages"])
+        if parts["completion"][-1].get("weight") == 0:
+            raise Dropped("nothing_to_train", "the answer that is judged has the weight 0")
+    elif format == "unpaired":
+        key = next((key for key in VERDICTS if value.get(key) is not None), "label")
+        raise Dropped("bad_label", f"`{key}` is {value.get(key)!r:.40}, neither true nor false")
+    row: Row = {part: trimmed(messages) for part, messages in parts.items()}
+    was_trimmed = row != parts
+    if name == "unpaired":
+        row["label"] = _verdict(value[judged_by])
+    if reading.other_tools and value.get("tools") and from_json(value["tools"]) != reading.tools:
+        reading.unread.append("tools")
+    if given := reading.tools or value.get("tools") or value.get("functions"):
+        if tools := tools_of(reading, given):
+            row["tools"] = tools
+        if given is value.get("functions"):
+            value = {key: item for key, item in value.items() if key != "functions"}
+    if (split := value.get(SPLIT)) and str(split).lower() not in TRAIN_SPLITS:
+        reading.unread.append(SPLIT)
+    if not judged_by and value.keys() <= shape.reads and not reading.unread and not reading.odd:
+        return Canonical(name, row, was_trimmed)
+    if judged_by == "label" and not isinstance(value["label"], bool):
+        reading.odd.append("label_of_numbers")
+    rest = [key for key in unread(value, shape.reads) if key != judged_by and not _says_again(value[key], row)]
+    told = dict.fromkeys(key for key in rest + reading.unread if not {key, key.rpartition(".")[2]} & ignored)
+    return Canonical(name, row, was_trimmed, tuple(told), tuple(dict.fromkeys(reading.odd)))
+
+
+def _says_again(given: Any, row: Row) -> bool:
+    """Whether a text or messages hold only texts that the row has, as files have a prompt beside its conversation."""
+    said = {
+        message["content"].strip()
+        for part in row.values()
+        if isinstance(part, list)
+        for message in part
+        if isinstance(message, dict) and isinstance(message.get("content"), str)
+    }
+    items = given if isinstance(given, list) else [given]
+    texts = [item.get("content") if isinstance(item, dict) and item.keys() <= SPOKEN else item for item in items]
+    return bool(texts) and all(isinstance(text, str) and len(text) > 1 and text.strip() in said for text in texts)
+
+
+def _without(value: Value, ignored: Set[str]) -> Value:
+    return value if ignored.isdisjoint(value) else {key: item for key, item in value.items() if key not in ignored}
+
+
+def _unwrapped(value: Value, format: str | None) -> tuple[Value, list[str]]:
+    """The row in what a program has put around it, whose own keys are then not read."""
+    for key in sorted(_AROUND & value.keys()):
+        inner = value[key]
+        if isinstance(inner, dict) and _shape_of(frozenset(value), format) is None:
+            return inner, unread(value, {key})
+    return value, []
+
+
+def _shape(value: Value, format: str | None) -> Shape:
+    """The shape that `value` has, of those of `format` where it is named. Raises Dropped."""
+    keys = frozenset(value)
+    given = frozenset([key for key in value if value[key] is not None])
+    if shape := _shape_of(given, format) or _shape_of(keys, format):
+        return shape
+    if format in (None, "unpaired"):
         raise Dropped("unknown_format", f"its keys are of no known format: {shown_keys(value)}")
-    lacking = [key for key in _REQUIRED[found] if key not in value]
-    if lacking:
-        raise Dropped("unknown_format", f"it lacks `{lacking[0]}` of {found}; its keys are {shown_keys(value)}")
-    parts = _CONVERT[found](value)
-    row: Row = {part: _trimmed(messages) for part, messages in parts.items()}
-    trimmed = row != parts
-    if "completion" in row:
-        row["label"] = _verdict(value)
-    if tools := _tools(value.get("tools")):
-        row["tools"] = tools
-    return Canonical(found, row, trimmed)
+    lacking = next(key for key in _BY_FORMAT[format][0].keys if key not in value)
+    raise Dropped("unknown_format", f"it lacks `{lacking}` of {format}; its keys are {shown_keys(value)}")
 
 
-def detect(value: Mapping[str, Any]) -> str | None:
-    """The format whose keys `value` has; None: of no known format."""
-    found = next((name for name, keys in _REQUIRED.items() if all(key in value for key in keys)), None)
-    judged = found in ("openai", "completion") and _verdict(value) is not None
-    return "unpaired" if judged else found
+@lru_cache(maxsize=256)
+def _shape_of(keys: frozenset[str], format: str | None) -> Shape | None:
+    """The first shape whose keys are all among these: the rows of a file have few sets of keys."""
+    return next((shape for shape in _BY_FORMAT[format] if keys.issuperset(shape.keys)), None)
 
 
-def _alpaca(value: Mapping[str, Any]) -> Parts:
-    messages = _system(value)
-    history = value.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise Dropped("bad_history", "`history` is not a list of [question, answer]")
-    for question, answer in history:
-        messages += [_said("user", question, "history"), _said("assistant", answer, "history")]
-    instruction = _text(value["instruction"], "instruction")
-    given = _text(value.get("input"), "input")
-    messages.append({"role": "user", "content": "\n\n".join(part for part in (instruction, given) if part.strip())})
-    messages.append(_said("assistant", value["output"], "output"))
-    return _conversation(messages)
+def _refuse_what_is_not_trained(value: Value) -> None:
+    """Raise Dropped for a row that says of itself that it is not to be trained, or needs more than text."""
+    for key in MEDIA:
+        if value.get(key):
+            raise Dropped("not_text", f"`{key}` holds more than text, which cannot be trained here")
+    if str(value.get(SPLIT)).lower() in OTHER_SPLITS:
+        raise Dropped("other_split", f"`{SPLIT}` says {value[SPLIT]!r:.40}, and such rows are not for training")
+    weight = number(value.get("weight"))
+    if weight is not None and weight not in (0, 1):
+        raise Dropped("bad_weight", f"`weight` is {weight!r:.40}, and can be 0 or 1")
+    if weight == 0:
+        raise Dropped("weight_0", "its `weight` is 0")
 
 
-def _sharegpt(value: Mapping[str, Any]) -> Parts:
-    messages = _system(value) + _messages(value["conversations"], "conversations")
-    if "chosen" in value and "rejected" in value:
-        return _preference_row(messages, value)
-    return _conversation(messages)
+def _judged(messages: list[Message]) -> Parts:
+    """A conversation parted before its last answer, which is the one that is judged."""
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
-def _turns(value: Mapping[str, Any]) -> Parts:
-    turns = value["conversation"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Dropped("unknown_format", "`conversation` is not a list of turns with `input` and `output`")
-    messages: list[Message] = []
-    for turn in turns:
-        messages += _system(turn)
-        messages += [_said("user", turn.get("input"), "input"), _said("assistant", turn.get("output"), "output")]
-    return _conversation(messages)
+def _verdict(label: Any) -> bool | None:
+    """Whether a label calls the answer wanted; None where it is no such judgement."""
+    return _VERDICT.get(str(label).lower())
 
 
-def _openai(value: Mapping[str, Any]) -> Parts:
-    return _conversation(_messages(value["messages"], "messages"))
-
-
-def _preference(value: Mapping[str, Any]) -> Parts:
-    if "prompt" in value:
-        return _preference_row(_system(value) + _spoken("user", value["prompt"], "prompt"), value)
-    answers = {key: _messages(value[key], key) for key in ("chosen", "rejected")}
-    shared = _shared_prompt(answers["chosen"], answers["rejected"])
-    rest = {key: messages[len(shared) :] for key, messages in answers.items()}
-    return _preference_row(_system(value) + shared, rest)
-
-
-def _shared_prompt(one: list[Message], other: list[Message]) -> list[Message]:
-    """What two conversations begin with alike, up to the last turn that is to be answered."""
-    alike = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    while alike and one[alike - 1]["role"] not in ("user", "tool"):
-        alike -= 1
-    if not alike:
-        raise Dropped("no_shared_prompt", "`chosen` and `rejected` do not begin with the same turn of the user")
-    return one[:alike]
-
-
-def _completion(value: Mapping[str, Any]) -> Parts:
-    prompt = _system(value) + _spoken("user", value["prompt"], "prompt")
-    return _conversation(prompt + _after(prompt, _spoken("assistant", value["completion"], "completion")))
-
-
-def _conversation(messages: list[Message]) -> Parts:
-    _check_order(messages)
-    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
-        raise Dropped("nothing_to_train", "every answer has the weight 0")
-    return {"messages": messages}
-
-
-def _preference_row(prompt: list[Message], value: Mapping[str, Any]) -> Parts:
-    answers = {}
-    for key in ("chosen", "rejected"):
-        answer = _after(prompt, _spoken("assistant", value[key], key))
-        if not answer:
-            raise Dropped("empty_answer", f"`{key}` is empty")
-        _check_order([*prompt, *answer])
-        answers[key] = answer
-    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
-        raise Dropped("roles_out_of_order", "the prompt does not end with the user's turn")
-    if _trimmed(answers["chosen"]) == _trimmed(answers["rejected"]):
-        raise Dropped("chosen_equals_rejected", "the chosen answer is the rejected one")
-    return {"prompt": prompt, **answers}
-
-
-def _unpaired(value: Mapping[str, Any]) -> Parts:
-    if _verdict(value) is None:
-        raise Dropped("bad_label", f"`label` is {value['label']!r:.40}, neither true nor false")
-    if "messages" in value:
-        messages = _openai(value)["messages"]
-    elif "prompt" in value and "completion" in value:
-        messages = _completion(value)["messages"]
-    else:
-        raise Dropped("unknown_format", "beside `label` it has neither `messages` nor `prompt` and `completion`")
-    start = max(index for index, message in enumerate(messages) if message["role"] == "user") + 1
-    return {"prompt": messages[:start], "completion": messages[start:]}
-
-
-def _verdict(value: Mapping[str, Any]) -> bool | None:
-    """Whether `label` calls the answer wanted; None where it is no such judgement."""
-    return {"true": True, "1": True, "false": False, "0": False}.get(str(value.get("label")).lower())
-
-
-def _spoken(role: str, value: Any, key: str) -> list[Message]:
-    """Messages given as a text that `role` says, or as messages, or as the JSON of messages."""
-    if isinstance(value, str):
-        held = _from_json(value) if value.lstrip().startswith("[{") else None
-        if not isinstance(held, list) or not all(isinstance(item, dict) and item.keys() & _SPEAKER for item in held):
-            return [_said(role, value, key)]
-    return _messages(value, key)
-
-
-def _after(prompt: list[Message], messages: list[Message]) -> list[Message]:
-    """The messages without the prompt, where they repeat it."""
-    return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
-
-
-_CONVERT: dict[str, Callable[[Mapping[str, Any]], Parts]] = {
-    "sharegpt": _sharegpt,
-    "preference": _preference,
-    "openai": _openai,
-    "turns": _turns,
-    "alpaca": _alpaca,
-    "completion": _completion,
-    "unpaired": _unpaired,
+_WITH_ALPACA = ("input", "context", "history", *REASONING)
+SHAPES = (
+    Shape("sharegpt", ("conversations", "chosen", "rejected"), read_sharegpt_pair),
+    Shape("sharegpt", ("conversations",), read_sharegpt),
+    Shape("preference", ("chosen_messages", "rejected_messages"), read_second_conversation),
+    Shape("preference", ("messages", "rejected_messages"), read_second_conversation),
+    Shape("preference", ("messages", "rejected_response"), read_second_answer),
+    Shape("preference", ("input", "preferred_output", "non_preferred_output"), read_preferred_output),
+    Shape("preference", ("prompt", "chosen", "rejected"), read_preference),
+    Shape("preference", ("question", "chosen", "rejected"), read_preference),
+    Shape("preference", ("instruction", "chosen", "rejected"), read_instructed_preference, ("input", "context")),
+    Shape("preference", ("input", "chosen", "rejected"), read_preference),
+    Shape("preference", ("query", "response", "rejected_response"), read_rejected_response, ("history",)),
+    Shape("preference", ("chosen", "rejected"), read_preference),
+    Shape("openai", ("messages",), read_openai),
+    Shape("turns", ("conversation",), read_turns),
+    Shape("vertex", ("contents",), read_vertex, ("systemInstruction", "system_instruction")),
+    Shape("transcript", ("chat", "system"), read_transcript),
+    Shape("chat", ("chat",), read_chat),
+    Shape("calls", ("query", "answers"), read_calls),
+    Shape("alpaca", ("instruction", "output"), read_alpaca, _WITH_ALPACA),
+    Shape("alpaca", ("instruction", "response"), read_alpaca, _WITH_ALPACA),
+    *(
+        Shape(
+            "completion" if asked in ASKED[:2] and answered in ANSWERED[:2] else "pair",
+            (asked, answered),
+            read_completion,
+            ("history", *REASONING),
+        )
+        for asked in ASKED
+        for answered in ANSWERED
+    ),
+)
+"""In the order in which they are tried. Where a row has the keys of several, the first of them reads it."""
+_AROUND = frozenset({"data", "fields", "record", "row"})
+"""Keys under which annotation tools and viewers export the row."""
+_MAY_REFUSE = frozenset({*MEDIA, SPLIT, "weight"})
+"""Keys by which a row may say that it is not to be trained."""
+_JUDGES = frozenset(VERDICTS)
+_JUDGED = frozenset({"openai", "completion"})
+"""Formats in which `label` may be a judgement; in others it is a class. `kto_tag` is one everywhere."""
+FORMATS = (*dict.fromkeys(shape.format for shape in SHAPES), "unpaired")
+"""Names of the formats."""
+_BY_FORMAT: dict[str | None, list[Shape]] = {
+    None: list(SHAPES),
+    **{name: [shape for shape in SHAPES if shape.format == name] for name in FORMATS},
+    "unpaired": [shape for shape in SHAPES if shape.format != "preference"],
 }
-_REQUIRED = {
-    "sharegpt": ("conversations",),
-    "preference": ("chosen", "rejected"),
-    "openai": ("messages",),
-    "turns": ("conversation",),
-    "alpaca": ("instruction", "output"),
-    "completion": ("prompt", "completion"),
-    "unpaired": ("label",),
-}
-FORMATS = tuple(_CONVERT)
-"""Names of the formats, in the order in which they are tried."""
-_OPTIONAL = ("input", "history", "system", "tools")
-KEYS = tuple(dict.fromkeys([*(key for keys in _REQUIRED.values() for key in keys), *_OPTIONAL]))
+KEYS = tuple(
+    dict.fromkeys([*(key for shape in SHAPES for key in shape.keys + shape.optional), *sorted(IN_ROWS), *VERDICTS])
+)
 """The keys that the formats read."""
-
-
-def _check_order(messages: list[Message]) -> None:
-    """Raise Dropped unless the turns alternate, after one system message at most, and the assistant has the last."""
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    if not turns:
-        raise Dropped("empty_prompt", "it holds no messages")
-    before = ""
-    for message in turns:
-        role = message["role"]
-        if role not in _MAY_FOLLOW[before]:
-            raise Dropped("roles_out_of_order", f"{role} follows {before or 'the start'}")
-        if role == "user" and not message["content"].strip():
-            raise Dropped("empty_prompt", "the user says nothing")
-        if role == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
-            raise Dropped("empty_answer", "the assistant says nothing")
-        before = role
-    if before != "assistant":
-        raise Dropped("roles_out_of_order", f"the last message is the {before}'s, so there is no answer to train on")
-
-
-def _messages(value: Any, key: str) -> list[Message]:
-    """Messages given as a list, as one, or as the JSON of either, with role and content or from and value."""
-    held = _from_json(value)
-    given = [held] if isinstance(held, dict) else held
-    if not isinstance(given, list):
-        raise Dropped("unknown_format", f"`{key}` is {_kind(value)}, not a list of messages")
-    return [_message(item, key) for item in given]
-
-
-def _message(item: Any, key: str) -> Message:
-    if not isinstance(item, dict):
-        raise Dropped("unknown_format", f"`{key}` holds {_kind(item)}, not a message")
-    speaker = item.get("role", item.get("from"))
-    content = item.get("content", item.get("value"))
-    if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
-        shown = f"{speaker!r:.40}" if isinstance(speaker, str) else _kind(speaker)
-        raise Dropped("bad_role", f"`{key}` has a message by {shown}, which is no known role")
-    role = _ROLES[speaker.lower()]
-    if speaker.lower() == "function_call":
-        return {"role": role, "content": "", "tool_calls": _tool_calls(content)}
-    message = _said(role, content, key)
-    if role == "assistant" and item.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(item["tool_calls"])
-    if role == "assistant" and item.get("weight") is not None:
-        if item["weight"] not in (0, 1):
-            raise Dropped("bad_weight", f"`weight` is {item['weight']!r:.40}, and can be 0 or 1")
-        if item["weight"] == 0:
-            message["weight"] = 0
-    for field in ("name", "tool_call_id"):
-        if isinstance(item.get(field), str):
-            message[field] = item[field]
-    return message
-
-
-def _said(role: str, content: Any, key: str) -> Message:
-    return {"role": role, "content": _text(content, key)}
-
-
-def _text(content: Any, key: str) -> str:
-    """A text given as a string, as text parts, or not at all."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(map(str, parts))
-        raise Dropped("not_text", f"`{key}` has a part that is not text")
-    raise Dropped("not_text", f"`{key}` is {_kind(content)}, not a text")
-
-
-def _system(value: Mapping[str, Any]) -> list[Message]:
-    text = _text(value.get("system"), "system")
-    return [{"role": "system", "content": text}] if text.strip() else []
-
-
-def _tool_calls(value: Any) -> list[dict[str, Any]]:
-    """Calls in OpenAI's form with the arguments as an object, which is what chat templates read."""
-    given = _from_json(value)
-    calls = []
-    for item in given if isinstance(given, list) else [given]:
-        call = item.get("function", item) if isinstance(item, dict) else None
-        arguments = _from_json(call.get("arguments", {})) if isinstance(call, dict) else None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
-            raise Dropped("bad_tool_call", "a tool call has no `name` with `arguments`")
-        calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
-    return calls
-
-
-def _tools(value: Any) -> list[Any]:
-    given = _from_json(value) or []
-    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
-        raise Dropped("bad_tools", "`tools` is not a list of tool descriptions")
-    return given
-
-
-def _from_json(value: Any) -> Any:
-    """What a string holds as JSON, as ShareGPT and OpenAI files have it; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value, parse_constant=lambda _: None) if value.strip() else None
-    except (ValueError, RecursionError):
-        return value
-
-
-def _trimmed(messages: list[Message]) -> list[Message]:
-    """The messages without white space around the assistant's texts."""
-    return [
-        {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message
-        for message in messages
-    ]
 
 
 def kind_of(row: Row) -> Kind:
@@ -338,19 +237,7 @@ def kind_of(row: Row) -> Kind:
     return "messages" if "messages" in row else "preference" if "chosen" in row else "unpaired"
 
 
-def shown_keys(value: Mapping[str, Any]) -> str:
+def shown_keys(value: Value) -> str:
     """The keys of a row, as many as fit into a message."""
     shown = ", ".join(list(value)[:8])[:120] or "none"
     return shown.encode(errors="replace").decode()
-
-
-def _kind(value: Any) -> str:
-    names = {
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), "null")

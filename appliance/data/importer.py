@@ -33,7 +33,11 @@ from appliance.data.dataset import (
     prompt_group,
     split,
 )
-from appliance.data.formats import FORMATS, Canonical, Dropped, to_canonical
+from appliance.data.dataset_info import columns_of
+from appliance.data.dropped import Dropped
+from appliance.data.encoding import require_known
+from appliance.data.fields import SPLIT, other_split
+from appliance.data.formats import FORMATS, Canonical, to_canonical
 from appliance.data.private import find_private, private_kinds, redact
 from appliance.data.readers import Damaged, Record, read_records
 from appliance.data.repeats import Repeats, Repetition
@@ -58,6 +62,10 @@ def import_files(request: ImportRequest, home: Home, scratch: Path | None = None
             "bad_name",
             f"a dataset cannot be called {request.name!r}",
             "name it with letters, digits, dots and dashes (--name)",
+        )
+    if request.drop_untrainable and request.base is None:
+        raise InvalidInput(
+            "no_base", "nothing says which base model the rows are to be trained on", "name one: --base or --recipe"
         )
     if request.format is not None and request.format not in FORMATS:
         raise InvalidInput(
@@ -86,6 +94,10 @@ class _Import:
         self.request = request
         self.scratch = scratch
         self.columns = ColumnMap(request.columns) if request.columns is not None else None
+        self.ignored = frozenset(request.ignore)
+        others = [file.filename for file in request.files if other_split(file.filename)]
+        self.other_splits = frozenset(others if len(others) < len(request.files) and SPLIT not in self.ignored else ())
+        self.encoding = require_known(request.encoding)
         self.account = Account(drops)
         self.repetition = Repetition(scratch, stack)
         self.tokens = TokenCount(request.base) if request.base else None
@@ -110,6 +122,11 @@ class _Import:
         report |= self._repeats(repeats)
         if self.tokens:
             report["tokens"] = self.tokens.figures(self.request.max_length)
+            untrainable = report["tokens"].pop("refused_rows")
+            rows = Rows(self.scratch)
+            report["untrainable"] = [
+                {**rows[row]["source"], "code": code, "reason": reason} for row, code, reason in untrainable
+            ]
         report["findings"] = findings(report, self.account, self.request.redact)
         self.account.drops.flush()
         stream_report(report, self.scratch / "drops", self.scratch / REPORT)
@@ -123,7 +140,10 @@ class _Import:
         """Write the rows of a file, each once."""
         filename = _shown(file.filename)
         among = {"file": filename} if len(self.request.files) > 1 else {}
-        for record in read_records(file.path, filename, self._is_row if self.request.salvage else None):
+        is_row = self._is_row if self.request.salvage else None
+        named = columns_of(file.about, filename)
+        self._columns = self.columns or (ColumnMap(named) if named else None)
+        for record in read_records(file.path, filename, is_row, self.encoding):
             self.account.rows_in += 1
             place = {**record.place, **among}
             if isinstance(record, Damaged):
@@ -131,23 +151,26 @@ class _Import:
                 self.account.drop(place, Dropped("damaged", f"{record.error.message}; {lost}"))
                 continue
             try:
+                if file.filename in self.other_splits:
+                    split = other_split(file.filename)
+                    raise Dropped("other_split", f"the file is of the split {split!r} (--ignore split takes it too)")
                 self._take(record, place, filename, writer)
             except Dropped as drop:
                 self.account.drop(place, drop)
 
     def _is_row(self, value: Any) -> bool:
         try:
-            to_canonical(self._renamed(value), self.request.format)
+            to_canonical(self._renamed(value), self.request.format, self.ignored)
         except Dropped:
             return False
         return True
 
     def _renamed(self, value: Any) -> Any:
-        return self.columns.rename(value) if self.columns else value
+        return self._columns.rename(value) if self._columns else value
 
     def _take(self, record: Record, place: dict[str, Any], filename: str, writer: RowWriter) -> None:
         value = self._renamed(record.value)
-        found = to_canonical(value, self.request.format)
+        found = to_canonical(value, self.request.format, self.ignored)
         row, canonical = found.row, _canonical_bytes(found)
         if kinds := private_kinds(canonical):
             private = find_private(row, kinds)
@@ -158,6 +181,8 @@ class _Import:
                 if self.request.redact:
                     row = redact(row, kinds)
                     canonical = canonical_json(row)
+        if self.tokens and self.request.drop_untrainable and (refusal := self.tokens.refusal(row)):
+            raise Dropped(refusal.code, f"{refusal.message}: {self.tokens.base} cannot be trained on it")
         self.account.recognise(place, value, found)
         digest = hashlib.sha256(canonical).digest()[:16]
         if not self.repetition.is_new(digest):

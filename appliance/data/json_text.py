@@ -11,16 +11,48 @@ from typing import Any
 from appliance.data.text import SourceText
 from appliance.errors import InvalidInput
 
-# NaN and Infinity, which JSON has not, become null.
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+
+@dataclass(frozen=True, slots=True)
+class RepeatedKey:
+    """What stands for a value in which an object has two items under one key, so that one of them would be lost."""
+
+    key: str
+
+
+class _Decoder(json.JSONDecoder):
+    """NaN and Infinity, which JSON has not, become null; a value with a repeated key becomes a RepeatedKey."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_constant=lambda _: None, object_pairs_hook=self._object)
+        self._repeated = ""
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self._repeated = ""
+        value, end = super().raw_decode(s, idx)
+        return (RepeatedKey(self._repeated) if self._repeated else value), end
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            self._repeated = next(name for name in names if names.count(name) > 1) or "the empty key"
+        return value
+
+
+_DECODER = _Decoder()
 _BLANK = re.compile(r"[ \t\n\r]*")
+_IN_A_ROW = frozenset({"messages", "conversations", "conversation", "contents"})
+"""Arrays that are a part of one row, and no rows."""
+_OF_A_ROW = frozenset({"tools", "functions", "tags", "features"})
+"""Arrays that may stand before those of one row, or beside the rows, and hold none."""
 _LONGEST_TOKEN = 16
 """No token but a string or a number is longer: a fault this near to the end of a piece may be a token cut in two."""
 
 
 def parse_line(source: SourceText, line: bytes, number: int, byte: int) -> Any:
     """The value of one line, which begins at that byte. Raises InvalidInput."""
-    text = source.decoded(byte, line).rstrip("\r\n")
+    # Files that were put together begin anew with a mark of their own.
+    text = source.decoded(byte, line).rstrip("\r\n").removeprefix("\ufeff")
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -32,6 +64,8 @@ def parse_line(source: SourceText, line: bytes, number: int, byte: int) -> Any:
 
 def read_rows(source: SourceText, is_row: Callable[[Any], bool] | None = None) -> Iterator[Any]:
     """The items of the array that the file is, or of the one array in the object that it is; none of an empty file.
+
+    An object whose array holds the messages of one chat is one row.
 
     At any time one item is held, with what of the file has been read beside it. Raises InvalidInput; with `is_row`,
     which knows a row when it sees one, a Gap is yielded for a damaged stretch, and reading goes on at the next row.
@@ -45,14 +79,20 @@ def read_rows(source: SourceText, is_row: Callable[[Any], bool] | None = None) -
             arrays.append("")
             yield from _items(scanner, is_row)
         case "{":
+            row: dict[str, Any] = {}
             for key in _keys(scanner):
-                if scanner.peek() != "[":
-                    scanner.value()
+                # Once it is seen to be a row, all of its arrays are parts of that.
+                if scanner.peek() != "[" or key in _IN_A_ROW | _OF_A_ROW or not _IN_A_ROW.isdisjoint(row):
+                    row[key] = scanner.value()
                     continue
                 arrays.append(key)
                 for item in _items(scanner, is_row):
                     if len(arrays) == 1:
                         yield item
+            if chat := sorted(_IN_A_ROW & row.keys()):
+                if not arrays:
+                    yield row
+                arrays.append(chat[0])
         case _:
             scanner.value()
     if scanner.peek():

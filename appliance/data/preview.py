@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from appliance.data.dataset import Dataset, Row
-from appliance.data.render import Rendered, render_conversation, special_ids
+from appliance.data.render import Rendered, render_conversation
 from appliance.data.requests import PreviewRequest
+from appliance.data.template_input import special_ids
 from appliance.data.tokenizer import load_tokenizer
 from appliance.data.tokens import conversations
 from appliance.errors import ApplianceError, InvalidInput
@@ -19,7 +20,7 @@ from appliance.home import Home, write_json
 
 
 def preview(tokenizer: Any, row: Row) -> list[dict[str, Any]]:
-    """The conversations that `row` is trained as.
+    """The examples that `row` is trained as.
 
     Each is {"tokens", "trained", "pieces"}, or {"problem"} where it cannot be trained on; a piece is a text of tokens
     that are alike: {"text", "trained", "special"}.
@@ -27,12 +28,14 @@ def preview(tokenizer: Any, row: Row) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for messages in conversations(row):
         try:
-            rendered = render_conversation(tokenizer, messages, row.get("tools"))
+            examples = render_conversation(tokenizer, messages, row.get("tools"))
         except InvalidInput as error:
             found.append({"problem": error.message})
             continue
-        pieces = _pieces(tokenizer, rendered)
-        found.append({"tokens": len(rendered.input_ids), "trained": sum(rendered.trained), "pieces": pieces})
+        found += [
+            {"tokens": len(one.input_ids), "trained": sum(one.trained), "pieces": _pieces(tokenizer, one)}
+            for one in examples
+        ]
     return found
 
 
@@ -51,7 +54,7 @@ def _pieces(tokenizer: Any, rendered: Rendered) -> list[dict[str, Any]]:
 
 
 def main(home_root: Path, request: Path, result: Path) -> None:
-    """Leave {"rows"}, one list of conversations a row, or {"problem"} in `result`."""
+    """Leave {"rows"}, one list of examples a row, or {"problem"} in `result`."""
     asked = PreviewRequest.model_validate_json(request.read_bytes())
     try:
         dataset, tokenizer = Dataset.open(Home(home_root), asked.dataset), load_tokenizer(asked.base)

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from appliance.data.arrow import read_arrow, read_parquet
 from appliance.data.json_text import Gap, parse_line, read_rows
-from appliance.data.parquet import read_parquet
 from appliance.data.text import COMPRESSED, SourceText
 from appliance.errors import InvalidInput
 
-_EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_OTHER_DELIMITERS = (";", "\t", "|")
+"""What stands in their place in files that call themselves otherwise."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LONGEST_CELL = 1 << 26
 """Characters; a quote that nothing closes takes the rest of the file into one cell."""
 
@@ -39,7 +42,9 @@ class Damaged:
 IsRow = Callable[[Any], bool]
 
 
-def read_records(path: Path, filename: str, is_row: IsRow | None = None) -> Iterator[Record | Damaged]:
+def read_records(
+    path: Path, filename: str, is_row: IsRow | None = None, encoding: str = "utf-8"
+) -> Iterator[Record | Damaged]:
     """The records of the file at `path`, read as the extensions of `filename` say, in their order.
 
     Raises InvalidInput for an unknown extension, a file that cannot be read, damaged or truncated compression, bytes
@@ -47,7 +52,7 @@ def read_records(path: Path, filename: str, is_row: IsRow | None = None) -> Iter
     is yielded instead, and what is whole after it is read. Blank lines are no records.
     """
     try:
-        for record in _records(path, filename, is_row):
+        for record in _records(path, filename, is_row, encoding):
             if isinstance(record, Damaged) and is_row is None:
                 error = record.error
                 raise InvalidInput(error.code, error.message, f"{error.next}, or keep what is whole with --salvage")
@@ -56,25 +61,31 @@ def read_records(path: Path, filename: str, is_row: IsRow | None = None) -> Iter
         raise InvalidInput("unreadable_file", f"cannot read {filename}: {error.strerror}", "check the path") from None
 
 
-def _records(path: Path, filename: str, is_row: IsRow | None) -> Iterator[Record | Damaged]:
-    kind, unpack = _kind(path, filename)
+def _records(path: Path, filename: str, is_row: IsRow | None, encoding: str) -> Iterator[Record | Damaged]:
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            fault = f"{filename} is a Git LFS pointer, and not the file that it stands for"
+            raise InvalidInput("lfs_pointer", fault, "fetch the file with `git lfs pull`, then import it")
+    kind, unpack = _kind(path, filename, encoding)
     match kind:
         case ".jsonl" | ".ndjson":
-            return _json_lines(SourceText(path, filename, unpack))
+            return _json_lines(SourceText(path, filename, unpack, encoding))
         case ".json":
-            return _indexed(read_rows(SourceText(path, filename, unpack), is_row))
+            return _indexed(read_rows(SourceText(path, filename, unpack, encoding), is_row))
         case ".csv" | ".tsv":
-            return _table(SourceText(path, filename, unpack), _DELIMITERS[kind])
+            return _table(SourceText(path, filename, unpack, encoding), _DELIMITERS[kind])
         case ".parquet" if not unpack:
             return _indexed(read_parquet(path, filename))
+        case ".arrow" if not unpack:
+            return _indexed(read_arrow(path, filename))
     raise InvalidInput(
         "unknown_file_type",
         f"{filename} is not of a kind that can be read, by its name or its beginning",
-        "use .jsonl, .json, .csv or .tsv (each also as .gz or .zst) or .parquet, or say which it is (--type)",
+        "use .jsonl, .json, .csv or .tsv (each also as .gz or .zst), .parquet or .arrow, or say which it is (--type)",
     )
 
 
-def _kind(path: Path, filename: str) -> tuple[str, str]:
+def _kind(path: Path, filename: str, encoding: str) -> tuple[str, str]:
     """Extension and compression of a file, by its name; what that does not tell, by its beginning."""
     *_, inner, outer = ["", "", *(suffix.lower() for suffix in Path(filename).suffixes)]
     unpack = outer if outer in COMPRESSED else ""
@@ -86,7 +97,9 @@ def _kind(path: Path, filename: str) -> tuple[str, str]:
     unpack = unpack or next((name for name, magic in COMPRESSED.items() if head.startswith(magic)), "")
     if head == b"PAR1":
         return ".parquet", ""
-    first = next((line for _, line in SourceText(path, filename, unpack).lines() if not line.isspace()), b"").strip()
+    first = next(
+        (line for _, line in SourceText(path, filename, unpack, encoding).lines() if not line.isspace()), b""
+    ).strip()
     if first.startswith(b"["):
         return ".json", unpack
     if first.startswith(b"{"):
@@ -122,7 +135,11 @@ def _indexed(values: Iterator[Any]) -> Iterator[Record | Damaged]:
 
 
 def _table(source: SourceText, delimiter: str) -> Iterator[Record | Damaged]:
-    """Each row after the header as an object of texts, at the line on which it begins."""
+    """Each row after the header as an object of texts, at the line on which it begins.
+
+    A header of one cell that holds semicolons or tabs says that these are the delimiters; a column without a name goes
+    by its number.
+    """
     csv.field_size_limit(_LONGEST_CELL)
     lines = _Lines(source)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -150,7 +167,14 @@ def _table(source: SourceText, delimiter: str) -> Iterator[Record | Damaged]:
             yield Record({"line": line}, dict(zip(header, cells, strict=True)))
             lines.bytes = 0
             continue
-        header = cells
+        if cells[0].startswith("sep=") and len("".join(cells)) <= len("sep=;"):
+            # Excel's own line before the header.
+            reader = csv.reader(lines, delimiter=cells[0][4:] or delimiter, strict=True)
+            continue
+        if len(cells) == 1 and (other := next((mark for mark in _OTHER_DELIMITERS if mark in cells[0]), "")):
+            reader = csv.reader(lines, delimiter=other, strict=True)
+            cells = next(csv.reader([cells[0]], delimiter=other, strict=True))
+        header = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
         if repeated := sorted({name for name in header if header.count(name) > 1}):
             fault = f"its header has the column {repeated[0]!r} more than once"
             raise _malformed(source, line, fault, "rename the columns")

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.errors import InvalidInput
+from appliance.data.template_input import THOUGHT_FIELDS, Message, Tools, as_read, special_tokens, tools_as_read
+from appliance.errors import InvalidInput, reason
 
-Message = dict[str, Any]
-Tools = list[dict[str, Any]] | None
+_EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+_OPENED = re.compile(r"<(think|thinking|thought)>\s*\Z")
+"""The end of a prompt that has the model begin with a thought."""
+_ALIKE = 4
+"""Letters by which the end of a prompt is found again."""
+_THINKING_FLAGS = re.compile(r"/(?:no_)?think\b")
+"""What some templates take out of a system prompt, and obey."""
+_CLOSED = re.compile(r"</(think|thinking|thought)>\s*\Z")
+"""The end of a prompt that has the model answer without a thought."""
 
 
 @dataclass(frozen=True)
@@ -21,89 +31,259 @@ class Rendered:
     trained: list[bool]
 
 
+Conversation = list[Rendered]
+"""The examples that a conversation is trained as."""
+
+
 def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> list[int]:
     """Token ids of `messages` with the header of the assistant's next turn.
 
     Raises InvalidInput where the template refuses the messages.
     """
-    return _encode(tokenizer, messages, tools, add_generation_prompt=True)
+    messages = as_read(tokenizer, messages)
+    return _encode(tokenizer, render_text(tokenizer, messages, tools, add_generation_prompt=True))
 
 
-def render_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> Rendered:
-    """Token ids of `messages`; trained are each assistant turn's text and its end-of-turn token,
-    but of turns whose weight is 0.
+def render_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> Conversation:
+    """What `messages` are trained as; none where every answer has the weight 0.
 
-    A turn begins where the prompt of the messages before it ends: exactly what the model is given when it has
-    to answer. So what the template puts between that prompt and the text is trained too: an empty thought, or the name
-    of a channel, which the model that is served has to write by itself. Raises InvalidInput where the template refuses
-    the messages, where that prompt is not a prefix of the whole, or where the turn does not decode to its text followed
-    by an end-of-turn token.
+    Each answer is trained after the prompt that it is asked for with: the turns before it as the template renders them
+    then, which may leave out earlier thoughts, and whatever the template begins an answer with. What it puts between
+    that prompt and the text is trained too, such as an empty thought or the name of a channel, because the model that
+    is served has to write it by itself; so is the token that ends the turn. Answers of which one's tokens go on with
+    the other's share an example, which is all of them on most templates; else each has its own.
+
+    Raises InvalidInput where the template refuses the messages, leaves out or rewrites what they say, or where no
+    special token ends the turn.
     """
-    ids = _encode(tokenizer, messages, tools, add_generation_prompt=False)
-    whole = _render(tokenizer, messages, tools)
-    special = special_ids(tokenizer)
-    positions = [position for position, token in enumerate(ids) if token in special]
-    trained = [False] * len(ids)
-    place, following = len(whole), 0
+    messages = as_read(tokenizer, messages)
+    examples: Conversation = []
     for index in reversed(range(len(messages))):
-        message = messages[index]
-        if message["role"] != "assistant" or message.get("weight") == 0:
+        if messages[index]["role"] != "assistant" or messages[index].get("weight") == 0:
             continue
-        prompt = render_prompt(tokenizer, messages[:index], tools)
-        start = len(prompt)
-        if ids[:start] != prompt:
+        prompt, answer = _answer(tokenizer, messages[: index + 1], tools)
+        ids = prompt + answer
+        example = next((one for one in examples if one.input_ids[: len(ids)] == ids), None)
+        if example is None:
+            example = Rendered(ids, [False] * len(ids))
+            examples.append(example)
+        example.trained[len(prompt) : len(ids)] = [True] * len(answer)
+    return examples[::-1]
+
+
+def _answer(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt for the last of `messages`, and of that answer with the token that ends it."""
+    index, message = len(messages) - 1, messages[-1]
+    prompt = render_text(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+    whole = render_text(tokenizer, messages, tools)
+    if absent := tools_absent(whole, messages, tools) or _unnamed(tokenizer, messages, tools):
+        raise _tools_not_rendered(absent)
+    for other, asked in enumerate(messages[:-1]):
+        if asked["role"] != "assistant" and not _is_in(prompt, str(asked.get("content") or "")):
+            raise _text_not_rendered(other)
+    if message.get("tool_calls"):
+        said, end = _end_of_calls(tokenizer, messages, tools, whole)
+    else:
+        said, end = _end_of_text(tokenizer, messages, tools, whole)
+    answer = _continuation(tokenizer, messages, tools, prompt, said) + end
+    ids, prompt_ids = _encode(tokenizer, prompt + answer), _encode(tokenizer, prompt)
+    # What is asked with is the prompt's own tokens, also where what follows would change the last of them.
+    alike = ids[: len(prompt_ids)] == prompt_ids
+    answer_ids = ids[len(prompt_ids) :] if alike else _encode(tokenizer, answer)
+    _require_said(_decode(tokenizer, answer_ids), message, index)
+    return prompt_ids, answer_ids
+
+
+def _continuation(tokenizer: Any, messages: Sequence[Message], tools: Tools, prompt: str, said: str) -> str:
+    """What `said`, the conversation up to the end of the answer, has after `prompt`.
+
+    Some templates leave a thought out, or only begin it in the prompt, because the model writes it: it is put where the
+    model has it. Some render the turns before the answer otherwise than they do in its prompt: then the answer begins
+    after the last header of the kind that ends the prompt.
+    """
+    index, message = len(messages) - 1, messages[-1]
+    thought = _normal(message.get("reasoning_content") or "")
+    if said.startswith(prompt):
+        answer = said[len(prompt) :]
+        if thought in _normal(answer):
+            return answer
+    if thought and _CLOSED.search(prompt):
+        raise _reasoning_not_rendered(index)
+    opened = _OPENED.search(prompt)
+    before = prompt[: opened.start()] if opened else prompt
+    if said.startswith(before):
+        answer = said[len(before) :].lstrip()
+    else:
+        answer = said[_begin(tokenizer, messages, tools, before, said) :]
+    if opened and answer.startswith(f"<{opened[1]}>"):
+        return answer.removeprefix(f"<{opened[1]}>").lstrip()
+    if opened:
+        return f"{thought}\n</{opened[1]}>\n\n{answer}"
+    if not thought or thought in _normal(answer):
+        return answer
+    if "</think>" not in str(tokenizer.chat_template):
+        raise _reasoning_not_rendered(index)
+    return f"<think>\n{thought}\n</think>\n\n{_EMPTY_THOUGHT.sub('', answer)}"
+
+
+def _begin(tokenizer: Any, messages: Sequence[Message], tools: Tools, before: str, said: str) -> int:
+    """Where in `said` the last of `messages` begins, whose prompt `before` renders the turns before it otherwise.
+
+    That is after the header that ends the prompt, the last before anything that the message says; where the template
+    has no such header, after the words that the prompt ends with.
+    """
+    index = len(messages) - 1
+    if messages[index - 1]["role"] == "assistant":
+        raise _not_incremental(index)  # it may have made one turn of both
+    others = (render_text(tokenizer, [*messages[:-1], _saying(messages[-1], word)], tools) for word in ("word", "text"))
+    lead = _common_begin(said, *others)
+    history = render_text(tokenizer, messages[:-1], tools)
+    header = before.removeprefix(history)
+    if header and header != before:
+        at = lead.rfind(header)
+        if at < 0:
             raise _not_incremental(index)
-        if message.get("tool_calls"):
-            turn = _encode(tokenizer, messages[: index + 1], tools, add_generation_prompt=False)
-            if ids[: len(turn)] != turn:
-                raise _not_incremental(index)
-            end = _end_of_calls(turn, start, special, index)
-        else:
-            # Special tokens are cut out of a text before anything else is: a part of it has as many as it has in the
-            # whole, and the one that ends the turn is found by how many follow the text.
-            text_end = _end_of_text(tokenizer, messages, tools, whole, index)
-            tokens = tokenizer(whole[text_end:place], add_special_tokens=False)["input_ids"]
-            place, following = text_end, following + sum(token in special for token in tokens)
-            if not 0 < following <= len(positions):
-                raise _no_end_of_turn(index)
-            end = positions[-following] + 1
-            if _normal(message.get("content") or "") not in _normal(_decode(tokenizer, ids[start:end])):
-                raise _text_not_rendered(index)
-        trained[start:end] = [True] * (end - start)
-    return Rendered(ids, trained)
+        return at + len(header)
+    lead = lead.rstrip()
+    if lead[-_ALIKE:] != before.rstrip()[-_ALIKE:]:
+        raise _not_incremental(index)
+    return len(lead)
 
 
-def _end_of_text(tokenizer: Any, messages: Sequence[Message], tools: Tools, whole: str, index: int) -> int:
-    """Where in `whole`, the conversation as a text, the text of message `index` ends.
+def _common_begin(first: str, *others: str) -> str:
+    letters = zip(first, *others, strict=False)
+    return first[: next((at for at, found in enumerate(letters) if len(set(found)) > 1), min(map(len, others)))]
+
+
+def _saying(message: Message, word: str) -> Message:
+    """The message with nothing but `word` in all that it says."""
+    said: Message = {key: word for key in ("content", *THOUGHT_FIELDS) if message.get(key)}
+    if calls := message.get("tool_calls"):
+        said["tool_calls"] = [{**call, "function": {"name": word, "arguments": {}}} for call in calls]
+    return message | said
+
+
+def _end_of_text(tokenizer: Any, messages: Sequence[Message], tools: Tools, whole: str) -> tuple[str, str]:
+    """`whole`, the conversation as a text, up to the text of its last message, and what ends that.
 
     The same text may stand elsewhere, in the words of the template too. So the conversation is rendered once more with
-    a word in its place that nothing else holds: what comes after that word comes after the text.
+    a word in its place that nothing else holds: what comes after that word comes after the text. Some templates end an
+    answer only by the token that the next turn begins with, which then is what ends it.
     """
+    index = len(messages) - 1
     word = "text"
     while word in whole:
         word += "x"
-    other = [*messages[:index], {**messages[index], "content": word}, *messages[index + 1 :]]
-    _, found, after = _render(tokenizer, other, tools).rpartition(word)
-    end = len(whole) - len(after)
-    text = str(messages[index].get("content") or "").strip()
-    if not found or not whole.endswith(after) or not whole[:end].rstrip().endswith(text):
+    other = [*messages[:-1], {**messages[-1], "content": word}]
+    _, found, after = render_text(tokenizer, other, tools).rpartition(word)
+    said = whole[: len(whole) - len(after)]
+    text = str(messages[-1].get("content") or "").strip()
+    if not found or not whole.endswith(after) or not said.rstrip().endswith(text):
         raise _text_not_rendered(index)
-    return end
-
-
-def _end_of_calls(turn: list[int], start: int, special: frozenset[int], index: int) -> int:
-    """Position after the last special token of a turn of tool calls, whose form is the template's own."""
-    for position in range(len(turn) - 1, start, -1):
-        if turn[position] in special:
-            return position + 1
+    special = special_tokens(tokenizer)
+    if end := special.search(after):
+        return said, after[: end.end()]
+    _, _, after = render_text(tokenizer, [*other, {"role": "user", "content": "Go on."}], tools).rpartition(word)
+    if (end := special.match(after.lstrip())) and end[0] != tokenizer.bos_token:
+        return said.rstrip(), end[0]
     raise _no_end_of_turn(index)
+
+
+def _end_of_calls(tokenizer: Any, messages: Sequence[Message], tools: Tools, whole: str) -> tuple[str, str]:
+    """The same of a turn of tool calls, whose form is the template's own: its last token ends it, which is special."""
+    special = special_tokens(tokenizer)
+    *_, last = [None, *special.finditer(whole)]
+    if last and not whole[last.end() :].strip():
+        return whole[: last.start()], last[0]
+    longer = render_text(tokenizer, [*messages, {"role": "tool", "content": "Done."}], tools)
+    said = whole.rstrip()
+    if longer.startswith(said) and (end := special.match(longer[len(said) :].lstrip())):
+        return said, end[0]
+    raise _no_end_of_turn(len(messages) - 1)
+
+
+def _require_said(said: str, message: Message, index: int) -> None:
+    """Raise InvalidInput unless `said`, the answer as a text, has all that `message` says."""
+    said = _normal(said)
+    if absent := tools_absent(said, [message], None):
+        raise _tools_not_rendered(absent)
+    if _normal(message.get("content") or "") not in said:
+        raise _text_not_rendered(index)
+    if _normal(message.get("reasoning_content") or "") not in said:
+        raise _reasoning_not_rendered(index)
+
+
+def tools_absent(whole: str, messages: Sequence[Message], tools: Tools) -> str:
+    """The first word of a tool's or a call's that is not in `whole`, the conversation as a text; empty: all are."""
+    described = [tool.get("function") or tool for tool in tools or ()]
+    called = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    words = [str(one.get("name") or "") for one in (*described, *called) if isinstance(one, dict)]
+    words += [word for one in called for word in _words(one.get("arguments"))]
+    return next((word for word in words if not _is_in(whole, word)), "")
+
+
+def _unnamed(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> str:
+    """The first name of a tool or of a call that the template leaves out, whatever the texts say; empty: none.
+
+    They are rendered under names that nothing else holds.
+    """
+    named: dict[str, str] = {}
+
+    def other(function: dict[str, Any], number: int) -> dict[str, Any]:
+        new = f"{function['name']}x{number}x{len(named)}"
+        named[new] = str(function["name"])
+        return {**function, "name": new}
+
+    functions: list[Any] = [tool.get("function", tool) for tool in tools or ()]
+    renamed = [other(one, 0) if isinstance(one, dict) and "name" in one else one for one in functions]
+    asked = [
+        {**message, "tool_calls": [{**call, "function": other(call["function"], at)} for call in calls]}
+        if (calls := message.get("tool_calls"))
+        else message
+        for at, message in enumerate(messages, 1)
+    ]
+    if not named:
+        return ""
+    whole = render_text(tokenizer, asked, renamed or None)
+    return next((old for new, old in named.items() if new not in whole), "")
+
+
+def _words(value: Any) -> list[str]:
+    """The keys and texts of a value as JSON has it."""
+    if isinstance(value, dict):
+        return [word for key, item in value.items() for word in (str(key), *_words(item))]
+    if isinstance(value, list):
+        return [word for item in value for word in _words(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _is_in(rendered: str, text: str) -> bool:
+    """Whether a template has rendered a text, as it is or as JSON writes it."""
+    forms = (text, _THINKING_FLAGS.sub("", text), json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+    return any(form.strip() in rendered for form in forms)
+
+
+def _tools_not_rendered(name: str) -> InvalidInput:
+    return InvalidInput(
+        "tools_not_rendered",
+        f"the chat template leaves out a tool or a call: {name!r:.60} is not in what it makes of the row",
+        "use a base model whose template knows tools, such as Qwen3 or Llama 3.1, or rows without them",
+    )
+
+
+def _reasoning_not_rendered(index: int) -> InvalidInput:
+    return InvalidInput(
+        "reasoning_not_rendered",
+        f"the chat template leaves out the reasoning of message {index}",
+        "use a base model whose template has reasoning, or --ignore its key at the import",
+    )
 
 
 def _not_incremental(index: int) -> InvalidInput:
     return InvalidInput(
         "template_not_incremental",
-        f"the chat template renders the messages up to message {index} differently once others follow",
-        "train on conversations with one answer each, or use another base model",
+        f"the chat template does not render message {index} as what its prompt goes on with",
+        "use another base model, or rows of another kind",
     )
 
 
@@ -123,26 +303,34 @@ def _no_end_of_turn(index: int) -> InvalidInput:
     )
 
 
-def _encode(tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool) -> list[int]:
-    encoded = _apply(tokenizer, messages, tools, add_generation_prompt, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what a chat template has rendered, as `apply_chat_template` makes them."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> str:
-    return str(_apply(tokenizer, messages, tools, False, tokenize=False))
-
-
-def _apply(
-    tokenizer: Any, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool, **options: bool
-) -> Any:
+def render_text(
+    tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False
+) -> str:
+    """What the chat template makes of `messages`. Raises InvalidInput where it refuses them."""
+    told = tools_as_read(tokenizer, tools)
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=tools or None, add_generation_prompt=add_generation_prompt, **options
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tools=told, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
         )
     except Exception as error:  # a template is its publisher's program and raises what it likes
+        if "tool" not in str(tokenizer.chat_template) and (name := tools_absent("", messages, told)):
+            raise _tools_not_rendered(name) from error
+        if isinstance(error, TypeError) and any(message.get("tool_calls") for message in messages):
+            raise InvalidInput(
+                "template_refused",
+                f"the chat template cannot take the arguments of calls as objects, as engines give them: {error}",
+                "use a base model whose template can, or rows without calls",
+            ) from error
         raise InvalidInput(
             "template_refused",
-            f"the chat template refuses the messages: {type(error).__name__}: {error}",
+            f"the chat template refuses the messages: {reason(error)}",
             "mend the row, or use a base model whose template knows these roles",
         ) from error
 
@@ -150,12 +338,6 @@ def _apply(
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
-
-
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of the tokens that are no text: those of the template, and others of the kind."""
-    added = tokenizer.added_tokens_decoder
-    return frozenset(tokenizer.all_special_ids) | {token for token, about in added.items() if about.special}
 
 
 def _normal(text: str) -> str:

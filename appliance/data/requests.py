@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -15,6 +16,8 @@ class Source(BaseModel):
 
     path: Path
     filename: str
+    about: dict[str, Any] = {}
+    """The entry of a dataset_info.json beside it, which names its columns where the request does not."""
 
 
 class ImportRequest(BaseModel):
@@ -29,6 +32,12 @@ class ImportRequest(BaseModel):
     """Directory of the base model by whose tokenizer tokens are counted."""
     max_length: int | None = None
     """Tokens a row may have in the recipe that the dataset is meant for."""
+    encoding: str = "utf-8"
+    """Of texts without a byte order mark."""
+    ignore: list[str] = []
+    """Keys of rows and messages that are as if they were not there."""
+    drop_untrainable: bool = False
+    """Leave out rows that `base` cannot be trained on."""
     salvage: bool = False
     """Keep the whole records of a damaged file."""
     redact: bool = False

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from appliance.data.encoding import as_read, likely_encodings
 from appliance.errors import InvalidInput
 
 COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 """Extensions of compressed files, and the bytes with which these begin."""
 
+_SAMPLE = 1 << 14
+"""Bytes before and after a fault by which an encoding is guessed."""
 _CHUNK = 1 << 20
 _PACKED_CHUNK = 1 << 16
 
@@ -30,18 +35,19 @@ class SourceText:
     """The text of the file at `path`, which its owner calls `filename`, read once and in pieces.
 
     `unpack` (.gz or .zst) says how it is compressed; bytes are then counted in what comes out. A byte order mark says
-    the encoding and is no text; without one it is UTF-8.
+    the encoding and is no text; without one it is `encoding`.
     """
 
-    def __init__(self, path: Path, filename: str, unpack: str = "") -> None:
+    def __init__(self, path: Path, filename: str, unpack: str = "", encoding: str = "utf-8") -> None:
         self.filename = filename
-        self._chunks = {".gz": _gzip, ".zst": _zstd}.get(unpack, _plain)(path, filename)
+        self._open = partial({".gz": _gzip, ".zst": _zstd}.get(unpack, _plain), path, filename)
+        self._chunks = self._open()
         head = b""
         for chunk in self._chunks:
             head += chunk
             if len(head) >= 4:
                 break
-        mark, self._encoding = next((found for found in _MARKS if head.startswith(found[0])), (b"", "utf-8"))
+        mark, self._encoding = next((found for found in _MARKS if head.startswith(found[0])), (b"", encoding))
         self._head = head[len(mark) :]
         self.start = len(mark)
         """The byte at which the text begins."""
@@ -70,19 +76,21 @@ class SourceText:
             yield text
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Each line as UTF-8 with its newline, and the byte at which it begins. Only a line feed ends a line.
+        """Each line as UTF-8 with its newline, and the byte at which it begins.
 
-        Those of a file in UTF-8 are as they are in it; `decoded` says whether one is text.
+        Only a line feed ends a line, or where the file begins without one, a carriage return. Lines of a file in UTF-8
+        are as they are in it; `decoded` says whether one is text.
         """
         raw = self._encoding == "utf-8"
         chunks = chain([self._head], self._chunks) if raw else (piece.encode() for piece in self.pieces())
+        end = b"\r" if b"\r" in self._head and b"\n" not in self._head else b"\n"
         byte = self.start
         held: list[bytes] = []
         for chunk in chunks:
-            first, *following = chunk.split(b"\n")
+            first, *following = chunk.split(end)
             held.append(first)
             for beginning in following:
-                line = b"".join([*held, b"\n"])
+                line = b"".join([*held, end])
                 yield byte, line
                 byte += len(line) if raw else self.width(line.decode())
                 held = [beginning]
@@ -100,11 +108,26 @@ class SourceText:
         return text
 
     def _not_text(self, byte: int, value: int) -> InvalidInput:
-        return InvalidInput(
-            "not_text",
-            f"{self.filename} is not {self._encoding[:6].rstrip('-').upper()}: byte {byte} is 0x{value:02x}",
-            "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`",
-        )
+        name = self._encoding.upper().removesuffix("-LE").removesuffix("-BE")
+        fault, advice = f"{self.filename} is not {name}: byte {byte} is 0x{value:02x}", "save it as UTF-8"
+        sample, at = self._around(byte)
+        found = likely_encodings(sample)
+        if reading := as_read(sample, at, found):
+            fault += f"; read as {reading}"
+            advice = f"say which it is (--encoding {found[0]}), or save it as UTF-8"
+        return InvalidInput("not_text", fault, advice)
+
+    def _around(self, byte: int) -> tuple[bytes, int]:
+        """What is on both sides of a byte, and where in it that is."""
+        held, begin = b"", 0
+        with contextlib.suppress(InvalidInput):
+            for chunk in self._open():
+                held += chunk
+                if begin + len(held) > byte + _SAMPLE:
+                    break
+                cut = max(0, min(len(held), byte - _SAMPLE - begin)) // 4 * 4
+                held, begin = held[cut:], begin + cut
+        return held[: byte - begin + _SAMPLE], byte - begin
 
 
 def _plain(path: Path, filename: str) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import InvalidInput
+from appliance.errors import InvalidInput, reason
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -20,10 +20,9 @@ def load_tokenizer(folder: Path, clock: date | None = None) -> Any:
     """
     try:
         tokenizer = _loader(folder).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # several libraries read its files, and raise what they like
         raise InvalidInput(
-            "no_tokenizer", f"{folder} holds no usable tokenizer: {first}", "pull the base model again"
+            "no_tokenizer", f"{folder} holds no usable tokenizer: {reason(error)}", "pull the base model again"
         ) from error
     if clock:
         set_clock(tokenizer, clock)

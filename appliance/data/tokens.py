@@ -16,8 +16,9 @@ from typing import Any
 
 from kitoken import Kitoken
 
-from appliance.data.dataset import Row
-from appliance.data.render import render_conversation, special_ids
+from appliance.data.dataset import Row, answered
+from appliance.data.render import render_conversation, render_text
+from appliance.data.template_input import special_tokens
 from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import InvalidInput
 
@@ -26,6 +27,8 @@ _BATCHES_AHEAD = 2
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _TRIAL = "import sys, kitoken; kitoken.Kitoken.from_file(sys.argv[1]).encode_all(sys.argv[2:], True)"
 _SAMPLE = "One, two 2\n\n  \u00e9 \u4f60\u597d \U0001f389 <|"
+REFUSED_LISTED = 1000
+"""So many rows that cannot be trained on are named in a report."""
 _TRIED = 64
 _TRIED_EVERY = 256
 """So many conversations at first, and then one in so many, are counted both ways."""
@@ -51,6 +54,9 @@ class _Counts:
     """Rows that cannot be rendered, by the code of the error."""
     first_refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     """The first of them: its number and what is wrong with it."""
+    refused_rows: list[tuple[int, str, str]] = field(default_factory=list)
+    """The first REFUSED_LISTED of them: number, code, and what is wrong."""
+    last_refused: int | None = None
     spelled: int = 0
     """Conversations in which a text spells a special token."""
     first_spelled: int | None = None
@@ -67,14 +73,13 @@ class TokenCount:
 
     def __init__(self, base: Path) -> None:
         """`base` is the directory of a base model. Raises InvalidInput where its tokenizer cannot be used."""
-        self._base = base.name
+        self.base = base.name
         self._tokenizer = load_tokenizer(base)
         self._bos = self._tokenizer.bos_token
-        special = self._tokenizer.convert_ids_to_tokens(sorted(special_ids(self._tokenizer)))
-        forms = "|".join(re.escape(token) for token in special if token.strip()) or "(?!)"
-        self._special = re.compile(forms)
-        self._ending = re.compile(rf"\s*(?:{forms})")
+        self._special = special_tokens(self._tokenizer)
+        self._ending = re.compile(rf"\s*(?:{self._special.pattern})")
         self._header = self._answer_header()
+        self._shared = self._answers_share_an_example()
         self._fast = _fast_tokenizer(base)
         self._conversations = 0
         self._exact = True
@@ -92,6 +97,15 @@ class TokenCount:
         if self._bytes > _BATCH_BYTES:
             self._submit()
 
+    def refusal(self, row: Row) -> InvalidInput | None:
+        """Why `row` cannot be trained on; None where it can. As training does it, which is slower than counting."""
+        try:
+            for messages in conversations(row):
+                render_conversation(self._tokenizer, messages, row.get("tools"))
+        except InvalidInput as error:
+            return error
+        return None
+
     def close(self) -> None:
         """Stop counting, whatever is left."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -104,7 +118,7 @@ class TokenCount:
         self.close()
         counts, lengths = self._counts, sorted(self._counts.lengths.items())
         figures: dict[str, Any] = {
-            "base": self._base,
+            "base": self.base,
             "exact": self._exact,
             "total": counts.tokens,
             "trained": counts.trained,
@@ -115,6 +129,7 @@ class TokenCount:
             "lengths": lengths,
             "refused": dict(counts.refused),
             "first_refused": {code: list(first) for code, first in counts.first_refused.items()},
+            "refused_rows": [list(one) for one in counts.refused_rows],
             "spelled_special": counts.spelled,
             "first_spelled": counts.first_spelled,
         }
@@ -156,6 +171,13 @@ class TokenCount:
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
         return str(after[sum(1 for _ in alike) :])
 
+    def _answers_share_an_example(self) -> bool:
+        turns = [{"role": role, "content": "?"} for role in ("user", "assistant") * 2]
+        try:
+            return len(render_conversation(self._tokenizer, turns)) == 1
+        except InvalidInput:  # the rows will say
+            return False
+
     def _render(self, batch: list[_Conversation]) -> list[str | None]:
         """Each conversation as its chat template renders it; None where that refuses it."""
         try:
@@ -168,24 +190,25 @@ class TokenCount:
 
     def _render_one(self, conversation: _Conversation) -> str | None:
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                conversation.messages, tools=conversation.tools or None, tokenize=False
-            )
-        except Exception:  # render_conversation will say why
+            return render_text(self._tokenizer, conversation.messages, conversation.tools)
+        except InvalidInput:  # render_conversation will say why
             return None
-        return text
 
     def _cut(self, text: str, conversation: _Conversation) -> list[str] | None:
         """The text in pieces, of which every second is trained; None where an answer is not found in it just once."""
         if self._bos:
             self._counts.starts[_repeated(text, self._bos)] += 1
-        if any(self._special.search(message["content"]) for message in conversation.messages):
+        if self._special.search("\0".join([message["content"] for message in conversation.messages])):
             self._counts.spelled += 1
             if self._counts.first_spelled is None:
                 self._counts.first_spelled = conversation.row
+            return None
+        answers = sum(message["role"] == "assistant" for message in conversation.messages)
+        if (answers > 1 and not self._shared) or conversation.tools:
+            return None
         pieces, done, place = [], 0, 0
         for message in conversation.messages:
-            if message.get("tool_calls"):
+            if message.get("tool_calls") or message.get("reasoning_content"):
                 return None
             content = message["content"].strip()
             if message["role"] != "assistant":
@@ -193,6 +216,8 @@ class TokenCount:
                     return None
                 place = found + len(content)
                 continue
+            if "<think>" in content:
+                return None
             header = text.find(self._header, place)
             begin = header + len(self._header)
             ends = self._ends(text, content, begin) if content and self._header and header >= 0 else []
@@ -202,7 +227,7 @@ class TokenCount:
             if message.get("weight") != 0:
                 pieces += [text[done:begin], text[begin:place]]
                 done = place
-        return [*pieces, text[done:]]
+        return pieces
 
     def _ends(self, text: str, answer: str, begin: int) -> list[int]:
         """Where the special token after `answer` ends, for each place from `begin` to the next header that it may have.
@@ -225,7 +250,7 @@ class TokenCount:
         lengths: dict[int, int] = {}
         for conversation, cut in zip(batch, cuts, strict=True):
             found = [next(sizes, 0) for _ in cut or ()]
-            counted = sum(found), sum(found[1::2])
+            counted = sum(found), sum(found), sum(found[1::2])
             self._conversations += 1
             tried = self._conversations <= _TRIED or self._conversations % _TRIED_EVERY == 0
             if not cut or not self._fast or tried:
@@ -237,19 +262,30 @@ class TokenCount:
                     self._fast = None
                 counted = exact
             lengths[conversation.row] = max(counted[0], lengths.get(conversation.row, 0))
-            self._counts.tokens += counted[0]
-            self._counts.trained += counted[1]
+            self._counts.tokens += counted[1]
+            self._counts.trained += counted[2]
         self._counts.lengths.update(lengths.values())
 
-    def _render_exactly(self, conversation: _Conversation) -> tuple[int, int] | None:
-        """Tokens and trained tokens; None for a conversation that cannot be rendered, which is noted."""
+    def _render_exactly(self, conversation: _Conversation) -> tuple[int, int, int] | None:
+        """Tokens of the longest example, of all, and trained ones; None where it cannot be rendered, which is noted."""
         try:
-            rendered = render_conversation(self._tokenizer, conversation.messages, conversation.tools)
+            examples = render_conversation(self._tokenizer, conversation.messages, conversation.tools)
         except InvalidInput as error:
-            self._counts.refused[error.code] += 1
-            self._counts.first_refused.setdefault(error.code, (conversation.row, error.message))
+            self._note_refusal(conversation.row, error)
             return None
-        return len(rendered.input_ids), sum(rendered.trained)
+        lengths = [len(example.input_ids) for example in examples]
+        return max(lengths, default=0), sum(lengths), sum(sum(example.trained) for example in examples)
+
+    def _note_refusal(self, row: int, error: InvalidInput) -> None:
+        """Once for a row, which may have two conversations."""
+        counts = self._counts
+        if row == counts.last_refused:
+            return
+        counts.last_refused = row
+        counts.refused[error.code] += 1
+        counts.first_refused.setdefault(error.code, (row, error.message))
+        if len(counts.refused_rows) < REFUSED_LISTED:
+            counts.refused_rows.append((row, error.code, error.message))
 
 
 @lru_cache
@@ -268,10 +304,9 @@ def conversations(row: Row) -> Iterator[list[dict[str, Any]]]:
     if "messages" in row:
         yield row["messages"]
         return
-    prompt = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in row["prompt"]]
     for part in ("chosen", "rejected", "completion"):
         if part in row:
-            yield [*prompt, *row[part]]
+            yield answered(row, part)
 
 
 def _repeated(text: str, start: str) -> int:

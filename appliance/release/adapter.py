@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from appliance.release.peft_format import PREFIX, WEIGHTS, lora_scale, not_mergeable, read_config, unusable
+from appliance.adapters import CONFIG, WEIGHTS
+from appliance.architecture import Architecture, quantised_modules
+from appliance.home import sha256
+from appliance.models import tensor_names
+from appliance.release.peft_format import ADAPTER_SHA256, PREFIX, lora_scale, not_mergeable, read_config, unusable
 from appliance.release.weights import Change, layout, require_fitting
-from appliance.train.model import nf4_round_trip, quantised_modules
+from appliance.train.model import nf4_round_trip
+from appliance.train.recipe import Recipe
 
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
@@ -83,14 +89,26 @@ class Rounded:
         return value if self.then is None else self.then(value, rows)
 
 
+def require_trained(adapter: Path, run: Path, recipe: Recipe) -> None:
+    """Raise InvalidInput unless `adapter` holds the weights that the run's last stage left, or that it was given."""
+    if recipe.given:
+        expected, whose, advice = recipe.given.sha256, "was given", "give it again: `appliance merge`"
+    else:
+        last = recipe.stages[-1].name
+        expected = json.loads((run / last / "result.json").read_bytes()).get(ADAPTER_SHA256)
+        whose, advice = f"{last} has left", "queue the recipe again"
+    if sha256(adapter / WEIGHTS) != expected:
+        raise not_mergeable(f"the adapter is not the one that {whose}", advice)
+
+
 def read_changes(adapter: Path, base: Path) -> dict[str, Change]:
     """What the adapter in directory `adapter` changes in the base's stored weights, by their names.
 
     Raises InvalidInput `not_mergeable` naming what cannot be merged.
     """
     config, tensors = _read(adapter)
-    skeleton = load_skeleton(base)
-    stored, modules = layout(base), dict(skeleton.named_modules())
+    architecture = Architecture(base)
+    modules = dict(architecture.skeleton.named_modules())
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         module, part = _split(name.removeprefix(PREFIX))
@@ -103,23 +121,39 @@ def read_changes(adapter: Path, base: Path) -> dict[str, Change]:
             by_parameter |= {f"{module}.{part}": Replaced(tensor) for part, tensor in found.items()}
     changes: dict[str, Change] = {}
     for parameter, change in by_parameter.items():
-        group = tie_group(skeleton, parameter)
+        group = architecture.tied(parameter)
         if any(not _same(change, by_parameter.get(member)) for member in group):
             raise not_mergeable(
                 f"{' and '.join(sorted(group))} are one tensor in the base model, and the adapter does not change "
                 "them alike",
                 "train it again with ensure_weight_tying, or on other modules",
             )
-        changes |= dict.fromkeys(stored_names(skeleton, stored, group), change)
+        changes |= dict.fromkeys(architecture.stored(group), change)
     require_fitting(base, changes)
     return changes
 
 
+def require_complete(adapter: Path, base: Path) -> None:
+    """Raise InvalidInput where the adapter lacks layers that its settings name, as PEFT reads those."""
+    config = LoraConfig.from_pretrained(adapter)
+    model = inject_adapter_in_model(config, Architecture(base).skeleton, low_cpu_mem_usage=True)
+    wanted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    held = {_split(name.removeprefix(PREFIX))[0] for name in tensor_names(adapter / WEIGHTS)}
+    if missing := sorted(wanted - held):
+        raise not_mergeable(
+            f"the adapter's settings name {len(wanted)} layers, and its file lacks {len(missing)} of them, "
+            f"such as {missing[0]}",
+            f"save it again, or mend target_modules in its {CONFIG}",
+        )
+
+
 def rounded_changes(base: Path, changes: dict[str, Change]) -> dict[str, Change]:
     """`changes` on top of the weights that QLoRA trained on: those of its linear layers in NF4."""
-    skeleton, stored = load_skeleton(base), layout(base)
+    architecture = Architecture(base)
     names = {
-        name for module in quantised_modules(skeleton) for name in stored_names(skeleton, stored, {f"{module}.weight"})
+        name
+        for module in quantised_modules(architecture.skeleton)
+        for name in architecture.stored({f"{module}.weight"})
     }
     rounded: dict[str, Change] = {name: Rounded(changes.get(name)) for name in names}
     require_fitting(base, rounded)
@@ -128,19 +162,13 @@ def rounded_changes(base: Path, changes: dict[str, Change]) -> dict[str, Change]
 
 def require_present(base: Path, parameters: set[str]) -> None:
     """Raise InvalidInput where a weight that training is to change is not in the base's files."""
-    skeleton, stored = load_skeleton(base), layout(base)
-    missing = sorted(name for name in parameters if stored_names(skeleton, stored, [name])[0] not in stored)
+    architecture, present = Architecture(base), layout(base)
+    missing = sorted(name for name in parameters if architecture.stored([name])[0] not in present)
     if missing:
         raise not_mergeable(
             f"the base model's files hold no tensor {missing[0]}",
             "target modules whose weights the files hold, or use another base model",
         )
-
-
-def load_skeleton(base: Path) -> Any:
-    """The base model without values."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -191,22 +219,6 @@ def _low_rank(module: Any, config: dict[str, Any], name: str, parts: dict[str, t
     left, right = (a.T.contiguous(), b.T.contiguous()) if transposed else (b, a)
     scale = lora_scale(config, name, len(a))
     return LowRank(left, right, scale, None if magnitude is None else magnitude.float(), transposed, start)
-
-
-def tie_group(skeleton: Any, parameter: str) -> set[str]:
-    """`parameter` and the names of all that share its tensor."""
-    tied: dict[str, str] = skeleton.all_tied_weights_keys
-    root = tied.get(parameter, parameter)
-    return {root, *(name for name, other in tied.items() if other == root)}
-
-
-def stored_names(skeleton: Any, stored: dict[str, Any], parameters: Iterable[str]) -> list[str]:
-    """Names in the files of what the model calls `parameters`; some files leave out the body's name, or add it."""
-    body = f"{skeleton.base_model_prefix}."
-    spellings = [(name, name.removeprefix(body), body + name) for name in parameters]
-    found = [next((name for name in names if name in stored), None) for names in spellings]
-    names = [name for name in found if name is not None]
-    return names or [min(parameters)]
 
 
 def _same(one: Change, other: Change | None) -> bool:

@@ -17,9 +17,10 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
+from appliance.adapters import CONFIG, WEIGHTS
 from appliance.errors import Conflict
 from appliance.home import building, write_json
-from appliance.release.peft_format import CONFIG, PREFIX, WEIGHTS, lora_scale, read_config, unusable
+from appliance.release.peft_format import PREFIX, lora_scale, read_config, unusable
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 _A, _B = ".lora_A.weight", ".lora_B.weight"

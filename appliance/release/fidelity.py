@@ -130,8 +130,8 @@ def judge_fidelity(measured: Measured, own: Scores, noisy: Scores, signs: Sequen
     return Gate(
         True,
         figures,
-        f"a token's divergence from the adapter is {apart.mean_divergence:.2g} nats, at most "
-        f"{limit.mean_divergence:.2g} by rounding, over {len(own.logps)} tokens{kept}",
+        f"a token's divergence from the adapter is {apart.mean_divergence:.2g} nats on average, with a limit of "
+        f"{limit.mean_divergence:.2g} by rounding's noise, over {len(own.logps)} tokens{kept}",
     )
 
 

@@ -8,6 +8,7 @@ which one trusts.
 from __future__ import annotations
 
 import fnmatch
+import math
 import resource
 import signal
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 from pydantic import BaseModel
 
-from appliance.errors import ApplianceError, InvalidInput
+from appliance.errors import ApplianceError, InvalidInput, reason
 from appliance.home import write_json
 from appliance.models import MODEL_FILES, check_model, check_weights
 
@@ -59,8 +60,7 @@ def check_foreign(folder: Path) -> None:
     except InvalidInput:
         raise
     except Exception as error:
-        first, *_ = str(error).strip().splitlines() or [""]
-        raise _unfit(f"{type(error).__name__}: {first}") from error
+        raise _unfit(reason(error)) from error
 
 
 def _belongs(name: str) -> bool:
@@ -69,13 +69,16 @@ def _belongs(name: str) -> bool:
 
 def _load(folder: Path) -> None:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     from appliance.data.render import render_prompt
     from appliance.data.tokenizer import load_tokenizer
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise _unfit(f"it is a {config.model_type}, which is no language model")
     tokenizer = load_tokenizer(folder)
     ids = render_prompt(tokenizer, [{"role": "user", "content": _QUESTION}])
@@ -98,9 +101,12 @@ def _bound() -> None:
 
     limit = psutil.Process().memory_info().vms + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CPU, (5 * SECONDS, 5 * SECONDS))
+    used = psutil.Process().cpu_times()
+    seconds = math.ceil(used.user + used.system) + 5 * SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     signal.signal(signal.SIGALRM, end)
-    signal.alarm(SECONDS)
+    # Again and again: code that is just imported may take the first for a fault of its own.
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)
 
 
 def _unfit(what: str) -> InvalidInput:
@@ -118,7 +124,7 @@ def main(home_root: Path, request: Path, result: Path) -> None:
         what = error.message.replace(str(asked.folder), asked.name)
         next = "take it from the box that made it, by `appliance export`"
         outcome["problem"] = InvalidInput("bad_archive", f"the release cannot be imported: {what}", next).problem()
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     write_json(result, outcome)
 
 

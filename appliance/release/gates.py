@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -16,6 +16,8 @@ SERVED = "served.json"
 GATES = ("structure", "fidelity", "parity", "stopping", "quality")
 """Names of the gates, in the order in which they are numbered."""
 
+UNMEASURED = "not measured, because "
+"""How the reason of a gate begins that nothing was measured for."""
 GOES_ON = 10
 """One greedy answer in so many, or in fewer, may repeat itself to its limit, as those of small models do."""
 FEW_PROBES = 5
@@ -29,6 +31,15 @@ class Gate:
     passed: bool
     figures: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+
+
+def verdicts(gates: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
+    """Which gates of a manifest have passed, of those that were measured."""
+    return {
+        name: bool(gate["passed"])
+        for name, gate in gates.items()
+        if gate["passed"] or not str(gate["reason"]).startswith(UNMEASURED)
+    }
 
 
 def judge_parity(probes: Sequence[Probe], answers: Sequence[ProbeAnswer]) -> Gate:
@@ -130,7 +141,8 @@ def judge_served(served: Served, said: Sequence[Sequence[float]]) -> Gate:
 
 
 def load_served(run: Path) -> Served | None:
-    """What `verify` has written for the engine of the run in directory `run` to say; None where nothing was trained."""
+    """What `verify` has written for the engine of the run in directory `run` to say; None where nothing was trained, or
+    no conversation is short enough to be asked."""
     path = run / "verify" / SERVED
     if not path.exists():
         return None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from appliance.data.dataset import HELD_OUT_AT_MOST, Dataset, Row
-from appliance.data.render import Message, Rendered, render_conversation
+from appliance.data.dataset import HELD_OUT_AT_MOST, Dataset, Row, answered
+from appliance.data.render import Conversation, render_conversation
 from appliance.home import Home
 from appliance.release.plain import PLAIN
 from appliance.train.recipe import Recipe
@@ -30,10 +30,6 @@ class HeldOutSet:
     plain: bool = False
     """Whether they have nothing to do with what was trained."""
 
-    def render(self, tokenizer: Any) -> list[Rendered]:
-        """The conversations through a tokenizer's own template."""
-        return [_render(tokenizer, row) for row in self.conversations]
-
 
 @dataclass(frozen=True)
 class Answered:
@@ -50,6 +46,16 @@ def judged_on(recipe: Recipe) -> tuple[str, int] | None:
         return recipe.given.dataset, LONGEST_GIVEN
     stages = [stage for stage in recipe.stages if stage.method == "sft"] or recipe.stages
     return (stages[0].dataset, stages[0].max_length) if stages else None
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """Answers that the last stage is to make likelier, and such as it is to make less likely."""
+
+    good: list[Row]
+    bad: list[Row]
+    pairs: bool
+    """Whether the two lists are answers to the same prompts, one after the other."""
 
 
 def held_out_set(home: Home, recipe: Recipe, tokenizer: Any) -> HeldOutSet:
@@ -72,15 +78,27 @@ def held_out_set(home: Home, recipe: Recipe, tokenizer: Any) -> HeldOutSet:
 
 def last_stage_rows(home: Home, recipe: Recipe, tokenizer: Any) -> list[Answered]:
     """Conversations that the last stage has trained on, spread over its rows; none where nothing was trained here."""
+    return _of_last_stage(home, recipe, tokenizer, held_out=False)
+
+
+def preferred(home: Home, recipe: Recipe, tokenizer: Any) -> Preferred | None:
+    """Held-out answers of the last stage by which a preference is seen; None where it learns none, or has not both."""
+    answered = _of_last_stage(home, recipe, tokenizer, held_out=True)
+    good, bad = ([one.conversation for one in answered if one.sign == sign] for sign in (1, -1))
+    return Preferred(good, bad, pairs=recipe.stages[-1].method == "dpo") if good and bad else None
+
+
+def _of_last_stage(home: Home, recipe: Recipe, tokenizer: Any, *, held_out: bool) -> list[Answered]:
+    """Conversations of the last stage's dataset, held out or trained on; none where nothing was trained here."""
     if not recipe.stages:
         return []
     stage = recipe.stages[-1]
     dataset = Dataset.open(home, stage.dataset)
-    train, _ = dataset.split(recipe.eval_share)
+    chosen = dataset.split(recipe.eval_share)[held_out]
     if dataset.kind != "unpaired":
-        return _spread(tokenizer, dataset, train, LAST_STAGE_ROWS, stage.max_length)
-    labels = {index: dataset.rows[index]["label"] for index in train}
-    by_label = ([index for index in train if labels[index] == label] for label in (True, False))
+        return _spread(tokenizer, dataset, chosen, LAST_STAGE_ROWS, stage.max_length)
+    labels = {index: dataset.rows[index]["label"] for index in chosen}
+    by_label = ([index for index in chosen if labels[index] == label] for label in (True, False))
     return [
         answer
         for indices in by_label
@@ -88,23 +106,28 @@ def last_stage_rows(home: Home, recipe: Recipe, tokenizer: Any) -> list[Answered
     ]
 
 
-def render_answered(tokenizer: Any, rows: Iterable[Answered]) -> list[Rendered]:
+def render_answered(tokenizer: Any, rows: Iterable[Answered]) -> list[Conversation]:
     """The conversations of `rows` through a tokenizer's own template."""
-    return [_render(tokenizer, row.conversation) for row in rows]
+    return render(tokenizer, [row.conversation for row in rows])
+
+
+def render(tokenizer: Any, rows: Iterable[Row]) -> list[Conversation]:
+    """Conversations through a tokenizer's own template."""
+    return [_render(tokenizer, row) for row in rows]
 
 
 def conversation(row: Row) -> Row:
     """A row of messages as it is, another as the conversation with its answer: the chosen one, or the one judged."""
     if "messages" in row:
         return row
-    return _with_answer(row, row["chosen"] if "chosen" in row else row["completion"])
+    return _answered_by(row, "chosen" if "chosen" in row else "completion")
 
 
 def _spread(tokenizer: Any, dataset: Dataset, indices: list[int], count: int, longest: int) -> list[Answered]:
     """The answers of `count` rows spread over those at `indices`, without rows of more than `longest` tokens."""
     step = max(1, len(indices) // count)
     rows = (_answered(dataset.rows[index]) for index in indices[::step])
-    short = (row for row in rows if all(len(one.input_ids) <= longest for one in render_answered(tokenizer, row)))
+    short = (row for row in rows if all(_length(one) <= longest for one in render_answered(tokenizer, row)))
     return [answer for row in islice(short, count) for answer in row]
 
 
@@ -112,14 +135,12 @@ def _answered(row: Row) -> list[Answered]:
     if "messages" in row:
         return [Answered(row, 0)]
     if "chosen" in row:
-        return [Answered(_with_answer(row, row["chosen"]), 1), Answered(_with_answer(row, row["rejected"]), -1)]
-    return [Answered(_with_answer(row, row["completion"]), 1 if row["label"] else -1)]
+        return [Answered(_answered_by(row, "chosen"), 1), Answered(_answered_by(row, "rejected"), -1)]
+    return [Answered(_answered_by(row, "completion"), 1 if row["label"] else -1)]
 
 
-def _with_answer(row: Row, answer: list[Message]) -> Row:
-    """Turns of the prompt are not what is judged."""
-    prompt = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in row["prompt"]]
-    return {"messages": [*prompt, *answer], "tools": row.get("tools")}
+def _answered_by(row: Row, part: str) -> Row:
+    return {"messages": answered(row, part), "tools": row.get("tools")}
 
 
 def _enough(tokenizer: Any, rows: Iterator[Row], longest: int) -> list[Row]:
@@ -127,7 +148,7 @@ def _enough(tokenizer: Any, rows: Iterator[Row], longest: int) -> list[Row]:
     found: list[Row] = []
     tokens = 0
     for row in rows:
-        length = len(_render(tokenizer, row).input_ids)
+        length = _length(_render(tokenizer, row))
         if length > longest:
             continue
         if len(found) == HELD_OUT_AT_MOST or (len(found) >= LEAST_ROWS and tokens + length > ENOUGH_TOKENS):
@@ -137,5 +158,10 @@ def _enough(tokenizer: Any, rows: Iterator[Row], longest: int) -> list[Row]:
     return found
 
 
-def _render(tokenizer: Any, row: Row) -> Rendered:
+def _length(conversation: Conversation) -> int:
+    """Tokens of the longest example of a conversation."""
+    return max(len(one.input_ids) for one in conversation)
+
+
+def _render(tokenizer: Any, row: Row) -> Conversation:
     return render_conversation(tokenizer, row["messages"], row.get("tools"))

@@ -20,7 +20,7 @@ from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
 from appliance.home import Home, fsync_directory, json_bytes, sha256, write_atomic, write_json
 from appliance.models import SOURCE
 from appliance.release.card import CARD, model_card
-from appliance.release.gates import GATES, Gate
+from appliance.release.gates import GATES, UNMEASURED, Gate, verdicts
 from appliance.train.recipe import Recipe
 
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ class Manifest:
     release: str
     state: Literal["verified", "refused"]
     reason: str
-    """One line: that every gate has passed, or why the first that has not did not."""
+    """One line: that every gate has passed, or why those that have not did not."""
     created: float
     base: str
     datasets: dict[str, str]
@@ -206,7 +206,8 @@ def _contradiction(manifest: Manifest, content: dict[str, Any], within: _Foreign
     failed = [name for name in GATES if name in within.gates and not within.gates[name].passed]
     accepted = bool(within.accepted)
     state = "refused" if failed and not accepted else "verified"
-    reasons = {f"{_ACCEPTED * accepted}{name}: {within.gates[name].reason}" for name in failed} or {_ALL_PASSED}
+    gates = {name: gate.model_dump() for name, gate in within.gates.items()}
+    reason = f"{_ACCEPTED * accepted}{_refusal(gates)}" if failed else _ALL_PASSED
     if unknown := min(content.keys() - {each.name for each in fields(Manifest)}, default=""):
         return f"{unknown!r} is no field of it"
     if within.gates.keys() != set(GATES):
@@ -215,7 +216,7 @@ def _contradiction(manifest: Manifest, content: dict[str, Any], within: _Foreign
         return "'accepted' is not the gate that failed"
     if manifest.state != state:
         return f"'state' is {manifest.state}, and its gates say {state}"
-    if manifest.reason not in reasons:
+    if manifest.reason != reason:
         return "'reason' is not what its gates say"
     if manifest.base != within.recipe.base:
         return "'base' is not that of its recipe"
@@ -271,15 +272,11 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
     measured |= {name: asdict(gate) for name, gate in probe_gates.items() if name != "served"}
     if "served" in probe_gates:
         measured["fidelity"] = _with_served(measured["fidelity"], probe_gates["served"])
-    unmeasured = asdict(Gate(False, {}, "not measured, because another gate had failed"))
+    unmeasured = asdict(Gate(False, {}, f"{UNMEASURED}another gate had failed"))
     gates = {name: measured.get(name, unmeasured) for name in GATES}
-    failed = [name for name in GATES if name in measured and not gates[name]["passed"]]
-    missing = [name for name in GATES if name not in measured]
-    state: Literal["verified", "refused"] = "refused" if failed or missing else "verified"
-    reason = _ALL_PASSED
-    if state == "refused":
-        first = (failed or missing)[0]
-        reason = f"{first}: {gates[first]['reason']}"
+    passed = all(gate["passed"] for gate in gates.values())
+    state: Literal["verified", "refused"] = "verified" if passed else "refused"
+    reason = _ALL_PASSED if passed else _refusal(gates)
     return Manifest(
         release=run.name,
         state=state,
@@ -301,6 +298,12 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
             **{package: version(package) for package in _PACKAGES},
         },
     )
+
+
+def _refusal(gates: dict[str, dict[str, Any]]) -> str:
+    """Why the gates that did not pass did not, in their order; of those that were measured, if any was."""
+    failed = [name for name, passed in verdicts(gates).items() if not passed]
+    return "; ".join(f"{name}: {gates[name]['reason']}" for name in failed or gates if not gates[name]["passed"])
 
 
 def _with_served(fidelity: dict[str, Any], served: Gate) -> dict[str, Any]:

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from appliance.adapters import CONFIG
 from appliance.data.dataset import ROWS
-from appliance.data.render import Rendered
+from appliance.data.render import Conversation
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home, building, copy_file, hashes, require_space, sha256, write_json
 from appliance.models import SOURCE, model_path
-from appliance.release.adapter import read_changes, rounded_changes
+from appliance.release.adapter import read_changes, require_complete, require_trained, rounded_changes
 from appliance.release.fidelity import Measured
-from appliance.release.held_out import held_out_set, last_stage_rows, render_answered
+from appliance.release.held_out import held_out_set, last_stage_rows, render, render_answered
 from appliance.release.manifest import DEQUANTISED, SIXTEEN_BIT
-from appliance.release.peft_format import CONFIG, WEIGHTS, not_mergeable
 from appliance.release.scores import score
 from appliance.release.weights import write_weights
 from appliance.train.model import ON_GPU, load_adapter, load_model, release_memory, stop_token_ids
@@ -62,15 +62,16 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> tuple[dict[str, Any], Measured]:
     adapter = recipe.last_adapter(run)
-    if recipe.given and sha256(adapter / WEIGHTS) != recipe.given.sha256:
-        raise not_mergeable("the adapter is not the one that was given", "give it again: `appliance merge`")
+    require_trained(adapter, run, recipe)
     changes = read_changes(adapter, base)
+    if recipe.given:
+        require_complete(adapter, base)
     candidates = {SIXTEEN_BIT: changes}
     if recipe.quantised:
         candidates[DEQUANTISED] = rounded_changes(base, changes)
 
     tokenizer = load_tokenizer(base, recipe.clock)
-    chosen = held_out_set(home, recipe, tokenizer).render(tokenizer)
+    chosen = render(tokenizer, held_out_set(home, recipe, tokenizer).conversations)
     answered = last_stage_rows(home, recipe, tokenizer)
     conversations = [*chosen, *render_answered(tokenizer, answered)]
     model = load_adapter(load_model(base, quantised=recipe.quantised), adapter, trainable=False).eval()
@@ -101,7 +102,7 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> t
     return figures, Measured(trained, merged_into, reference)
 
 
-def _before_last_stage(model: Any, run: Path, recipe: Recipe, conversations: list[Rendered]) -> torch.Tensor:
+def _before_last_stage(model: Any, run: Path, recipe: Recipe, conversations: list[Conversation]) -> torch.Tensor:
     """[tokens] What the last stage began with says: `model` with the adapter of the stage before, or without any."""
     if not conversations:
         return torch.empty(0)

@@ -10,10 +10,12 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
 
-from appliance.release.adapter import load_skeleton, stored_names, tie_group
-from appliance.release.weights import layout
-from appliance.train.model import nf4_round_trip, quantised_modules
+from appliance.adapters import WEIGHTS
+from appliance.architecture import Architecture, quantised_modules
+from appliance.release.peft_format import PREFIX
+from appliance.train.model import nf4_round_trip
 
 _NAME = "default"
 """PEFT's name of the one adapter that is loaded."""
@@ -26,32 +28,38 @@ class Oracle:
     """
 
     def __init__(self, adapter: Path, base: Path, *, rounded: bool) -> None:
-        skeleton, stored = load_skeleton(base), layout(base)
+        architecture = Architecture(base)
+        skeleton = architecture.skeleton
         self.parameters: dict[str, str] = {}
         """What the model calls the stored tensors that may differ from the base's."""
         self._rounded: set[str] = set()
         if rounded:
             for module in quantised_modules(skeleton):
-                names = stored_names(skeleton, stored, {f"{module}.weight"})
+                names = architecture.stored({f"{module}.weight"})
                 self.parameters |= dict.fromkeys(names, f"{module}.weight")
                 self._rounded.update(names)
-        groups = {name: tie_group(skeleton, name) for name, _ in skeleton.named_parameters()}
+        groups = {name: architecture.tied(name) for name, _ in skeleton.named_parameters()}
         _without_values(skeleton)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that only a model with values has
             model = PeftModel.from_pretrained(
                 skeleton, adapter, torch_device="cpu", low_cpu_mem_usage=True, local_files_only=True
             )
+        own = load_file(adapter / WEIGHTS)
+        self._own: dict[str, torch.Tensor] = {}
+        """Weights of the base that the adapter has its own of, in the place of the stored ones."""
         self._layers: dict[str, LoraLayer] = {}
         self._saved: dict[str, torch.Tensor] = {}
         for name, module in model.base_model.model.named_modules():
             if isinstance(module, LoraLayer):
-                names = stored_names(skeleton, stored, groups[f"{name}.weight"])
+                names = architecture.stored(groups[f"{name}.weight"])
                 self.parameters |= dict.fromkeys(names, f"{name}.weight")
                 self._layers |= dict.fromkeys(names, module)
+                if (value := own.get(f"{PREFIX}{name}.base_layer.weight")) is not None:
+                    self._own |= dict.fromkeys(names, value)
             elif isinstance(module, ModulesToSaveWrapper):
                 for part, value in module.modules_to_save[_NAME].named_parameters():
-                    names = stored_names(skeleton, stored, groups[f"{name}.{part}"])
+                    names = architecture.stored(groups[f"{name}.{part}"])
                     self.parameters |= dict.fromkeys(names, f"{name}.{part}")
                     self._saved |= dict.fromkeys(names, value.detach())
 
@@ -67,6 +75,7 @@ class Oracle:
 
     def start(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """What the adapter is added to, of the stored `weight`: fp32, a copy."""
+        weight = self._own.get(name, weight)
         return nf4_round_trip(weight) if name in self._rounded else weight.to(torch.float32, copy=True)
 
     def merged(self, name: str, start: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from appliance.adapters import CONFIG, WEIGHTS
 from appliance.errors import InvalidInput
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_SHA256 = "adapter_sha256"
+"""In the result of a training stage: the hash of the weights that it has left."""
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base."""
 _REFUSED = {

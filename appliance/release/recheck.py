@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from appliance.adapters import WEIGHTS
 from appliance.errors import Conflict, InvalidInput
 from appliance.home import Home, building, sha256, write_atomic
 from appliance.models import base_hashes, model_path
+from appliance.release.gates import verdicts
 from appliance.release.held_out import judged_on
-from appliance.release.manifest import DEQUANTISED, clock_of, read_manifest
-from appliance.release.peft_format import WEIGHTS
+from appliance.release.integrity import Reading, examine
+from appliance.release.manifest import DEQUANTISED, Manifest, clock_of, read_manifest
 from appliance.train.events import EventLog
 from appliance.train.recipe import Given, Recipe, dump_recipe
 
 _LONGEST_NAME = 50
-WITHOUT_DATA = " (on plain conversations, because its dataset is not on this box)"
+_WITHOUT_DATA = " (on plain conversations, because its dataset is not on this box)"
 
 
 def plan_recheck(home: Home, release: str) -> Recipe:
@@ -48,7 +50,7 @@ def plan_recheck(home: Home, release: str) -> Recipe:
     if (adapter := home.releases / release / "adapter" / WEIGHTS).exists():
         dataset, _ = judged_on(made_by) or ("", 0)
         here = dataset if dataset and (home.datasets / dataset).exists() else ""
-        given = Given(sha256=sha256(adapter), quantised=made_by.quantised, dataset=here)
+        given = Given(sha256=sha256(adapter), quantised=made_by.quantised, dataset=here, nudges=made_by.only_nudges)
     name = f"{release[:_LONGEST_NAME]}-gates"
     return made_by.model_copy(
         update={
@@ -81,6 +83,9 @@ def recheck_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
     release, model = str(recipe.rechecks), run / "merge" / "model"
     if model.is_symlink():
         model.unlink()
+    # Damage is no verdict of the gates: it is to be found as such.
+    if damage := examine(home.releases / release, "", {}, Reading(from_disk=True)).damage:
+        raise Conflict("damaged_release", f"{release} is damaged: {damage}", f"`appliance verify {release}` records it")
     figures = merge_stage(home, run, recipe)
     manifest = read_manifest(home, release)
     on = manifest["merge"].get("on", figures.get("on"))
@@ -99,3 +104,13 @@ def recheck_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
     shutil.rmtree(model)
     model.symlink_to(home.releases / release)
     return {**figures, "files": manifest["files"]}
+
+
+def conclude_recheck(found: Manifest, manifest: dict[str, Any]) -> tuple[Literal["passed", "noted", "refused"], str]:
+    """What becomes of a release with that `manifest` whose gates were `found` to be so here, and what is said of it.
+
+    One that fails another gate than quality is refused. That one depends on what is live meanwhile.
+    """
+    failed = [name for name, passed in verdicts(found.gates).items() if not passed]
+    said = f"repeated here, {found.reason}{'' if found.datasets or not manifest['datasets'] else _WITHOUT_DATA}"
+    return ("noted" if failed == ["quality"] else "refused") if failed else "passed", said

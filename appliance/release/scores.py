@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from appliance.data.render import Rendered
+from appliance.data.render import Conversation, Rendered
+from appliance.train.model import ON_GPU
 
-TOKENS_AT_ONCE = 2048
-"""Padded tokens in a forward pass: their logits over a large vocabulary are the peak of memory."""
+TOKENS_AT_ONCE = 2048 if ON_GPU else 512
+"""Padded tokens in a forward pass: what is computed of them is the peak of memory."""
 LOGITS_AT_ONCE = 1 << 24
 """Logits that are brought to fp32 at once."""
 LIKELIEST = 32
@@ -48,36 +49,39 @@ class Scores:
 
 
 @torch.inference_mode()
-def score(model: Any, conversations: Sequence[Rendered], ids: torch.Tensor | None = None) -> Scores:
+def score(model: Any, conversations: Sequence[Conversation], ids: torch.Tensor | None = None) -> Scores:
     """Score `model` on rendered conversations, of which there must be one or more.
 
     `ids` are the tokens to keep apart, another model's Scores.ids of the same conversations; else this one's likeliest.
     """
-    counts = [sum(row.trained[1:]) for row in conversations]
+    examples = [example for conversation in conversations for example in conversation]
+    counts = [sum(example.trained[1:]) for example in examples]
     ends = torch.tensor(counts).cumsum(0).tolist()
     found = Scores(
-        torch.tensor(counts),
+        torch.tensor([sum(sum(one.trained[1:]) for one in conversation) for conversation in conversations]),
         torch.empty(ends[-1]),
         torch.empty(ends[-1], LIKELIEST, dtype=torch.int32) if ids is None else ids,
         torch.empty(ends[-1], LIKELIEST),
     )
-    for batch in _batches(conversations):
-        width = max(len(conversations[number].input_ids) for number in batch)
+    for batch in _batches(examples):
+        width = max(len(examples[number].input_ids) for number in batch)
         inputs = torch.zeros(len(batch), width, dtype=torch.long)
         attended, trained = torch.zeros_like(inputs), torch.zeros(len(batch), width, dtype=torch.bool)
         for at, number in enumerate(batch):
-            length = len(conversations[number].input_ids)
-            inputs[at, :length] = torch.tensor(conversations[number].input_ids)
-            trained[at, :length] = torch.tensor(conversations[number].trained)
+            length = len(examples[number].input_ids)
+            inputs[at, :length] = torch.tensor(examples[number].input_ids)
+            trained[at, :length] = torch.tensor(examples[number].trained)
             attended[at, :length] = 1
         arguments = {"input_ids": inputs.to(model.device), "attention_mask": attended.to(model.device)}
-        logits = model(**arguments, use_cache=False).logits
+        wanted = trained.any(0)[1:].nonzero().squeeze(1)
+        logits = model(**arguments, use_cache=False, logits_to_keep=wanted.to(model.device)).logits
+        column = torch.arange(width) if logits.shape[1] == width else (torch.cumsum(trained.any(0)[1:], 0) - 1)
         for at, number in enumerate(batch):
             positions = trained[at, 1:].nonzero().squeeze(1)
             begin = ends[number] - counts[number]
             for some in torch.split(positions, max(1, LOGITS_AT_ONCE // logits.shape[-1])):
                 end = begin + len(some)
-                logps = torch.log_softmax(logits[at, some.to(logits.device)].float(), dim=-1).cpu()
+                logps = torch.log_softmax(logits[at, column[some].to(logits.device)].float(), dim=-1).cpu()
                 found.logps[begin:end] = logps.gather(1, inputs[at, some + 1, None]).squeeze(1)
                 if ids is None:
                     found.ids[begin:end] = logps.topk(LIKELIEST).indices.int()
@@ -97,11 +101,11 @@ def divergence(expected: Scores, found: Scores) -> torch.Tensor:
     return apart.clamp(min=0)
 
 
-def _batches(conversations: Sequence[Rendered]) -> list[list[int]]:
-    """Numbers of the conversations by length, in batches of at most TOKENS_AT_ONCE padded tokens."""
+def _batches(examples: Sequence[Rendered]) -> list[list[int]]:
+    """Numbers of the examples by length, in batches of at most TOKENS_AT_ONCE padded tokens."""
     batches: list[list[int]] = []
-    for number in sorted(range(len(conversations)), key=lambda number: len(conversations[number].input_ids)):
-        if batches and (len(batches[-1]) + 1) * len(conversations[number].input_ids) <= TOKENS_AT_ONCE:
+    for number in sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids)):
+        if batches and (len(batches[-1]) + 1) * len(examples[number].input_ids) <= TOKENS_AT_ONCE:
             batches[-1].append(number)
         else:
             batches.append([number])

@@ -11,20 +11,36 @@ from typing import Any
 
 import torch
 
-from appliance.data.render import Rendered
+from appliance.data.dataset import Row
+from appliance.data.render import Conversation
 from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import ApplianceError, InvalidInput, is_out_of_memory
 from appliance.home import Home, write_json
 from appliance.models import model_path
+from appliance.release.adapter import require_trained
 from appliance.release.base_answers import ask_base
 from appliance.release.fidelity import TIMES_NOISE, Measured, judge_fidelity
-from appliance.release.gates import SERVED, Gate, Scored, Served
-from appliance.release.held_out import HeldOutSet, held_out_set, judged_on, last_stage_rows, render_answered
+from appliance.release.gates import SERVED, UNMEASURED, Gate, Scored, Served
+from appliance.release.held_out import (
+    held_out_set,
+    judged_on,
+    last_stage_rows,
+    preferred,
+    render,
+    render_answered,
+)
 from appliance.release.manifest import DEQUANTISED, clock_of, read_manifest
 from appliance.release.merge import SCORES
 from appliance.release.oracle import Oracle
-from appliance.release.probes import make_probes
-from appliance.release.quality import Comparison, judge_quality
+from appliance.release.probes import evenly, make_probes
+from appliance.release.quality import (
+    LEAST_WORSE,
+    PLAINLY_WORSE,
+    RUINED,
+    Comparison,
+    Preference,
+    judge_quality,
+)
 from appliance.release.rounding import Rounding
 from appliance.release.scores import Scores, score
 from appliance.release.structure import judge_layout, judge_weights
@@ -61,7 +77,7 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
     elif gates["structure"].passed:
         gates = _measure(home, run, recipe, base, tokenizer, live)
     if not gates["structure"].passed:
-        unmeasured = Gate(False, {}, "not measured, because the structure is wrong")
+        unmeasured = Gate(False, {}, f"{UNMEASURED}the structure is wrong")
         gates |= {"fidelity": unmeasured, "quality": unmeasured}
     for name, gate in gates.items():
         events.append("gate", "verify", gate=name, **asdict(gate))
@@ -73,33 +89,55 @@ def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, 
     folder = run / "merge" / "model"
     if not (run / "merge" / SCORES).exists():
         raise InvalidInput("merged_before", "the run was merged by an earlier version", "queue its recipe again")
+    require_trained(folder / "adapter", run, recipe)
     measured = Measured.load(run / "merge" / SCORES)
     chosen, answered = held_out_set(home, recipe, tokenizer), last_stage_rows(home, recipe, tokenizer)
-    conversations = [*chosen.render(tokenizer), *render_answered(tokenizer, answered)]
+    conversations = [*render(tokenizer, chosen.conversations), *render_answered(tokenizer, answered)]
     count = len(chosen.conversations)
+    preference = preferred(home, recipe, tokenizer)
+    answers = [preference.good, preference.bad] if preference else []
     lived, theirs = _live_set(home, recipe, live, tokenizer)
     kept = json.loads((run / "merge" / "result.json").read_bytes())["kept"]
-    oracle = Oracle(recipe.last_adapter(run), base, rounded=kept == DEQUANTISED)
+    oracle = Oracle(folder / "adapter", base, rounded=kept == DEQUANTISED)
 
     model = load_model(folder)
     own = score(model, conversations, measured.merged_into.ids)
     own_of_live = score(model, lived) if lived else None
+    own_of_answers = [score(model, render(tokenizer, rows)) for rows in answers]
     structure = judge_weights(base, folder, oracle, partial(_round_again, model, oracle.parameters, _coarser(folder)))
     if not structure.passed:
         return {"structure": structure}
     noisy = score(model, conversations, own.ids)
     del model, oracle
     release_memory()
-    write_json(run / "verify" / SERVED, asdict(_served(conversations, measured.merged_into, noisy)))
+    if (served := _served(conversations, measured.merged_into, noisy)).conversations:
+        write_json(run / "verify" / SERVED, asdict(served))
     fidelity = judge_fidelity(measured, own, noisy, [row.sign for row in answered], count)
 
-    rival = _rival(home, recipe, live, chosen)
-    comparison = Comparison(own.part(0, count), score(rival.model, rival.conversations))
-    remembered = None
+    rival = _rival(home, recipe, live, [chosen.conversations, *answers])
+    its, *its_of_answers = [score(rival.model, rows) for rows in rival.sets]
+    remembered, prefers = None, None
     if own_of_live and rival.live:
         remembered = Comparison(own_of_live, score(rival.model, theirs))
-    quality = judge_quality(rival.name, comparison, plain=chosen.plain, lived=remembered, limit=recipe.forgetting_limit)
+    if preference:
+        good, bad = map(Comparison, own_of_answers, its_of_answers)
+        prefers = Preference(good, bad, preference.pairs)
+    quality = judge_quality(
+        rival.name,
+        Comparison(own.part(0, count), its),
+        least=_least_worse(recipe, plain=chosen.plain),
+        preference=prefers,
+        lived=remembered,
+        limit=recipe.forgetting_limit,
+    )
     return {"structure": structure, "fidelity": fidelity, "quality": quality}
+
+
+def _least_worse(recipe: Recipe, *, plain: bool) -> float:
+    """Nats a token from which a higher loss on the held-out set counts."""
+    if plain or recipe.only_nudges:
+        return RUINED
+    return LEAST_WORSE if not recipe.stages or recipe.stages[-1].method == "sft" else PLAINLY_WORSE
 
 
 @torch.no_grad()
@@ -110,13 +148,14 @@ def _round_again(model: Any, parameters: dict[str, str], dtype: torch.dtype, nam
     model.get_parameter(parameters[name]).copy_(rounding(exact.clone(), slice(0, len(exact)), out=again))
 
 
-def _served(conversations: list[Rendered], adapter: Scores, noisy: Scores) -> Served:
+def _served(conversations: list[Conversation], adapter: Scores, noisy: Scores) -> Served:
     """Some conversations, spread over all, for the engine to say how likely it finds them."""
-    logps = torch.split(adapter.logps, adapter.tokens.tolist())
-    short = [pair for pair in zip(conversations, logps, strict=True) if len(pair[0].input_ids) <= SERVED_LONGEST]
+    examples = [example for conversation in conversations for example in conversation]
+    logps = torch.split(adapter.logps, [sum(example.trained[1:]) for example in examples])
+    short = [pair for pair in zip(examples, logps, strict=True) if len(pair[0].input_ids) <= SERVED_LONGEST]
     scored = [
         Scored(row.input_ids, [place for place, trained in enumerate(row.trained) if trained and place], said.tolist())
-        for row, said in short[:: max(1, len(short) // SERVED_CONVERSATIONS)][:SERVED_CONVERSATIONS]
+        for row, said in evenly(short, SERVED_CONVERSATIONS)
     ]
     noise = float((adapter.logps - noisy.logps).abs().mean())
     return Served(scored, TIMES_NOISE * noise + LEAST_SERVED)
@@ -128,13 +167,13 @@ class _Rival:
 
     name: str
     model: Any
-    conversations: list[Rendered]
-    """The held-out set through its own template."""
+    sets: list[list[Conversation]]
+    """What both are judged on, through its own template."""
     live: bool
 
 
-def _rival(home: Home, recipe: Recipe, live: str, chosen: HeldOutSet) -> _Rival:
-    """The live release, else the base.
+def _rival(home: Home, recipe: Recipe, live: str, judged: list[list[Row]]) -> _Rival:
+    """The live release, else the base, and the sets of conversations that both are judged on.
 
     A live release that cannot be read, or not be told these conversations, must not keep another from taking its place.
     """
@@ -142,7 +181,7 @@ def _rival(home: Home, recipe: Recipe, live: str, chosen: HeldOutSet) -> _Rival:
         folder = home.releases / live
         try:
             tokenizer = load_tokenizer(folder, clock_of(read_manifest(home, live)))
-            rendered = chosen.render(tokenizer)
+            rendered = [render(tokenizer, rows) for rows in judged]
             return _Rival(f"the live release {live}", load_model(folder), rendered, live=True)
         except Exception as error:  # running out of memory has many names
             if not (isinstance(error, ApplianceError) or is_out_of_memory(error)):
@@ -151,10 +190,11 @@ def _rival(home: Home, recipe: Recipe, live: str, chosen: HeldOutSet) -> _Rival:
     release_memory()
     base = model_path(home, recipe.base)
     tokenizer = load_tokenizer(base, recipe.clock)
-    return _Rival(f"the base {recipe.base}", load_model(base), chosen.render(tokenizer), live=False)
+    rendered = [render(tokenizer, rows) for rows in judged]
+    return _Rival(f"the base {recipe.base}", load_model(base), rendered, live=False)
 
 
-def _live_set(home: Home, recipe: Recipe, live: str, tokenizer: Any) -> tuple[list[Rendered], list[Rendered]]:
+def _live_set(home: Home, recipe: Recipe, live: str, tokenizer: Any) -> tuple[list[Conversation], list[Conversation]]:
     """The live release's own held-out set through `tokenizer` and through its own.
 
     Empty where it has none that is here, is another than that of the run, and that both models can be told.
@@ -162,11 +202,13 @@ def _live_set(home: Home, recipe: Recipe, live: str, tokenizer: Any) -> tuple[li
     try:
         manifest = read_manifest(home, live)
         its_recipe = Recipe.model_validate(manifest["recipe"])
-        if judged_on(its_recipe) in (None, judged_on(recipe)):
+        same = judged_on(its_recipe) == judged_on(recipe) and its_recipe.eval_share == recipe.eval_share
+        if judged_on(its_recipe) is None or same:
             return [], []
         theirs = load_tokenizer(home.releases / live, clock_of(manifest))
         found = held_out_set(home, its_recipe, theirs)
-        return (found.render(tokenizer), found.render(theirs)) if found.held_out else ([], [])
+        rows = found.conversations if found.held_out else []
+        return render(tokenizer, rows), render(theirs, rows)
     except (ApplianceError, ValueError):  # there is none, its dataset is gone, or its recipe is another version's
         return [], []
 

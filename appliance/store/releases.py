@@ -101,7 +101,7 @@ class Releases:
         now = f"{live} is live instead" if live else "no other verified release is whole"
         next = f"`appliance promote {id}` tries once more"
         if (release := self.get(id)).damage:
-            next = f"restore its files and `appliance verify {id}`, or train again"
+            next = f"restore its files, `appliance verify {id}` and promote it, or train again"
         elif release.state == "refused":
             next = f"see `appliance releases {id}`"
         return f"{id} {what}: {row['failed']}; {now} — {next}"
@@ -174,10 +174,11 @@ class Releases:
         """Record what was seen of it here."""
         self._db.execute("UPDATE releases SET note = ? WHERE id = ?", (note, id))
 
-    def passed_here(self, id: str, note: str, gates: dict[str, bool]) -> None:
-        """Record that all of its gates have passed on this box."""
+    def passed_here(self, id: str, reason: str, note: str, gates: dict[str, bool]) -> None:
+        """Record that all of its gates have passed on this box; `reason` is that of its manifest again."""
         self._db.execute(
-            "UPDATE releases SET state = 'verified', note = ?, gates = ? WHERE id = ?", (note, json.dumps(gates), id)
+            "UPDATE releases SET state = 'verified', reason = ?, note = ?, gates = ? WHERE id = ?",
+            (reason, note, json.dumps(gates), id),
         )
 
     def refuse(self, id: str, reason: str, gates: dict[str, bool] | None = None) -> None:
@@ -240,8 +241,8 @@ class Releases:
         if len(rows) < 2:
             raise Conflict(
                 "nothing_to_roll_back",
-                "no release was live before this one",
-                "promote one: `appliance promote ID`",
+                "no release was live before this one, or none that may answer now",
+                "promote one: `appliance promote ID`; `appliance releases` says which may",
             )
         self._db.execute("DELETE FROM deployments WHERE position >= ?", (rows[0]["position"],))
         return self.get(rows[1]["release"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from appliance import api, hardware
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, reason
 from appliance.home import Home
 from appliance.release.manifest import clock_of, read_manifest, same_but_for_weights
 from appliance.store.processes import SWAPPING, Processes, ProcessRow
@@ -219,6 +219,12 @@ class EngineProcesses:
             self.failures.pop(release, None)
         self._stops[release] = asyncio.create_task(self._stop(self.row(release)))
 
+    def stop_silent(self, release: str) -> None:
+        """Stop its engine, if it is there: it has not answered, which is a failure however long it has run."""
+        if release not in self._stops and any(row.owner == release and processes.alive(row) for row in self.rows()):
+            self._ready_since.pop(release, None)
+            self.stop(release, failed=True)
+
     def swap(self, old: str, new: str) -> None:
         """Let the answers of `old` end, then load the weights of `new` into its process."""
         before = self.row(old)
@@ -317,6 +323,13 @@ class EngineProcesses:
             return ""
         return f"it answers {answer.text!r}, and answered {asked['text']!r} when it was verified"
 
+    async def _does_not_repeat(self, row: ProcessRow, asked: dict[str, Any]) -> str:
+        """The same of an engine that may refuse to be asked: then it has repeated nothing."""
+        try:
+            return await self._says_otherwise(row, asked)
+        except ApplianceError as error:
+            return f"it cannot be asked for {asked['text']!r:.80}: {error.message}"
+
     async def _replay(self, row: ProcessRow) -> None:
         """Ask for the reference answers. An engine that dies meanwhile is started again, and asked again."""
         release = row.owner
@@ -331,7 +344,7 @@ class EngineProcesses:
                 self._releases.note(release, f"its reference answers {what}, so none was repeated here")
                 return
             answers = reference["answers"][:MOST_REPLAYED]
-            differing = [said for asked in answers if (said := await self._says_otherwise(row, asked))]
+            differing = [said for asked in answers if (said := await self._does_not_repeat(row, asked))]
             count = f"{len(answers) - len(differing)} of {len(answers)} reference answers were repeated here"
             log.info("%s: %s", release, count)
             if len(differing) > max(1, len(answers) // DIFFERING_SHARE) or len(differing) == len(answers):
@@ -342,13 +355,11 @@ class EngineProcesses:
             log.warning("the engine went away while %s repeated its reference answers: %s", release, error)
             self._replay_tries[release] = self._replay_tries.get(release, 0) + 1
             await asyncio.sleep(REPLAY_REST_SECONDS)
-            if self._replay_tries[release] >= MOST_REPLAY_TRIES and row in self.rows() and release not in self._stops:
-                self._ready_since.pop(release, None)
-                self.stop(release, failed=True)
+            if self._replay_tries[release] >= MOST_REPLAY_TRIES and row in self.rows():
+                self.stop_silent(release)
         except Exception as error:
             log.exception("the reference answers of %s cannot be asked for", release)
-            why = error.message if isinstance(error, ApplianceError) else f"{type(error).__name__}: {error}"
-            self._releases.note(release, f"its reference answers could not be asked for here: {why}")
+            self._releases.refuse(release, f"its reference answers could not be asked for here: {reason(error)}")
         finally:
             self._replays.pop(release, None)
             self._changed()
@@ -369,7 +380,7 @@ class EngineProcesses:
                 failed(str(error))
         except Exception as error:
             log.exception("the adapter of %s was not loaded", run)
-            failed(error.message if isinstance(error, ApplianceError) else f"{type(error).__name__}: {error}")
+            failed(reason(error))
         finally:
             self._loads.pop(row.owner, None)
             self._changed()

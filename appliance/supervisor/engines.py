@@ -22,6 +22,8 @@ class Probe:
     thought_tokens: int = 0
     base_ends: bool = True
     """Whether the base ends its answer too, as far as anybody has looked."""
+    tools: list[dict[str, Any]] | None = None
+    """What the model is told that it can call."""
 
 
 @dataclass(frozen=True)

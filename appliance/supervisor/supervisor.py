@@ -15,11 +15,19 @@ from typing import Any
 
 from appliance import api
 from appliance.canary import Limits
-from appliance.errors import ApplianceError, Conflict
+from appliance.errors import ApplianceError, Conflict, reason
 from appliance.home import Home, disk_error, sha256
-from appliance.release.gates import Gate, judge_parity, judge_served, judge_stopping, load_probes, load_served
+from appliance.release.gates import (
+    Gate,
+    judge_parity,
+    judge_served,
+    judge_stopping,
+    load_probes,
+    load_served,
+    verdicts,
+)
 from appliance.release.manifest import MANIFEST, Manifest, finalise, judge, read_manifest
-from appliance.release.recheck import WITHOUT_DATA
+from appliance.release.recheck import conclude_recheck
 from appliance.settings import Settings
 from appliance.store.canaries import Canaries
 from appliance.store.feedback import Feedback
@@ -383,13 +391,14 @@ class Supervisor:
             reason = f"the {run.stage} process died {MOST_LOSSES} times; the last time it {death['cause']}"
             next_step, log = f"{death['next']}; see `appliance logs {run.id}`", death["log"]
         else:
-            reason = f"the engine did not start on the new weights in {MOST_CANDIDATE_FAILURES} attempts"
+            attempts = f"in {MOST_CANDIDATE_FAILURES} attempts"
+            reason = f"the engine did not start on the new weights, or not answer its probes, {attempts}"
             next_step = f"see {self.engines.log(run.id)}"
         self._events(run.id).append("failed", run.stage, reason=reason, next=next_step, log=log)
         self.runs.finish(run.id, "failed", reason, next_step)
 
     async def _probe(self, run: api.Run) -> None:
-        """Gates 3 and 4 on the real engine. An engine that dies meanwhile is started again, and the probe with it."""
+        """Gates 3 and 4 on the real engine. One that dies or falls silent is started again, and the probe with it."""
         try:
             probes = load_probes(self.run_directory(run.id))
             kind, address = self.engines.kind, self.engines.row(run.id).address
@@ -398,11 +407,14 @@ class Supervisor:
             if spoken := await self._spoken(run.id, address):
                 gates["served"] = spoken
             said = [
-                {"messages": probe.messages, "text": answer.text} for probe, answer in zip(probes, answers, strict=True)
+                {"messages": probe.messages, "text": answer.text}
+                for probe, answer in zip(probes, answers, strict=True)
+                if not probe.tools
             ]
             self._conclude(run, gates, {"engine": kind.name, "answers": said})
         except ConnectionError as error:
             log.warning("the engine went away while %s was probed: %s", run.id, error)
+            self.engines.stop_silent(run.id)
             await asyncio.sleep(TICK_SECONDS)
         except Exception as error:
             self._give_up(run.id, error)
@@ -425,9 +437,8 @@ class Supervisor:
         log.error("run %s cannot go on", run, exc_info=error)
         if isinstance(error, OSError):
             error = disk_error(error, self.home.root)
-        reason = error.message if isinstance(error, ApplianceError) else f"{type(error).__name__}: {error}"
         next = error.next if isinstance(error, ApplianceError) else "see the daemon's log"
-        self.runs.finish(run, "failed", reason, next)
+        self.runs.finish(run, "failed", reason(error), next)
 
     def _conclude(self, run: api.Run, gates: dict[str, Gate], reference: dict[str, Any] | None = None) -> None:
         """Safe to repeat: a release that has its manifest already is only recorded."""
@@ -439,30 +450,34 @@ class Supervisor:
             self._conclude_recheck(run, recipe.rechecks, judge(self.home, run.id, recipe, gates))
             return
         manifest = finalise(self.home, run.id, recipe, gates, reference)
-        passed = {name: bool(gate["passed"]) for name, gate in manifest.gates.items()}
         self._end_probe(run.id)
         digest, promote = sha256(self.home.releases / run.id / MANIFEST), self.runs.promotes(run.id)
+        passed = verdicts(manifest.gates)
         self.releases.add(run.id, run.base, manifest.state, manifest.reason, passed, promote, digest)
         reason = "" if manifest.state == "verified" else f"the release was refused: {manifest.reason}"
         next = "" if manifest.state == "verified" else f"see `appliance releases {run.id}`"
         self.runs.finish(run.id, "finished", reason, next)
 
     def _conclude_recheck(self, run: api.Run, release: str, found: Manifest) -> None:
-        """A release that fails another gate than quality is refused. That one depends on what is live meanwhile."""
         self._end_probe(run.id)
-        gates = {name: bool(gate["passed"]) for name, gate in found.gates.items()}
-        failed = [name for name, passed in gates.items() if not passed]
-        without = "" if found.datasets or not read_manifest(self.home, release)["datasets"] else WITHOUT_DATA
-        said = f"repeated here, {found.reason}{without}"
-        if not failed:
-            self.releases.passed_here(release, said, gates)
-        elif failed == ["quality"]:
-            self.releases.note(release, said)
-        else:
+        damaged, seen = self.releases.get(release).damage, self.releases.proof(release).seen
+        if damaged or (seen and not self.checks.whole(release)):
+            reason = f"something has written to the files of {release} while its gates were repeated"
+            self.runs.finish(run.id, "failed", reason, f"`appliance verify {release}` says whether they are whole")
+            return
+        manifest, gates = read_manifest(self.home, release), verdicts(found.gates)
+        outcome, said = conclude_recheck(found, manifest)
+        if outcome == "passed":
+            self.releases.passed_here(release, manifest["reason"], said, gates)
+            self.runs.finish(run.id, "finished")
+            return
+        if outcome == "refused":
             log.error("release %s does not pass its gates here: %s", release, found.reason)
             self.releases.refuse(release, said, gates)
-        reason = f"{release} did not pass again: {found.reason}" if failed else ""
-        self.runs.finish(run.id, "finished", reason, f"see `appliance logs {run.id} --events`" if failed else "")
+        else:
+            self.releases.note(release, said)
+        reason = f"{release} did not pass again: {found.reason}"
+        self.runs.finish(run.id, "finished", reason, f"see `appliance logs {run.id} --events`")
 
     def _end_probe(self, run: str) -> None:
         events = self._events(run)

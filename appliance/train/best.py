@@ -1,4 +1,5 @@
-"""The adapter of the lowest held-out loss so far, and the end of a training that has none to come."""
+"""The adapter of the lowest held-out loss so far, that before the first step included, and the end of a training that
+has none lower to come."""
 
 from __future__ import annotations
 
@@ -48,8 +49,6 @@ class Best(TrainerCallback):
         **_: Any,
     ) -> None:
         step, loss, best = state.global_step, metrics["eval_loss"], self.path
-        if step == 0:
-            return
         if best is None or loss < float(json.loads((best / HELD_OUT).read_bytes())["loss"]):
             with building(self.folder / f"best-{step}") as folder:
                 model.save_pretrained(folder, save_embedding_layers=False)

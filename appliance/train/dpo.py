@@ -30,14 +30,11 @@ class _Trainer(PartwiseTrainer, DPOTrainer):
         return RowFigures(losses, torch.ones_like(losses), chosen, tokens.chunk(2)[0])
 
 
-def example(tokenizer: Any, row: dict[str, Any]) -> Example:
+def examples(tokenizer: Any, row: dict[str, Any]) -> list[Example]:
     """The prompt with the header of the answer, and both answers up to their end-of-turn token."""
     prompt = render_prompt(tokenizer, row["prompt"], row.get("tools"))
-    return {
-        "prompt_ids": prompt,
-        "chosen_ids": answer_ids(tokenizer, row, "chosen", len(prompt)),
-        "rejected_ids": answer_ids(tokenizer, row, "rejected", len(prompt)),
-    }
+    chosen, rejected = (answer_ids(tokenizer, row, key, prompt) for key in ("chosen", "rejected"))
+    return [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}]
 
 
 def length(example: Example) -> int:
@@ -54,4 +51,4 @@ def trainer(stage: DpoStage, arguments: dict[str, Any], given: Given) -> Any:
     return build_trainer(_Trainer, config, given, length)
 
 
-DPO = Method("preference", example, length, trained, trainer, sequences=_Trainer.sequences_per_row)
+DPO = Method(examples, length, trained, trainer, sequences=_Trainer.sequences_per_row)

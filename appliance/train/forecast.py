@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from appliance.architecture import quantised_modules
+from appliance.errors import InvalidInput, reason
 from appliance.train.checkpoints import KEPT
-from appliance.train.model import DTYPE, ON_GPU, quantised_modules
+from appliance.train.model import DTYPE, ON_GPU
 from appliance.train.order import cut_by_tokens, epoch_order
 from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.room import Room
@@ -85,6 +87,14 @@ class Forecast:
         """The fields of the run's event."""
         memory = asdict(self.memory) | {"total": self.memory.total}
         return asdict(self) | {"memory": memory, "fits": self.fits}
+
+
+class NoForecast(InvalidInput):
+    """This architecture cannot be run without numbers, so that nobody knows what it takes before it is trained."""
+
+    def __init__(self, error: Exception) -> None:
+        why = f"there is no forecast for this architecture: {reason(error)}"
+        super().__init__("no_forecast", why, "train without one, or on another base")
 
 
 class Size(NamedTuple):
@@ -164,7 +174,10 @@ class Box:
 
 
 def forecast_stage(base: Path, recipe: Recipe, stage: AnyStage, work: Work, steps: int) -> Forecast:
-    """The forecast for `stage` in this process, and with it whether the stage uses gradient checkpointing."""
+    """The forecast for `stage` in this process, and with it whether the stage uses gradient checkpointing.
+
+    Raises NoForecast.
+    """
     box = Box.here()
     plan = Plan(recipe, stage, work, steps, checkpointing=stage.gradient_checkpointing == "on")
     found = _forecast(base, plan, box)
@@ -195,12 +208,20 @@ def matmul_speed(size: int = 2048) -> float:
 
 def _forecast(base: Path, plan: Plan, box: Box) -> Forecast:
     recipe, stage, work = plan.recipe, plan.stage, plan.work
-    model = meta_model(base, recipe.adapter, checkpointing=plan.checkpointing)
+    try:
+        model = meta_model(base, recipe.adapter, checkpointing=plan.checkpointing)
+    except InvalidInput as error:
+        if error.code != "bad_model":
+            raise
+        raise NoForecast(error) from error
     parts = work.parts(stage, recipe.seed)
     widest = max(parts, key=lambda part: (part.rows * part.width, part.width))
     # Activations go by all tokens, logits by the trained ones, and those may be most in another pass.
     largest = Part(widest.rows * work.sequences, widest.width, max(part.trained for part in parts))
-    taken = simulate(model, *largest)
+    try:
+        taken = simulate(model, *largest)
+    except Exception as error:  # models are their publishers' code, which may look at numbers that are not there
+        raise NoForecast(error) from error
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     memory = Memory(
         weights=_weights(model, quantised=recipe.adapter.kind == "qlora"),

@@ -51,11 +51,11 @@ class _Trainer(PartwiseTrainer, KTOTrainer):
         return torch.cat([score(self.model, part) - part["ref_KL_logps"] for part, _ in self.parts(batch)])
 
 
-def example(tokenizer: Any, row: dict[str, Any]) -> Example:
+def examples(tokenizer: Any, row: dict[str, Any]) -> list[Example]:
     """The prompt with the header of the answer, the answer up to its end-of-turn token, and what was thought of it."""
     prompt = render_prompt(tokenizer, row["prompt"], row.get("tools"))
-    answer = answer_ids(tokenizer, row, "completion", len(prompt))
-    return {"prompt_ids": prompt, "completion_ids": answer, "label": row["label"]}
+    answer = answer_ids(tokenizer, row, "completion", prompt)
+    return [{"prompt_ids": prompt, "completion_ids": answer, "label": row["label"]}]
 
 
 def length(example: Example) -> int:
@@ -102,4 +102,4 @@ def trainer(stage: KtoStage, arguments: dict[str, Any], given: Given) -> Any:
     return build_trainer(_Trainer, config, paired, length)
 
 
-KTO = Method("unpaired", example, length, trained, trainer, compared=1)
+KTO = Method(examples, length, trained, trainer, compared=1)

@@ -7,11 +7,12 @@ import math
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from appliance.data.dataset import Kind
 from appliance.errors import InvalidInput
 from appliance.home import NAME_PATTERN
 
@@ -92,11 +93,12 @@ class Stage(_Section):
     samples: int = Field(2, ge=0, le=16)
     """Held-out prompts that the model answers at each evaluation, so that a person watches it learn."""
     keep: Literal["best", "last"] = "best"
-    """Which adapter the stage leaves: that of the lowest held-out loss, or that of the last step. Where that loss is no
-    lower than before the stage, the run and the model card say so."""
+    """Which adapter the stage leaves: that of the lowest held-out loss, or that of the last step. The best is the one
+    that the stage began with where no step is better. Where the loss is no lower than before, the run and the model
+    card say so."""
     patience: int = Field(0, ge=0)
-    """Stop after so many evaluations in a row without a lower held-out loss; 0: never, because the schedule's end
-    often lowers it once more."""
+    """Stop after so many evaluations in a row without a held-out loss lower than before, that before the first step
+    included; 0: never, because the schedule's end often lowers it once more."""
     bad_steps: int = Field(3, ge=1)
     """So many bad steps in a row end the stage at its last good checkpoint; each is a warning. Bad is a loss that is no
     number or exactly 0, a gradient norm a hundred times its median, and a model that has lost half of what it knew of
@@ -112,6 +114,7 @@ class SftStage(Stage):
     half a billion parameters, 5e-4 to 3 billion, 2e-4 to 15 billion, 1e-4 above.
     """
 
+    kind: ClassVar[Kind] = "messages"
     method: Literal["sft"]
 
 
@@ -122,6 +125,7 @@ class DpoStage(Stage):
     learning rates are a fortieth of sft's: a preference is learnt in few steps and unlearns language in a few more.
     """
 
+    kind: ClassVar[Kind] = "preference"
     method: Literal["dpo"]
     epochs: float = Field(1, gt=0, le=1000)
     """Passes over the training split; one, because pairs seen twice are soon learnt by heart."""
@@ -135,6 +139,7 @@ class KtoStage(Stage):
     The reference is as in dpo, and so are its learning rates, for the same reason.
     """
 
+    kind: ClassVar[Kind] = "unpaired"
     method: Literal["kto"]
     epochs: float = Field(1, gt=0, le=1000)
     """Passes over the training split; one, as for dpo."""
@@ -176,6 +181,8 @@ class Given(_Section):
     """It was trained over the base in NF4."""
     dataset: Name | Literal[""] = ""
     """Name or id of the dataset that the merged weights are judged on; empty: a few plain questions."""
+    nudges: bool = False
+    """It was trained by preferences alone, so that it answers much as its base does."""
 
 
 class Recipe(_Section):
@@ -246,6 +253,8 @@ class Recipe(_Section):
     @property
     def only_nudges(self) -> bool:
         """Whether no stage teaches answers, with where they end: the release answers much as its base does."""
+        if self.given:
+            return self.given.nudges
         return bool(self.stages) and all(stage.method != "sft" for stage in self.stages)
 
     @property
@@ -322,11 +331,45 @@ def _explain(error: ValidationError) -> tuple[str, str]:
         return f"the recipe lacks `{where}`", f"add `{location[-1]} = ...`"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"the recipe's `{where}` has no known method", f"set method to one of {', '.join(METHOD_NAMES)}"
-    message = first["msg"].removeprefix("Value error, ")
     if not where:
-        return f"the recipe is not valid: {message}", "mend it, then try again"
-    message = message.replace("Input should", "it should", 1)
-    return f"the recipe's `{where}` is not valid: {message}, and is {first['input']!r}", "see docs/RECIPES.md"
+        return f"the recipe is not valid: {first['msg'].removeprefix('Value error, ')}", "mend it, then try again"
+    given = first["input"]
+    if where == "base" and isinstance(given, str) and "/" in given:
+        pull = f"`appliance pull {given}`, then name it as `appliance models` does"
+        return f"the recipe's `base` is {given!r}, and has to be the name of a model that is here", pull
+    wanted = _WANTED.get(first["type"], first["msg"].removeprefix("Value error, ").replace("Input should be", "", 1))
+    limits = {key: f"{limit:g}" if isinstance(limit, float) else limit for key, limit in first.get("ctx", {}).items()}
+    wanted = wanted.format(**limits).strip()
+    listed = first["type"] in _LISTS and isinstance(given, str)
+    example = f', such as `{location[-1]} = ["{given}"]`' if listed else ""
+    return f"the recipe's `{where}` is {given!r:.60}, and has to be {wanted}{example}", "see docs/RECIPES.md"
+
+
+_LISTS = ("tuple_type", "list_type")
+_WANTED = {
+    "string_pattern_mismatch": "a name of letters, digits, dots and dashes",
+    "string_type": "a text in quotes",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a number",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    **dict.fromkeys(_LISTS, "a list"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "a table"),
+    **dict.fromkeys(
+        ("date_type", "date_parsing", "date_from_datetime_parsing", "date_from_datetime_inexact"),
+        "a day, such as 2026-01-31",
+    ),
+}
+"""What a key has to be, by pydantic's types of errors."""
 
 
 def _known_keys() -> list[str]:

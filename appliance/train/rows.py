@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from appliance.data.dataset import Dataset
+from appliance.data.dataset import Dataset, answered
 from appliance.data.render import render_conversation
 from appliance.errors import InvalidInput
 from appliance.train.recipe import Stage
@@ -24,7 +24,7 @@ def tokenise(
     dataset: Dataset,
     indices: list[int],
     stage: Stage,
-    example: Callable[[dict[str, Any]], Example],
+    examples_of: Callable[[dict[str, Any]], list[Example]],
     length: Callable[[Example], int],
 ) -> tuple[list[Example], int]:
     """Examples of the rows at `indices`, and how many rows were left out because they are too long.
@@ -36,13 +36,14 @@ def tokenise(
     for index in indices:
         row = dataset.rows[index]
         try:
-            found = example(row)
+            found = examples_of(row)
         except InvalidInput as error:
             raise InvalidInput(error.code, f"{_place(index, row)}: {error.message}", error.next) from None
-        if length(found) > stage.max_length:
-            too_long.append((length(found), _place(index, row)))
+        longest = max(map(length, found), default=0)
+        if longest > stage.max_length:
+            too_long.append((longest, _place(index, row)))
         else:
-            examples.append(found)
+            examples += found
     if too_long and not stage.drop_long:
         longest, place = max(too_long)
         raise InvalidInput(
@@ -54,25 +55,23 @@ def tokenise(
     return examples, len(too_long)
 
 
-def require_trained(trained: list[bool]) -> None:
-    """Raise InvalidInput where no token of a row is trained."""
-    if not any(trained):
-        raise InvalidInput("nothing_to_train", "it has no assistant turn to train on", "take the row out, or mend it")
+def nothing_to_train() -> InvalidInput:
+    return InvalidInput("nothing_to_train", "it has no assistant turn to train on", "take the row out, or mend it")
 
 
-def answer_ids(tokenizer: Any, row: dict[str, Any], key: str, start: int) -> list[int]:
-    """Token ids of the one answer under `key` up to its end of turn; it begins at `start`. Raises InvalidInput."""
-    rendered = render_conversation(tokenizer, [*row["prompt"], *row[key]], row.get("tools"))
-    trained = rendered.trained[start:]
-    require_trained(trained)
-    count = sum(trained)
-    if not all(trained[:count]):
+def answer_ids(tokenizer: Any, row: dict[str, Any], key: str, prompt: list[int]) -> list[int]:
+    """Token ids of the one answer under `key` to `prompt`, up to its end of turn. Raises InvalidInput."""
+    rendered = render_conversation(tokenizer, answered(row, key), row.get("tools"))
+    if not rendered:
+        raise nothing_to_train()
+    ids, trained = rendered[0].input_ids, rendered[0].trained
+    if len(rendered) > 1 or ids[: len(prompt)] != prompt or not all(trained[len(prompt) :]):
         raise InvalidInput(
             "answer_not_one_turn",
             f"its {key} answer is more than one turn of the assistant",
             "move the turns before the last one into the prompt",
         )
-    return rendered.input_ids[start : start + count]
+    return ids[len(prompt) :]
 
 
 def _place(index: int, row: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from appliance.data.dataset import Row, prompt_messages
 from appliance.data.render import render_prompt
-from appliance.errors import is_out_of_memory
+from appliance.errors import is_out_of_memory, reason
 from appliance.train.events import EventLog
 
 SAMPLE_TOKENS = 48
@@ -37,10 +37,9 @@ class Samples(TrainerCallback):
         self._said_at = step
         try:
             answers = self._answers(model) if self.prompts else []
-        except Exception as error:  # torch, its allocators and the drivers each raise their own
-            if not is_out_of_memory(error):
-                raise
-            self.events.append("warning", self.stage, message="out of memory for sample answers: none this time")
+        except Exception as error:  # a look at the model never ends its training
+            why = "out of memory" if is_out_of_memory(error) else reason(error)
+            self.events.append("warning", self.stage, message=f"no sample answers this time: {why}")
             return
         for (messages, _), text in zip(self.prompts, answers, strict=True):
             self.events.append("sample", self.stage, step=step, prompt=messages[-1]["content"], text=text)
@@ -53,6 +52,8 @@ class Samples(TrainerCallback):
         ids = torch.tensor([[self.stops[0]] * (width - len(prompt)) + prompt for prompt in prompts])
         attended = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         model.eval()
+        # The loss of routers takes the prompt's mask for that of each token.
+        routed = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
         answers = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=attended.to(model.device),
@@ -60,5 +61,6 @@ class Samples(TrainerCallback):
             do_sample=False,
             eos_token_id=self.stops,
             pad_token_id=self.stops[0],
+            **routed,
         )
         return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers[:, width:]]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from appliance.data.render import render_conversation
+from appliance.data.render import Rendered, render_conversation
 from appliance.train.answers import RowFigures
 from appliance.train.packing import can_pack, pack, rows_apart
 from appliance.train.recipe import SftStage
-from appliance.train.rows import IGNORED, Example, require_trained
+from appliance.train.rows import IGNORED, Example, nothing_to_train
 from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
 
 
@@ -36,14 +36,16 @@ class _Trainer(PartwiseTrainer, SFTTrainer):
             return super().prediction_step(model, *arguments, **named)
 
 
-def example(tokenizer: Any, row: dict[str, Any]) -> Example:
+def examples(tokenizer: Any, row: dict[str, Any]) -> list[Example]:
     """The row's token ids, and as labels those that are trained."""
     rendered = render_conversation(tokenizer, row["messages"], row.get("tools"))
-    require_trained(rendered.trained)
-    labels = [
-        token if trained else IGNORED for token, trained in zip(rendered.input_ids, rendered.trained, strict=True)
-    ]
-    return {"input_ids": rendered.input_ids, "labels": labels}
+    if not rendered:
+        raise nothing_to_train()
+    return [{"input_ids": one.input_ids, "labels": _labels(one)} for one in rendered]
+
+
+def _labels(rendered: Rendered) -> list[int]:
+    return [token if trained else IGNORED for token, trained in zip(rendered.input_ids, rendered.trained, strict=True)]
 
 
 def length(example: Example) -> int:
@@ -63,4 +65,4 @@ def trainer(stage: SftStage, arguments: dict[str, Any], given: Given) -> Any:
     return built
 
 
-SFT = Method("messages", example, length, trained, trainer)
+SFT = Method(examples, length, trained, trainer)

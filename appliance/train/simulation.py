@@ -15,14 +15,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface
 
+from appliance.architecture import empty_model
 from appliance.train.head import TrainedLogProbs
 from appliance.train.model import DTYPE, add_adapter
 from appliance.train.recipe import Adapter
 
 ATTENTION = "without_scores"
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_GROUPED = torch.ops.aten._grouped_mm
 _ATTEND_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -49,9 +51,8 @@ class Pass:
 def meta_model(base: Path, adapter: Adapter, *, checkpointing: bool = False) -> Any:
     """The base with a new adapter, on the meta device, where asked for with gradient checkpointing."""
     AttentionInterface.register(ATTENTION, _attention)
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    model = empty_model(base, dtype=DTYPE, attn_implementation=ATTENTION)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=ATTENTION)
         model = add_adapter(model.eval(), adapter, 0).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -101,7 +102,11 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
         if func is torch.ops.aten._local_scalar_dense.default:
             # Asked whether a mask or the positions hold nothing special, which they do not.
             return True
-        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is _GROUPED and args[1].dim() == 3:
+            # Of tokens sorted by their experts; on meta it is refused for all but bf16.
+            out = args[0].new_empty(len(args[0]), args[1].shape[-1])
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._enter(tensor.untyped_storage())
@@ -126,6 +131,8 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         query = args[0] if func.overloadpacket is _ATTEND else args[1]
         pairs = query.shape[0] * query.shape[1] * query.shape[2] ** 2 // 2
         return int((4 if func.overloadpacket is _ATTEND else 10) * pairs * query.shape[3])
+    if func.overloadpacket is _GROUPED:
+        return int(2 * args[0].numel() * args[1].shape[-1])
     count = flop_registry.get(func.overloadpacket)
     return int(count(*args, **kwargs, out_val=out)) if count else 0
 

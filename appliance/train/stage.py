@@ -10,18 +10,22 @@ from typing import Any
 
 from transformers import PrinterCallback
 
+from appliance.adapters import WEIGHTS
+from appliance.architecture import quantised_modules
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import InvalidInput
-from appliance.home import Home, building, require_space
+from appliance.home import Home, building, require_space, sha256
 from appliance.models import count_parameters, model_path
 from appliance.release.adapter import require_present
+from appliance.release.peft_format import ADAPTER_SHA256
 from appliance.train.best import Best
 from appliance.train.callbacks import Cadence, Reporter, is_evaluated
 from appliance.train.checkpoints import KEPT, newest_usable, origin, step_of
 from appliance.train.dpo import DPO
 from appliance.train.events import EventLog
-from appliance.train.forecast import Forecast, Size, Work, forecast_stage
+from appliance.train.fit import require_fit
+from appliance.train.forecast import Forecast, NoForecast, Size, Work, forecast_stage
 from appliance.train.guard import Diverged, Guard
 from appliance.train.interruption import INTERRUPTED, Interrupted, Interruption
 from appliance.train.kto import KTO
@@ -30,7 +34,6 @@ from appliance.train.model import (
     add_adapter,
     load_adapter,
     load_model,
-    quantised_modules,
     require_covered,
     stop_token_ids,
     targeted_modules,
@@ -62,13 +65,15 @@ def train_stage(
     folder = run / name
     tokenizer = load_tokenizer(base, recipe.clock)
     dataset = Dataset.open(home, stage.dataset)
-    dataset.require_sound(recipe.base)
+    require_fit(stage, dataset, recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
-    train, held_out, left_out = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage)
-    if left_out:
-        message = f"{left_out} rows longer than {stage.max_length} tokens are left out"
+    evaluated = held_out_rows[:HELD_OUT_ROWS]
+    train, held_out, left_out = _examples(dataset, train_rows, evaluated, tokenizer, stage)
+    if any(left_out):
+        message = f"{sum(left_out)} rows longer than {stage.max_length} tokens are left out"
         events.append("warning", stage.name, message=message)
-    figures: dict[str, Any] = {"rows": len(train), "held_out_rows": len(held_out)}
+    rows, rows_held_out = len(train_rows) - left_out[0], len(evaluated) - left_out[1]
+    figures: dict[str, Any] = {"rows": rows, "held_out_rows": rows_held_out}
 
     if not (folder / "adapter").exists():
         prompts = [dataset.rows[row] for row in (held_out_rows or train_rows)[: stage.samples]]
@@ -77,7 +82,7 @@ def train_stage(
     for leftover in folder.glob("best-*"):
         shutil.rmtree(leftover)
     said = [event for event in events.read() if event["stage"] == stage.name]
-    figures |= _losses(said, stage) | _memory(said)
+    figures |= _losses(said, stage) | _memory(said) | {ADAPTER_SHA256: sha256(folder / "adapter" / WEIGHTS)}
     for message in set(figures["warnings"]) - {event.get("message") for event in said}:
         advice = (
             f"lower learning_rate (now {stage.learning_rate}), or see whether the held-out rows are like the others"
@@ -92,24 +97,18 @@ def _examples(
     held_out_rows: list[int],
     tokenizer: Any,
     stage: AnyStage,
-) -> tuple[list[Example], list[Example], int]:
-    """Examples to train on and held out, and how many rows were left out because they are too long."""
+) -> tuple[list[Example], list[Example], tuple[int, int]]:
+    """Examples to train on and held out, and of how many rows of each there are none because they are too long."""
     method = METHODS[stage.method]
-    if dataset.kind != method.kind:
-        raise InvalidInput(
-            "wrong_dataset_kind",
-            f"{stage.method} trains on {method.kind} rows, and dataset {dataset.id} holds {dataset.kind} rows",
-            f"name a {method.kind} dataset in stage {stage.name}, or change its method",
-        )
 
-    def row_example(row: dict[str, Any]) -> Example:
-        return method.example(tokenizer, row)
+    def examples_of(row: dict[str, Any]) -> list[Example]:
+        return method.examples(tokenizer, row)
 
-    train, left_out = tokenise(dataset, train_rows, stage, row_example, method.length)
-    held_out, left_out_too = tokenise(dataset, held_out_rows, stage, row_example, method.length)
+    train, left_out = tokenise(dataset, train_rows, stage, examples_of, method.length)
+    held_out, left_out_too = tokenise(dataset, held_out_rows, stage, examples_of, method.length)
     if not train:
         raise InvalidInput("no_rows", f"no row of {dataset.id} is left to train on", "raise max_length, or add rows")
-    return train, held_out, left_out + left_out_too
+    return train, held_out, (left_out, left_out_too)
 
 
 def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
@@ -117,7 +116,7 @@ def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
     base = model_path(home, recipe.base)
     stage = recipe.stage(name)
     dataset = Dataset.open(home, stage.dataset)
-    dataset.require_sound(recipe.base)
+    require_fit(stage, dataset, recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
     tokenizer = load_tokenizer(base, recipe.clock)
     train, held_out, _ = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage)
@@ -150,8 +149,13 @@ def _train(
     folder = run / stage.name
     said = [event for event in events.read() if event["stage"] == stage.name]
     room = Room.after(said, stage.micro_batch_size or stage.batch_size, partial(events.append, "warning", stage.name))
-    forecast = _forecast(base, recipe, stage, train, held_out, room)
-    events.append("forecast", stage.name, **forecast.event())
+    checkpointing = stage.gradient_checkpointing == "on"
+    try:
+        forecast = _forecast(base, recipe, stage, train, held_out, room)
+        events.append("forecast", stage.name, **forecast.event())
+        checkpointing = forecast.gradient_checkpointing
+    except NoForecast as error:
+        events.append("warning", stage.name, message=error.message)
     model = _adapted_model(run, recipe, stage, base)
     if stage.gradient_checkpointing == "auto":
         room.last_resort = partial(_compute_layers_twice, model)
@@ -164,7 +168,7 @@ def _train(
     best = Best(folder, events, stage)
     if checkpoint is None:
         best.forget()
-    arguments = _arguments(folder, recipe, stage, len(train), checkpointing=forecast.gradient_checkpointing)
+    arguments = _arguments(folder, recipe, stage, len(train), checkpointing=checkpointing)
     arguments["eval_on_start"] = bool(held_out) and _evaluation_due(checkpoint, stage, arguments["max_steps"], said)
     given = Given(model, tokenizer, train, held_out, room, interruption)
     trainer = METHODS[stage.method].trainer(stage, arguments, given)
@@ -182,7 +186,8 @@ def _train(
             raise SystemExit(INTERRUPTED) from None
         except Diverged as error:
             last_good, _ = newest_usable(folder, made_from)
-            if stage.on_bad_steps == "fail" or not (last_good or best.path):
+            best_step = step_of(best.path) if best.path else 0
+            if stage.on_bad_steps == "fail" or not (last_good or best_step):
                 raise
             events.append("warning", stage.name, message=f"{error.message}: the stage ends with its last good adapter")
         if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
@@ -266,28 +271,29 @@ def _arguments(
 
 
 def _losses(said: list[dict[str, Any]], stage: AnyStage) -> dict[str, Any]:
-    """The last training loss, the held-out loss before and of the kept adapter, and what the model card has to say.
-
-    The adapter that the stage began with is never the kept one, even if none was better: what is released is trained.
-    """
+    """The last training loss, the held-out loss before and of the kept adapter, and what the model card has to say."""
     steps = [event["loss"] for event in said if event["event"] == "step"]
     evals = {event["step"]: event for event in said if event["event"] == "eval"}
     figures: dict[str, Any] = {"train_loss": steps[-1], "warnings": []}
-    before = evals.pop(0, None)
+    before = evals.get(0)
     if before:
         figures["held_out_loss_before"] = before["loss"]
     if evals:
         kept = min(evals.values(), key=lambda one: float(one["loss"])) if stage.keep == "best" else evals[max(evals)]
         figures |= {"held_out_loss": kept["loss"], "held_out_interval": kept.get("interval")}
-        if before and kept["loss"] >= before["loss"]:
+        after = [event["loss"] for step, event in evals.items() if step]
+        if before and kept is before and after:
+            losses = f"{min(after):.4f} at best, and {before['loss']:.4f} before"
+            unchanged = 'keep = "best" leaves the adapter as it was'
+            figures["warnings"].append(f"the held-out loss is no lower after {stage.name} ({losses}): {unchanged}")
+        elif before and kept["loss"] >= before["loss"]:
             losses = f"{kept['loss']:.4f}, and {before['loss']:.4f} before"
             figures["warnings"].append(f"the held-out loss is no lower after {stage.name}: {losses}")
     return figures
 
 
 def _memory(said: list[dict[str, Any]]) -> dict[str, int]:
-    """Bytes forecast and bytes held at most."""
-    return {
-        "memory_forecast": [event["memory"]["total"] for event in said if event["event"] == "forecast"][-1],
-        "memory_peak": max(event["memory"] for event in said if event["event"] == "step"),
-    }
+    """Bytes held at most, and bytes forecast where that could be said."""
+    forecast = [event["memory"]["total"] for event in said if event["event"] == "forecast"]
+    peak = max(event["memory"] for event in said if event["event"] == "step")
+    return ({"memory_forecast": forecast[-1]} if forecast else {}) | {"memory_peak": peak}

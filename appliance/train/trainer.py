@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset as Table
 from transformers import Trainer
 
-from appliance.data.dataset import Kind
 from appliance.train.answers import RowFigures, answer_loss, outputs_of, row_loss, sequence_nats
 from appliance.train.checkpoints import saving
 from appliance.train.head import NOT_COMPUTED, install
@@ -41,11 +40,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: the kind of dataset it reads, a row as its example, and the trainer over examples."""
+    """A way to train: a row as its examples, and the trainer over examples."""
 
-    kind: Kind
-    example: Callable[[Any, dict[str, Any]], Example]
-    """(tokenizer, canonical row) -> example. Raises InvalidInput for a row that cannot be trained on."""
+    examples: Callable[[Any, dict[str, Any]], list[Example]]
+    """(tokenizer, canonical row) -> examples. Raises InvalidInput for a row that cannot be trained on."""
     length: Callable[[Example], int]
     """Tokens of the longest sequence in an example."""
     trained: Callable[[Example], int]
@@ -119,6 +117,7 @@ class PartwiseTrainer(Trainer):
             self._figures = ()
             for part, share in self.parts(inputs):
                 self._obey()
+                self.current_gradient_accumulation_steps = 1 / share
                 loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=items)
                 losses.append(loss * share if items is None else loss)
             return torch.stack(losses).sum()

@@ -22,6 +22,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from appliance.data.render import render_prompt
 from serve.engines.answer import Piece
 from serve.engines.sampling import Sampling, processors
 from serve.engines.text import TextStream
@@ -86,10 +87,9 @@ class Generator:
         """End the generation thread; what runs is cut off."""
         self._manager.stop(hard_stop=True, timeout=5)
 
-    def render(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of `messages` with a generation prompt. Raises ValueError or jinja2.TemplateError."""
-        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return list(rendered["input_ids"])
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids of `messages` with a generation prompt. Raises InvalidInput where the template refuses them."""
+        return render_prompt(self.tokenizer, messages, tools)
 
     def sampling(self, request: dict[str, Any]) -> Sampling:
         """The sampling that a request asks for; what it leaves open is as the model's generation_config says."""

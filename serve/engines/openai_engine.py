@@ -82,13 +82,17 @@ class OpenAIEngine:
 
         Raises ConnectionError where the engine does not answer, and InvalidInput where it refuses the probe.
         """
-        prompt = {"model": name, "messages": probe.messages}
+        prompt: dict[str, Any] = {"model": name, "messages": probe.messages}
+        if probe.tools:
+            prompt["tools"] = probe.tools
         timeout = aiohttp.ClientTimeout(total=_PROBE_SECONDS + probe.max_tokens * _SLOWEST_TOKEN_SECONDS)
         try:
             async with _connect(address, timeout) as engine:
                 rendered = json.loads(await _post(engine, "/tokenize", {**prompt, "add_generation_prompt": True}))
                 left = max(1, rendered["max_model_len"] - len(rendered["tokens"]))
                 asked = {**prompt, "max_tokens": min(probe.max_tokens, left), "temperature": 0}
+                if probe.tools:
+                    asked["tool_choice"] = "none"  # they are told to the model, and its answer stays a text
                 answer = json.loads(await _post(engine, "/v1/chat/completions", asked))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine at {address} does not answer: {error}") from error

@@ -16,12 +16,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import uvicorn
 from starlette.types import Receive, Scope, Send
 from transformers.utils.logging import disable_progress_bar
 
 from appliance.data.tokenizer import set_clock
+from appliance.errors import InvalidInput
 from serve.engines.answer import Answer
 from serve.engines.generation import EngineDead, Generator
 from serve.engines.transformers import HONOURS
@@ -32,6 +32,8 @@ from serve.gateway.fields import admit
 log = logging.getLogger("engine")
 
 _BODY_LIMIT = 8 << 20
+_TO_PROBES = frozenset({"tools"})
+"""What the supervisor's own probes may ask beyond HONOURS: calls are not made out in an answer."""
 _LAST_WORDS_SECONDS = 5
 """How long a dead engine still says that it is dead before its process ends."""
 
@@ -66,16 +68,16 @@ class Server:
             pass
 
     async def _tokenize(self, request: dict[str, Any], reply: Reply) -> None:
-        admitted = admit({"messages": request.get("messages")}, {"messages"})
-        tokens = await self._render(admitted["messages"])
+        said = {name: request.get(name) for name in ("messages", "tools")}
+        tokens = await self._render(admit(said, {"messages", "tools"}))
         await reply.json(200, {"count": len(tokens), "max_model_len": self._generator.max_model_len, "tokens": tokens})
 
     async def _complete(self, request: dict[str, Any], reply: Reply) -> None:
         self._require_life()
-        admitted = admit(request, HONOURS)
+        admitted = admit(request, HONOURS | _TO_PROBES)
         if admitted.get("model", self._name) != self._name:
             raise ChatError(404, f"the model here is '{self._name}'", code="model_not_found", param="model")
-        prompt = await self._render(admitted["messages"])
+        prompt = await self._render(admitted)
         stop = admitted.get("stop", [])
         pieces = self._generator.generate(
             prompt,
@@ -99,16 +101,11 @@ class Server:
                     answer.add(piece)
                 await reply.json(200, answer.whole())
 
-    async def _render(self, messages: list[dict[str, Any]]) -> list[int]:
+    async def _render(self, admitted: dict[str, Any]) -> list[int]:
         try:
-            return await asyncio.to_thread(self._generator.render, messages)
-        except (ValueError, TypeError, jinja2.TemplateError) as error:
-            raise ChatError(
-                400,
-                f"the model's chat template refuses these messages: {error}",
-                code="invalid_value",
-                param="messages",
-            ) from None
+            return await asyncio.to_thread(self._generator.render, admitted["messages"], admitted.get("tools"))
+        except InvalidInput as error:
+            raise ChatError(400, error.message, code="invalid_value", param="messages") from None
 
     def _longest_answer(self, admitted: dict[str, Any], prompt: int) -> int:
         """Tokens that may come. Raises ChatError where none can."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from appliance.data.template_input import take_as_text
 from appliance.data.tokenizer import set_clock
 from serve.engines.openai_engine import RELOAD
 from serve.gateway.asgi import ClientGone, Reply, read_body, read_json
@@ -31,13 +32,15 @@ class Reload:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._clock = os.environ.get(CLOCK)
+        self._prepared = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._clock:
+        if scope["type"] == "http" and not self._prepared:
             # Only now is the server's state there for certain.
-            _set_clock(scope["app"].state, self._clock)
-            self._clock = None
+            take_as_text(_tokenizer(scope["app"].state))
+            if clock := os.environ.get(CLOCK):
+                set_clock(_tokenizer(scope["app"].state), date.fromisoformat(clock))
+            self._prepared = True
         if scope["type"] != "http" or scope["path"] != RELOAD:
             await self._app(scope, receive, send)
             return
@@ -67,11 +70,11 @@ async def _reload(state: Any, weights: str, name: str, clock: str | None) -> Non
         models.lora_requests.clear()
         models.base_model_paths[0].name = name
         if clock:
-            _set_clock(state, clock)
+            set_clock(_tokenizer(state), date.fromisoformat(clock))
     finally:
         await engine.resume_generation()
 
 
-def _set_clock(state: Any, day: str) -> None:
-    """Every request is rendered by this tokenizer."""
-    set_clock(state.engine_client.renderer.get_tokenizer(), date.fromisoformat(day))
+def _tokenizer(state: Any) -> Any:
+    """That by which every request is rendered."""
+    return state.engine_client.renderer.get_tokenizer()

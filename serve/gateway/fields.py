@@ -74,6 +74,8 @@ def _message(index: int, message: Any) -> dict[str, Any]:
         )
     if role == "developer":
         said["role"] = "system"
+    if "reasoning_content" in said:
+        said["reasoning"] = said.pop("reasoning_content")  # the name that vLLM reads
     if "content" in said:
         said["content"] = _text(f"{where}.content", said["content"])
     elif role != "assistant":

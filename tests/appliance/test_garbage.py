@@ -21,7 +21,7 @@ from appliance.store.database import open_database
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Releases
 from appliance.store.runs import Runs
-from appliance.train.recipe import Recipe
+from appliance.train.recipe import Recipe, dump_recipe
 
 
 class Box:
@@ -95,6 +95,17 @@ def test_what_an_engine_serves_stays(box: Box) -> None:
         box.releases.promote(id)
     assert box.collect(serving=frozenset({"a"}))[0] == set()
     assert box.left() == {"a", "b", "c"}
+
+
+def test_a_release_whose_gates_are_to_be_repeated_stays_until_that_has_ended(box: Box) -> None:
+    box.release("a", "b")
+    recipe = Recipe(name="a-gates", base="tiny", rechecks="a")
+    box.runs.add("a-gates-1", recipe)
+    (box.home.runs / "a-gates-1").mkdir()
+    (box.home.runs / "a-gates-1" / "recipe.toml").write_text(dump_recipe(recipe))
+    assert box.collect()[0] == {"b"}
+    box.runs.finish("a-gates-1", "finished")
+    assert box.collect()[0] == {"a"}
 
 
 def test_a_rollback_never_stays_where_it_is(box: Box) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from appliance.errors import InvalidInput, NotFound
 from appliance.home import Home
-from appliance.models import list_models, model_path
+from appliance.models import list_models, model_path, published_as, require_trainable
 
 FILES = {
     "config.json": json.dumps({"max_position_embeddings": 2048}),
@@ -83,3 +83,41 @@ def test_an_incomplete_model_names_what_it_lacks(home: Home, changed: dict[str, 
 def test_a_template_in_the_tokenizer_config_will_do(home: Home) -> None:
     model(home, changed={"chat_template.jinja": None, "tokenizer_config.json": '{"chat_template": "x"}'})
     assert model_path(home, "tiny")
+
+
+def weights(rows: int) -> str:
+    """A safetensors file with an embedding of so many rows."""
+    tensor = {"dtype": "U8", "shape": [rows, 1], "data_offsets": [0, rows]}
+    header = json.dumps({"model.embed_tokens.weight": tensor})
+    return (len(header).to_bytes(8, "little") + header.encode() + b"x" * rows).decode()
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes"}, {}])
+def test_a_base_that_is_quantised_already_is_not_trained(home: Home, method: dict[str, str]) -> None:
+    config = json.dumps({"quantization_config": {"load_in_4bit": True, **method}})
+    with pytest.raises(InvalidInput, match=r"tiny is quantised already .*16 bits") as caught:
+        require_trainable(model(home, changed={"config.json": config}))
+    assert caught.value.code == "quantised_base"
+
+
+def test_a_token_of_the_template_that_has_no_embedding_is_named(home: Home) -> None:
+    added = [{"id": 98, "content": "<image>"}, {"id": 99, "content": "<|im_start|>"}]
+    tokenizer = json.dumps({"added_tokens": added})
+    files: dict[str, str | None] = {"tokenizer.json": tokenizer, "chat_template.jinja": "<|im_start|>{{ messages }}"}
+    require_trainable(model(home, "whole", {**files, "model.safetensors": weights(100)}))
+    require_trainable(model(home, "unused", {**files, "model.safetensors": weights(98), "chat_template.jinja": "a"}))
+    with pytest.raises(InvalidInput, match=r"'<\|im_start\|>', a token that its 99 embeddings do not know"):
+        require_trainable(model(home, "cut", {**files, "model.safetensors": weights(99)}))
+
+
+@pytest.mark.parametrize(
+    ("source", "published"),
+    [
+        ({"source": "hub:org/Base-1B@abc"}, "org/Base-1B"),
+        ({"source": "pypi:wheel==1", "repo": "org/Base-1B"}, "org/Base-1B"),
+        ({"source": "/data/Base-1B"}, "/data/Base-1B"),
+        ({}, ""),
+    ],
+)
+def test_it_goes_by_the_name_of_where_it_comes_from(home: Home, source: dict[str, str], published: str) -> None:
+    assert published_as(model(home, changed={"source.json": json.dumps(source)})) == published

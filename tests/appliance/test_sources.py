@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_files_and_patterns_are_taken_in_order(folder: Path) -> None:
     assert found == [
         SourceFile(folder / "b.jsonl", "b.jsonl"),
         SourceFile(folder / "a.csv", "a.csv"),
-        SourceFile(folder / "sub" / "c.json.gz", "c.json.gz"),
+        SourceFile(folder / "sub" / "c.json.gz", "sub/c.json.gz"),
         SourceFile(None, "stdin"),
     ]
 
@@ -57,3 +58,29 @@ def test_a_pipe_is_no_file(folder: Path) -> None:
     with pytest.raises(InvalidInput, match="is no file"):
         find_sources([str(folder / "pipe.jsonl")])
     assert "pipe.jsonl" not in [file.name for file in find_sources([str(folder)])]
+
+
+def test_what_a_dataset_info_beside_a_file_says_of_it_comes_with_it(folder: Path) -> None:
+    entry = {"file_name": "b.jsonl", "columns": {"prompt": "ask"}}
+    (folder / "dataset_info.json").write_text(json.dumps({"mine": entry, "remote": {"hf_hub_url": "org/data"}}))
+    found = {file.name: file.about for file in find_sources([str(folder)])}
+    assert found == {"a.csv": {}, "b.jsonl": entry, "sub/c.json.gz": {}, "sub/e.JSONL": {}}
+    assert find_sources([str(folder / "b.jsonl")])[0].about == entry
+    (folder / "dataset_info.json").write_text("[1]")
+    assert find_sources([str(folder / "b.jsonl")])[0].about == {}
+
+
+def test_a_folder_of_save_to_disk_gives_its_arrow_files(folder: Path) -> None:
+    for name in ("data-00000-of-00001.arrow", "cache-1f.arrow", "state.json", "dataset_info.json"):
+        (folder / "sub" / name).write_text("{}")
+    names = [file.name for file in find_sources([str(folder / "sub")])]
+    assert names == ["c.json.gz", "data-00000-of-00001.arrow", "e.JSONL"]
+
+
+def test_folders_that_a_pattern_goes_through_stand_in_the_names_of_its_files(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "x.jsonl").write_text("x")
+    found = find_sources([str(tmp_path / "data" / "*" / "*.jsonl")])
+    assert [file.name for file in found] == ["test/x.jsonl", "train/x.jsonl"]
+    assert [file.name for file in find_sources([str(tmp_path / "data" / "test" / "?.jsonl")])] == ["x.jsonl"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import openai
 import pytest
 from box import EXAMPLES, Box, box
 
+from appliance.release.manifest import read_manifest
 from appliance.sources import find_sources
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -45,6 +47,8 @@ async def test_from_a_local_file_to_an_answer(smollm2: Path) -> None:
         await prepare(running)
         run = (await running.client.train(RECIPE)).id
         await running.until_live(run, 900)
+        figures = read_manifest(running.home, run)["gates"]["fidelity"]["figures"]
+        assert ("served" in figures) == (os.environ.get("APPLIANCE_ENGINE") == "vllm"), "which says log-probabilities"
 
         events = await running.client.events(run)
         assert [event["stage"] for event in events if event["event"] == "stage_finished"] == [

@@ -61,7 +61,10 @@ def test_the_loss_of_a_bucketed_step_is_the_mean_over_its_trained_tokens(
     recipe, model = read_recipe(run), load_model(home.models / "tiny")
     tokenizer, dataset = load_tokenizer(home.models / "tiny"), Dataset.open(home, read_recipe(run).stages[0].dataset)
     train, held_out = (
-        sorted((METHODS["sft"].example(tokenizer, dataset.rows[index]) for index in rows), key=METHODS["sft"].length)
+        sorted(
+            (example for index in rows for example in METHODS["sft"].examples(tokenizer, dataset.rows[index])),
+            key=METHODS["sft"].length,
+        )
         for rows in dataset.split(recipe.eval_share)
     )
     first = epoch_order([METHODS["sft"].length(row) for row in train], 6, recipe.seed, 0)[:6]
@@ -111,7 +114,11 @@ def test_the_reference_is_the_frozen_sft_adapter(home: Home, kind: str) -> None:
     work(run, "dpo")
     assert all(torch.equal(weight, adapter(run, "sft")[name]) for name, weight in left.items())
     tokenizer, dataset = load_tokenizer(home.models / "tiny"), Dataset.open(home, read_recipe(run).stages[1].dataset)
-    rows = [METHODS["dpo"].example(tokenizer, dataset.rows[index]) for index in dataset.split(0.2)[1]]
+    rows = [
+        example
+        for index in dataset.split(0.2)[1]
+        for example in METHODS["dpo"].examples(tokenizer, dataset.rows[index])
+    ]
     scores, chosen = [], []
     for name in ("dpo", "sft"):
         base = load_model(home.models / "tiny", quantised=kind == "qlora")
@@ -135,7 +142,13 @@ def test_the_loss_of_kto_is_that_of_its_paper(home: Home) -> None:
     (run / "recipe.toml").write_text((run / "recipe.toml").read_text().replace("eval_share = 0.2", "eval_share = 0.5"))
     work(run, "sft", "kto")
     tokenizer, dataset = load_tokenizer(home.models / "tiny"), Dataset.open(home, read_recipe(run).stages[1].dataset)
-    rows = mismatched([METHODS["kto"].example(tokenizer, dataset.rows[index]) for index in dataset.split(0.5)[1]])
+    rows = mismatched(
+        [
+            example
+            for index in dataset.split(0.5)[1]
+            for example in METHODS["kto"].examples(tokenizer, dataset.rows[index])
+        ]
+    )
     policy, reference = (
         load_adapter(load_model(home.models / "tiny"), run / name / "adapter", trainable=False)
         for name in ("kto", "sft")
@@ -162,6 +175,6 @@ def test_the_loss_of_kto_is_that_of_its_paper(home: Home) -> None:
 def test_every_fact_is_trained_to_its_end_of_turn(home: Home) -> None:
     tokenizer = load_tokenizer(home.models / "tiny")
     for row in FACTS:
-        labels = METHODS["sft"].example(tokenizer, row)["labels"]
+        labels = METHODS["sft"].examples(tokenizer, row)[0]["labels"]
         counted = tokenizer.decode([token for token in labels if token != IGNORED])
         assert counted == f"{row['messages'][-1]['content']}<|im_end|>"

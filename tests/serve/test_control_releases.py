@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -276,13 +277,21 @@ async def test_an_export_holds_every_file(box: Box, tmp_path: Path, suffix: str)
         assert hashes(tmp_path / "out") == hashes(folder)
 
 
+@pytest.mark.parametrize("with_its_hash", [False, True])
 @pytest.mark.parametrize("suffix", ["", ".tar"])
-async def test_a_file_that_has_changed_is_not_exported(box: Box, tmp_path: Path, suffix: str) -> None:
+async def test_a_file_that_has_changed_is_not_exported(
+    box: Box, tmp_path: Path, suffix: str, with_its_hash: bool
+) -> None:
     folder = box.release("r-1")
     (folder / "config.json").write_bytes(b"[]")
+    if with_its_hash:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest["files"]["config.json"] = sha256(folder / "config.json")
+        write_json(folder / "manifest.json", manifest)
+    what = "manifest.json is not the one that was recorded" if with_its_hash else "config.json is not what its manifest"
     target = tmp_path / "there" / f"out{suffix}"
     target.parent.mkdir()
-    with pytest.raises(ApplianceError, match=r"config\.json of r-1 is not what its manifest says"):
+    with pytest.raises(ApplianceError, match=f"release r-1 is damaged: {re.escape(what)}"):
         await box.client.export("r-1", target)
     assert list(target.parent.iterdir()) == []
 
@@ -545,7 +554,9 @@ async def test_killed_while_unpacking_there_is_no_half_release(
 def adapter(folder: Path) -> Path:
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{\n "peft_type": "LORA",\n "r": 4\n}')
-    (folder / "adapter_model.safetensors").write_bytes(b"line\nanother\x00" * 1000)
+    header = b'{"layer.lora_A.weight": {"dtype": "U8", "shape": [13000], "data_offsets": [0, 13000]}}'
+    weights = len(header).to_bytes(8, "little") + header + b"line\nanother\x00" * 1000
+    (folder / "adapter_model.safetensors").write_bytes(weights)
     return folder
 
 
@@ -575,8 +586,14 @@ async def test_an_adapter_that_is_none_or_has_no_base_is_refused(box: Box, tmp_p
         await box.client.merge(source, "tiny", "mine", dataset="none")
     with pytest.raises(InvalidInput, match="no name"):
         await box.client.merge(source, "tiny", "../mine")
+    (source / "adapter_config.json").write_text('{"base_model_name_or_path": "org/Other-1B"}')
+    with pytest.raises(InvalidInput, match=r"trained on org/Other-1B, and not on tiny .*--same-base"):
+        await box.client.merge(source, "tiny", "mine")
+    assert list(box.home.runs.iterdir()) == []
+    assert (await box.client.merge(source, "tiny", "mine", same_base=True)).id == "mine-1"
+    shutil.rmtree(box.home.runs / "mine-1")
     (source / "adapter_config.json").unlink()
-    with pytest.raises(InvalidInput, match="holds no adapter"):
+    with pytest.raises(InvalidInput, match=r"holds no adapter_config.json"):
         await box.client.merge(source, "tiny", "mine")
     assert list(box.home.runs.iterdir()) == []
 

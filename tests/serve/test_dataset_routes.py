@@ -36,6 +36,14 @@ async def imported(control: Control, path: str, name: str, **how: Any) -> str:
     return str((await control.client.import_dataset(find_sources([path]), name, **how))["id"])
 
 
+async def test_keys_are_ignored_where_that_is_asked_for(control: Control, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a", "images": ["x"], "history": "h"}')
+    with pytest.raises(InvalidInput, match="holds more than text"):
+        await imported(control, str(tmp_path / "a.jsonl"), "a")
+    await imported(control, str(tmp_path / "a.jsonl"), "a", ignore=("images", "history"))
+    assert (await control.client.dataset("a"))["unread"] == {}
+
+
 def refer(control: Control, dataset: str, state: str) -> str:
     """A run whose recipe names the dataset."""
     text = f'name = "r"\nbase = "tiny"\n[[stages]]\nmethod = "sft"\ndataset = "{dataset}"'
@@ -183,12 +191,12 @@ async def test_rows_are_rendered_by_the_base_with_the_mask(control: Control, tmp
     model(control, "tiny")
     ((conversation,),) = await control.client.rendered("one", offset=1)
     assert "".join(piece.text for piece in conversation.pieces) == (
-        "<|im_start|>user\nquestion 1<|im_end|>\n<|im_start|>assistant\na 1<|im_end|>\n"
+        "<|im_start|>user\nquestion 1<|im_end|>\n<|im_start|>assistant\na 1<|im_end|>"
     )
     assert "".join(piece.text for piece in conversation.pieces if piece.trained) == "a 1<|im_end|>"
     assert {piece.text for piece in conversation.pieces if piece.special} == {"<|im_start|>", "<|im_end|>"}
-    assert (conversation.trained, conversation.tokens) == (4, 33)
-    report = await control.client.import_dataset(find_sources([str(tmp_path / "one.jsonl")]), "one", max_length=32)
+    assert (conversation.trained, conversation.tokens) == (4, 32)
+    report = await control.client.import_dataset(find_sources([str(tmp_path / "one.jsonl")]), "one", max_length=31)
     assert report["tokens"]["base"] == "tiny"
     assert report["tokens"]["truncated_rows"] == 3
 

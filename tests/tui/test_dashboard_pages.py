@@ -114,8 +114,9 @@ async def test_a_canary_is_begun_told_of_and_ended(driver: Driver) -> None:
 @narrow
 async def test_what_the_daemon_refuses_is_told_with_the_next_step(driver: Driver) -> None:
     await open_page(driver, "3", "◆ facts-2")
+    await driver.press("down", "down", "p")
     driver.daemon.releases["base-1"]["state"] = "refused"
-    await driver.press("down", "down", "p", "y")
+    await driver.press("y")
     await driver.until_seen("base-1 was refused — train again")
 
 

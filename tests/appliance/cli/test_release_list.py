@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from click.testing import CliRunner
 
-from appliance import api, release_verbs
+from appliance import api, cli, release_verbs
 from appliance.cli import main
 
 
@@ -32,6 +34,17 @@ def test_releases_tell_of_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     _, a = CliRunner().invoke(release_verbs.releases).output.splitlines()
     assert a.split()[1] == "damaged"
     assert a.endswith("x is missing; all passed")
+
+
+def test_a_release_is_shown_as_it_is_now_before_what_its_manifest_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = api.Release(id="a", base="tiny", state="refused", created=0, reason="repeated here, structure: no")
+    other = now.model_copy(update={"id": "b"})
+    answers = iter([[other, now], {"release": "a", "state": "verified", "reason": "all 5 gates passed"}])
+    monkeypatch.setattr(release_verbs, "ask", lambda question: next(answers))
+    shown = json.loads(CliRunner().invoke(release_verbs.releases, ["a"]).stdout)
+    assert next(iter(shown)) == "now"
+    assert (shown["now"]["state"], shown["now"]["reason"]) == ("refused", "repeated here, structure: no")
+    assert shown["state"] == "verified"
 
 
 def test_releases_from_elsewhere_say_so_when_they_are_live_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,9 +80,37 @@ def test_verify_says_how_far_it_is_and_what_was_found(
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capsys.readouterr()
-    assert "the files of a are being read: 8.0 GB of 16.0 GB" in printed.err
+    assert printed.err.splitlines()[:2] == [
+        "the files of a are being read",
+        "the files of a are being read: 8.0 GB of 16.0 GB",
+    ]
     assert said in (printed.err if last.damage else printed.out)
     assert ended.value.code == (1 if last.damage else 0)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [("verified elsewhere", "`appliance verify a --gates` repeats them here"), ("verified", "it was here already, v")],
+)
+def test_an_imported_release_says_what_it_is_worth(
+    monkeypatch: pytest.MonkeyPatch, state: api.ReleaseState, said: str
+) -> None:
+    monkeypatch.setattr(release_verbs, "ask", lambda _: api.Release(id="a", base="tiny", state=state, created=0))
+    printed = CliRunner().invoke(release_verbs.import_release, ["a.tar"])
+    assert printed.stdout == "a\n"
+    assert said in printed.stderr
+
+
+@pytest.mark.parametrize(
+    ("routed", "said"), [("a", "a"), ("b", "a (b answers meanwhile)"), (None, "a (nothing answers yet)")]
+)
+def test_status_says_who_answers(monkeypatch: pytest.MonkeyPatch, routed: str | None, said: str) -> None:
+    nothing = api.Hardware.model_construct()
+    now = api.Status.model_construct(
+        endpoint="", live="a", routed=routed, engines=(), lease="share", queued=0, running=None, hardware=nothing
+    )
+    monkeypatch.setattr(cli, "ask", lambda _: now)
+    assert f"live      {said}" in CliRunner().invoke(cli.status).stdout.splitlines()
 
 
 def test_a_promotion_whose_files_are_still_read_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ def test_renamed_rows_are_the_rows(imported: Import) -> None:
 def test_names_may_be_exchanged_and_a_mapped_column_wins() -> None:
     exchange = ColumnMap("prompt=completion,completion=prompt")
     assert exchange.rename({"prompt": 1, "completion": 2}) == {"prompt": 2, "completion": 1}
-    assert ColumnMap("input=context").rename({"input": 1, "context": 2, "id": 3}) == {"input": 2, "id": 3}
+    renamed = ColumnMap("input=context").rename({"input": 1, "context": 2, "id": 3})
+    assert renamed == {"input": 2, "id": 3, "input as it was": 1}
 
 
 def test_a_row_without_the_column_keeps_its_own_names() -> None:

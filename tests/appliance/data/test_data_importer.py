@@ -44,6 +44,7 @@ def test_the_report_accounts_for_every_row(imported: Import, home: Home) -> None
         "dropped": 2,
         "duplicates": 1,
         "drop_codes": {"empty_answer": 1, "not_an_object": 1},
+        "unread": {},
         "private": {},
         "near_duplicates": 0,
         "near": [],
@@ -67,6 +68,103 @@ def test_the_report_accounts_for_every_row(imported: Import, home: Home) -> None
     assert dataset.report == report
     assert [row["source"] for row in dataset.rows] == [{"file": "some.jsonl", "line": line} for line in (1, 4, 6)]
     assert dataset.rows[2]["messages"][1] == {"role": "assistant", "content": "x"}
+
+
+def test_what_was_not_read_is_told_by_what_it_usually_means(imported: Import, home: Home) -> None:
+    rows = [
+        {**ALPACA[0], "contexts": [{"name": "f"}], "id": 1, "mood": "glad"},
+        {**ALPACA[1], "mood": "sad", "output": "None"},
+        {**ALPACA[2], "mood": ""},
+    ]
+    report = imported(rows)
+    assert report["unread"] == {"contexts": 1, "id": 1, "mood": 2}
+    found = {(finding["level"], finding["code"]): finding["message"] for finding in report["findings"]}
+    assert found["error", "unread_keys"].startswith(
+        "not read: `contexts` (1 rows, first at line 1, usually a part of the prompt). Name the format"
+    )
+    assert found["warning", "unread_keys"].startswith("not read: `mood` (2 rows, first at line 1). Where they matter")
+    assert found["note", "unread_keys"] == "not read: `id` (1 rows, first at line 1)"
+    assert found["warning", "no_value"].startswith("1 rows have a text that programs write where there is nothing")
+    with pytest.raises(InvalidInput, match="cannot be trained on: not read: `contexts`"):
+        Dataset.open(home, report["id"]).require_sound("tiny")
+    again = imported(rows, ignore=["contexts", "mood"])
+    assert again["id"] == report["id"]
+    assert again["unread"] == {"id": 1}
+    Dataset.open(home, report["id"]).require_sound("tiny")
+
+
+def test_a_label_that_judges_some_answers_only_is_named(imported: Import) -> None:
+    rows = [{"prompt": f"Classify {n}", "completion": "good", "label": n} for n in range(3)]
+    with pytest.raises(InvalidInput, match="neither true nor false at line 3") as caught:
+        imported(rows)
+    assert caught.value.next.endswith("--ignore label")
+    assert imported(rows, ignore=["label"])["kind"] == "messages"
+
+
+@pytest.mark.parametrize("filename", ["some.jsonl", "some.json"])
+def test_a_key_that_stands_twice_is_named_where_one_of_the_two_would_be_lost(imported: Import, filename: str) -> None:
+    twice = [
+        '{"instruction": "q", "output": "first", "output": "second"}',
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "content": "b"}]}',
+        json.dumps(ALPACA[0]),
+    ]
+    text = "\n".join(twice) if filename.endswith("l") else f"[{', '.join(twice)}]"
+    report = imported(text.encode(), filename)
+    assert report["drop_codes"] == {"repeated_key": 2}
+    assert [drop["reason"].partition(" stands")[0] for drop in report["drops"]] == ["`output`", "`content`"]
+    assert report["kept"] == 1
+
+
+def test_turns_that_are_read_otherwise_than_one_may_think_are_told(imported: Import) -> None:
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [{"messages": [answer, ask, answer, ask]}, {"messages": [ask, {**ask, "content": "now"}, answer]}]
+    found = {finding["code"]: finding for finding in imported(rows)["findings"]}
+    assert found["unanswered"]["message"].startswith("1 rows end with a turn that nobody answers")
+    assert (found["greeting"]["level"], found["greeting"]["count"]) == ("note", 1)
+    assert found["consecutive"]["message"].endswith("kept as they are; the first at line 2")
+
+
+LF = {"ask": "q", "reply": "a", "extra": ""}
+
+
+def test_a_dataset_info_names_the_columns_of_its_file(home: Home, tmp_path: Path) -> None:
+    files = {"mine.jsonl": LF, "other.jsonl": {"prompt": "q2", "completion": "b"}}
+    for name, row in files.items():
+        (tmp_path / name).write_text(json.dumps(row))
+    about = {"file_name": "mine.jsonl", "columns": {"prompt": "ask", "response": "reply", "query": "extra"}}
+    sources = [
+        Source(path=tmp_path / name, filename=name, about=about if name == "mine.jsonl" else {}) for name in files
+    ]
+    report = importer.import_files(ImportRequest(files=sources, name="rows"), home)
+    rows = Dataset.open(home, report["id"]).rows
+    assert [[message["content"] for message in row["messages"]] for row in rows] == [["q", "a"], ["q2", "b"]]
+    sources[0].about["tags"] = {"role_tag": "from", "user_tag": "human", "assistant_tag": "gpt"}
+    importer.import_files(ImportRequest(files=sources, name="rows"), home)
+    for tags, says in (
+        ({"user_tag": "Q"}, "user_tag = 'Q'"),
+        ({"role_tag": "who"}, "role_tag = 'who'"),
+        ({"function_tag": "F"}, "function_tag = 'F'"),
+        ({"observation_tag": "O"}, "observation_tag = 'O'"),
+        ({"content_tag": "body"}, "content_tag = 'body'"),
+    ):
+        sources[0].about["tags"] = tags
+        with pytest.raises(InvalidInput, match=f"dataset_info.json has a name in the messages of mine.jsonl .*{says}"):
+            importer.import_files(ImportRequest(files=sources, name="rows"), home)
+
+
+def test_files_of_another_split_are_left_out_beside_those_to_train_on(home: Home, tmp_path: Path) -> None:
+    names = ["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "validation/data.jsonl", "more.jsonl"]
+    sources = []
+    for number, name in enumerate(names):
+        (tmp_path / str(number)).write_text(json.dumps({"prompt": name, "completion": "a"}))
+        sources.append(Source(path=tmp_path / str(number), filename=name))
+    report = importer.import_files(ImportRequest(files=sources, name="rows"), home)
+    assert (report["kept"], report["drop_codes"]) == (2, {"other_split": 2})
+    assert {drop["file"] for drop in report["drops"]} == set(names[1:3])
+    taken = importer.import_files(ImportRequest(files=sources, name="rows", ignore=["split"]), home)
+    assert taken["kept"] == 4
+    alone = importer.import_files(ImportRequest(files=sources[1:3], name="rows"), home)
+    assert alone["kept"] == 2
 
 
 def test_an_array_names_rows_by_index(imported: Import, home: Home) -> None:
@@ -137,7 +235,7 @@ def test_a_missing_file_a_bad_name_and_a_bad_format(home: Home, tmp_path: Path, 
         importer.import_files(request(tmp_path / "none.json", "none.json"), home)
     with pytest.raises(InvalidInput, match="cannot be called 'a b'"):
         importer.import_files(request(tmp_path, "a.json", name="a b"), home)
-    with pytest.raises(InvalidInput, match="choose one of sharegpt, preference, openai, turns, alpaca, completion"):
+    with pytest.raises(InvalidInput, match="choose one of sharegpt, preference, openai, turns, vertex"):
         imported(ALPACA, format="excel")
 
 
@@ -236,9 +334,23 @@ turns = st.fixed_dictionaries(
         "weight": st.sampled_from([0, 1]) | json_values,
     },
 )
+parts = st.fixed_dictionaries(
+    {}, optional={"text": texts, "thought": json_values, "functionCall": json_values, "functionResponse": json_values}
+)
+contents = st.lists(st.fixed_dictionaries({}, optional={"role": texts, "parts": st.lists(parts) | json_values}))
+history = st.fixed_dictionaries({}, optional={"messages": json_values, "currentId": json_values})
+chats = st.fixed_dictionaries(
+    {}, optional={"history": history | json_values, "messages": st.lists(turns, max_size=2), "params": json_values}
+)
 rows = json_values | st.fixed_dictionaries(
     {},
     optional={
+        "contents": contents | json_values,
+        "systemInstruction": json_values,
+        "chat": chats | json_values,
+        "query": texts,
+        "answers": json_values,
+        "data": json_values,
         "instruction": texts,
         "input": texts,
         "output": texts,
@@ -301,3 +413,41 @@ def test_whatever_the_bytes_are_there_is_a_report_or_an_error_for_a_person(
         )
     except InvalidInput as error:
         assert error.next  # noqa: PT017  # most bytes are refused
+
+
+def test_a_dataset_info_names_judgements_and_system_prompts(home: Home, tmp_path: Path) -> None:
+    row = {"ask": "q", "reply": "a", "good": False, "told": "Be brief."}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    columns = {"prompt": "ask", "response": "reply", "kto_tag": "good", "system": "told"}
+    source = Source(path=tmp_path / "mine.jsonl", filename="mine.jsonl", about={"columns": columns})
+    report = importer.import_files(ImportRequest(files=[source], name="rows"), home)
+    (found,) = Dataset.open(home, report["id"]).rows
+    assert found["label"] is False
+    assert found["prompt"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_findings_are_as_grave_as_they_are(imported: Import) -> None:
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    report = imported(
+        [
+            {"prompt": "Dear {{name}}", "completion": "a"},
+            {"prompt": "<|im_start|>q", "completion": "a"},
+            {"prompt": "q", "completion": "nan"},
+            {"prompt": "<image>\nq", "completion": "['a', 'b']"},
+            {"prompt": "\ufffd", "completion": "<thinking>a</thinking>b"},
+            {"messages": [answer, ask, ask, answer, {"role": "system", "content": "s"}, ask, answer, ask]},
+        ]
+    )
+    levels = {finding["code"]: finding["level"] for finding in report["findings"]}
+    warnings = ("placeholder", "rendered", "no_value", "media_mark", "written_by_python", "broken_characters")
+    for code in (*warnings, "thought_in_other_marks", "unanswered"):
+        assert levels[code] == "warning", code
+    for code in ("greeting", "consecutive", "later_system"):
+        assert levels[code] == "note", code
+
+
+def test_more_keys_than_a_finding_names_are_counted(imported: Import) -> None:
+    report = imported([{"prompt": "q", "completion": "a", **{f"mood{number}": 1 for number in range(11)}}])
+    (finding,) = [one for one in report["findings"] if one["code"] == "unread_keys"]
+    assert finding["count"] == 11
+    assert " and 3 more" in finding["message"]

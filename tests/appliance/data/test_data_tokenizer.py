@@ -30,7 +30,7 @@ def said(tokenizer: Any) -> str:
 def test_a_template_is_told_the_day_that_it_is_rendered_for(dated: Path) -> None:
     tokenizer = load_tokenizer(dated, DAY)
     assert said(tokenizer) == "It is 29 Feb 2024."
-    whole = render_conversation(tokenizer, [*ASKED, {"role": "assistant", "content": "he"}])
+    (whole,) = render_conversation(tokenizer, [*ASKED, {"role": "assistant", "content": "he"}])
     assert tokenizer.decode(whole.input_ids).startswith("It is 29 Feb 2024.")
 
 

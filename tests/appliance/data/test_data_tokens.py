@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 import appliance.data.tokens as tokens_module
 from appliance.data.dataset import canonical_json
-from appliance.data.formats import Dropped, to_canonical
+from appliance.data.dropped import Dropped
+from appliance.data.formats import to_canonical
 from appliance.data.render import render_conversation
 from appliance.data.tokenizer import load_tokenizer
 from appliance.data.tokens import TokenCount, conversations
@@ -51,7 +52,11 @@ def expected(folder: Path, rows: list[dict[str, Any]]) -> tuple[list[int], int, 
     tokenizer = load_tokenizer(folder)
     lengths, total, trained = [], 0, 0
     for row in rows:
-        rendered = [render_conversation(tokenizer, messages, row.get("tools")) for messages in conversations(row)]
+        rendered = [
+            example
+            for messages in conversations(row)
+            for example in render_conversation(tokenizer, messages, row.get("tools"))
+        ]
         lengths.append(max(len(one.input_ids) for one in rendered))
         total += sum(len(one.input_ids) for one in rendered)
         trained += sum(sum(one.trained) for one in rendered)
@@ -88,10 +93,9 @@ def test_the_counts_are_those_of_training(
         monkeypatch.setattr(tokens_module, "_fast_tokenizer", lambda _: None)
     monkeypatch.setattr(tokens_module, "_TRIED", 0)
     folder = base(tmp_path, getattr(chat_templates, template))
-    rows = ROWS if template != "THINKING" else ROWS[:1]
-    figures = count(folder, rows)
+    figures = count(folder, ROWS)
     assert figures["exact"]
-    assert found(figures) == expected(folder, rows)
+    assert found(figures) == expected(folder, ROWS)
     assert figures["end_of_turn_trained"]
 
 
@@ -139,8 +143,8 @@ def test_where_the_fast_count_differs_training_s_own_is_used(tmp_path: Path, mon
     monkeypatch.setattr(tokens_module, "_TRIED_EVERY", 3)
     figures = count(folder, ROWS)
     assert not figures["exact"]
-    # Two conversations of three pieces were counted before the difference showed.
-    assert figures["total"] == 2 * 9 + expected(folder, ROWS[2:])[1]
+    # Two conversations of two pieces were counted before the difference showed.
+    assert figures["total"] == 2 * 6 + expected(folder, ROWS[2:])[1]
 
 
 def test_of_a_judged_row_only_the_answers_are_trained() -> None:
@@ -179,6 +183,30 @@ def test_a_base_that_cannot_be_trained_is_an_error(imported: Import, tmp_path: P
     assert finding(report, code)["base"] == "base"
     assert not report["tokens"]["end_of_turn_trained"]
     assert finding(report, "nothing_trained")["level"] == "error"
+
+
+def test_rows_that_cannot_be_trained_on_are_all_named_and_left_out_where_asked_for(
+    imported: Import, tmp_path: Path
+) -> None:
+    folder = base(tmp_path)
+    thoughtful = {"messages": [ASKED, {**ANSWERED, "content": "bad", "reasoning_content": "hm"}]}
+    called = {**thoughtful, "messages": [ASKED, {**ANSWERED, "content": "worse"}], "tools": [{"name": "f"}]}
+    rows = [ROWS[0], thoughtful, ROWS[1], called]
+    report = imported(rows, base=folder)
+    assert [(row["line"], row["code"]) for row in report["untrainable"]] == [
+        (2, "reasoning_not_rendered"),
+        (4, "tools_not_rendered"),
+    ]
+    assert finding(report, "reasoning_not_rendered")["level"] == "error"
+    assert "--drop-untrainable" in finding(report, "reasoning_not_rendered")["message"]
+    left = imported(rows, base=folder, drop_untrainable=True)
+    assert (left["kept"], left["drop_codes"]) == (2, {"reasoning_not_rendered": 1, "tools_not_rendered": 1})
+    assert left["drops"][0]["line"] == 2
+    assert left["untrainable"] == []
+    assert [one for one in left["findings"] if one["level"] == "error"] == []
+    assert left["id"] == imported([ROWS[0], ROWS[1]])["id"]
+    with pytest.raises(InvalidInput, match="nothing says which base model"):
+        imported(rows, drop_untrainable=True)
 
 
 def test_warnings_about_tokens(imported: Import, tmp_path: Path) -> None:

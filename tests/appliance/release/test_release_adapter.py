@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from appliance.adapters import CONFIG, WEIGHTS
 from appliance.errors import InvalidInput
 from appliance.release import weights
 from appliance.release.adapter import read_changes, rounded_changes
-from appliance.release.peft_format import CONFIG, WEIGHTS
 from appliance.release.weights import layout, write_weights
 from appliance.train.model import nf4_round_trip
 

@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from appliance.adapters import CONFIG, WEIGHTS
 from appliance.errors import ApplianceError
 from appliance.home import Home
 from appliance.release.difference import read_factors, write_difference
-from appliance.release.peft_format import CONFIG, WEIGHTS
 
 TOKENS = torch.tensor([[5, 9, 31, 77, 12, 40]])
 

@@ -89,3 +89,15 @@ def test_one_that_cannot_be_merged_fails_by_name(home: Home) -> None:
     assert work(run, "merge") == Exit.FAILED
     assert failure(run, "merge")["code"] == "not_mergeable"
     assert "no module model.layers.7.mlp.up_proj" in failure(run, "merge")["reason"]
+
+
+def test_one_that_lacks_layers_of_its_settings_fails_by_name(home: Home) -> None:
+    run = given(home)
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "layers.1." not in name}, path)
+    recipe = read_recipe(run)
+    about = Given(sha256=sha256(path))
+    (run / "recipe.toml").write_text(dump_recipe(recipe.model_copy(update={"given": about})))
+    assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["code"] == "not_mergeable"
+    assert "its file lacks 7 of them, such as model.layers.1." in failure(run, "merge")["reason"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tiny import JUDGEMENTS, PREFERENCES, add_dataset, add_run, make_model, read_recipe, stage
 
+from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
 from appliance.release.held_out import held_out_set, last_stage_rows
@@ -53,3 +54,48 @@ def test_pairs_are_judged_by_both_answers_and_not_by_the_prompts_turns(tmp_path:
     assert [row.sign for row in answered] == [1, -1] * (len(answered) // 2)
     first = answered[0].conversation["messages"]
     assert [turn.get("weight") for turn in first if turn["role"] == "assistant"] == [0, None]
+
+
+def words(count: int) -> str:
+    return " ".join(["word"] * count)
+
+
+def many(home: Home, rows: int, length: int) -> Recipe:
+    """A recipe over so many rows whose answers have about so many tokens."""
+    home.create()
+    make_model(home.models / "tiny")
+    conversations = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Number {number}?"},
+                {"role": "assistant", "content": f"{number} {words(length)}"},
+            ]
+        }
+        for number in range(rows)
+    ]
+    id = add_dataset(home, "many", conversations)
+    recipe = read_recipe(add_run(home, "r", stage("sft", f'"{id}"', max_length=1 << 14)))
+    return recipe.model_copy(update={"eval_share": 0.5})
+
+
+def test_rows_of_the_last_stage_are_those_that_were_trained_on_spread_over_all(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    recipe = many(home, 400, 2)
+    dataset = Dataset.open(home, recipe.stages[0].dataset)
+    train, _ = dataset.split(recipe.eval_share)
+    found = last_stage_rows(home, recipe, load_tokenizer(home.models / "tiny"))
+    asked = [row.conversation["messages"] for row in found]
+    places = [
+        next(place for place, index in enumerate(train) if dataset.rows[index]["messages"] == one) for one in asked
+    ]
+    assert len(places) == 32
+    assert places[0] == 0
+    assert places[-1] > 0.9 * len(train)
+    assert places == sorted(places)
+
+
+def test_a_held_out_set_has_as_many_rows_as_its_figures_need(tmp_path: Path) -> None:
+    for name, length, rows in (("short", 2, range(150, 201)), ("long", 1000, range(64, 65))):
+        home = Home(tmp_path / name)
+        recipe = many(home, 400, length)
+        assert len(held_out_set(home, recipe, load_tokenizer(home.models / "tiny")).conversations) in rows

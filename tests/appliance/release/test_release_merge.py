@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import add_run, failure, make_model, result, stage, work
 
+from appliance.adapters import WEIGHTS
 from appliance.errors import Exit, InvalidInput
 from appliance.home import Home, hashes
 from appliance.release.adapter import LowRank, read_changes, rounded_changes
@@ -25,6 +26,7 @@ from appliance.release.scores import Scores
 from appliance.release.weights import layout, write_weights
 from appliance.train.interruption import INTERRUPTED
 from appliance.train.model import load_adapter, load_model, nf4_round_trip
+from appliance.train.recipe import Recipe
 
 IDS = torch.tensor([[1, 40, 60, 80, 100, 2], [1, 5, 15, 25, 35, 45]])
 
@@ -215,3 +217,22 @@ def test_only_preferences_are_judged_by_their_chosen_answers(home: Home) -> None
     run = add_run(home, "again", stage("sft", "FACTS", max_steps=1) + stage("dpo", "PREFERENCES", max_steps=1))
     work(run, "sft", "dpo", "merge")
     assert result(run, "merge")["rows"] == 2, "the SFT stage's rows come first"
+
+
+def test_an_adapter_that_the_last_stage_has_not_left_is_not_merged(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = home.runs / "nudged"
+    for name in ("merge", "verify"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    monkeypatch.setattr(Recipe, "last_adapter", lambda _, folder: folder / "sft" / "adapter")
+    assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["reason"] == "the adapter is not the one that dpo has left"
+    monkeypatch.undo()
+    weights = run / "dpo" / "adapter" / WEIGHTS
+    left = weights.read_bytes()
+    shutil.copyfile(run / "sft" / "adapter" / WEIGHTS, weights)
+    assert work(run, "merge") == Exit.FAILED
+    weights.write_bytes(left)
+    assert work(run, "merge") == 0
+    shutil.copyfile(run / "sft" / "adapter" / WEIGHTS, run / "merge" / "model" / "adapter" / WEIGHTS)
+    assert work(run, "verify") == Exit.FAILED, "what is released with the weights is judged, too"
+    assert failure(run, "verify")["reason"] == "the adapter is not the one that dpo has left"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
 import pytest
+from chat_templates import CALLING
 from tiny import CHATML, FACTS, add_dataset, add_run, read_recipe, stage, work
 
 from appliance.data.render import render_prompt
@@ -79,13 +81,33 @@ def test_a_long_answer_has_room_for_twice_its_length(home: Home) -> None:
     assert 512 < long <= 2 * 402 + 64
 
 
-@pytest.mark.parametrize("kind", ["tools", "too long"])
-def test_rows_that_no_answer_can_be_asked_for_are_left_out(home: Home, kind: str) -> None:
-    row = turns("What is it?", 1) | {"tools": [{"name": "f"}]} if kind == "tools" else turns("What is it? " * 40, 1)
-    rows = [row, turns("Why?", 1), turns("Why not?", 1), turns("What then?", 1)]
+def test_rows_that_no_answer_can_be_asked_for_are_left_out(home: Home) -> None:
+    rows = [turns("What is it? " * 40, 1), turns("Why?", 1), turns("Why not?", 1), turns("What then?", 1)]
     asked = [probe.messages[0]["content"] for probe in on_rows(home, rows, max_length=64, drop_long=True)]
     assert asked
     assert not any("it" in question for question in asked)
+
+
+def test_tools_and_calls_are_asked_as_clients_send_them(home: Home) -> None:
+    (home.models / "tiny" / "chat_template.jinja").write_text(CALLING)
+    tool = {"type": "function", "function": {"name": "look_up"}}
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"place": "Rome"}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call, call]}
+    results: list[dict[str, Any]] = [{"role": "tool", "content": weather} for weather in ("sun", "rain")]
+    answer = {"role": "assistant", "content": "Both."}
+    rows = [{"messages": [turns(f"Why {n}?", 1)["messages"][0], called, *results, answer]} for n in range(3)]
+    found = on_rows(home, [row | {"tools": [tool]} for row in rows])
+    assert found
+    tokenizer = load_tokenizer(home.models / "tiny")
+    for probe in found:
+        _, call_turn, *answers = probe.messages
+        assert [json.loads(one["function"]["arguments"]) for one in call_turn["tool_calls"]] == [{"place": "Rome"}] * 2
+        ids = [one["id"] for one in call_turn["tool_calls"]]
+        assert len(set(ids)) == 2
+        assert [one["tool_call_id"] for one in answers] == ids
+        assert probe.token_ids == render_prompt(tokenizer, probe.messages, probe.tools)
+        assert '"arguments": {"place": "Rome"}' in tokenizer.decode(probe.token_ids)
+        assert probe.tools == [tool]
 
 
 @pytest.mark.parametrize("words", ["{# <think> #}", "{# reasoning_effort #}", "{# [THINK] #}"])

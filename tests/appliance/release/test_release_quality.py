@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from appliance.release.quality import Comparison, judge_quality
+from appliance.release.quality import PLAINLY_WORSE, RUINED, Comparison, Preference, judge_quality
 from appliance.release.scores import Scores
 
 TOKENS = 20
@@ -38,6 +38,10 @@ def comparison(rows: int, worse: float, noise: float, seed: int = 1) -> Comparis
         pytest.param(6, 0.05, 0.01, True, id="few rows prove nothing small"),
         pytest.param(6, 2.0, 0.5, False, id="few rows prove what is plain"),
         pytest.param(1, 3.0, 0.0, False, id="one row, ruined"),
+        pytest.param(200, 0.006, 0.002, False, id="just noticed"),
+        pytest.param(200, 0.004, 0.002, True, id="not yet noticed"),
+        pytest.param(4, 0.9, 0.01, True, id="four rows, not ruined"),
+        pytest.param(4, 1.1, 0.01, False, id="four rows, ruined"),
         pytest.param(1, 0.05, 0.0, True, id="one row, a little worse"),
     ],
 )
@@ -64,9 +68,45 @@ def test_intervals_are_said_with_the_loss() -> None:
     assert low < figures["difference"] < high
 
 
-@pytest.mark.parametrize(("worse", "passed"), [(0.4, True), (1.5, False)])
+def test_of_few_rows_every_one_has_to_be_worse() -> None:
+    own, other = [2.0, 2.0, 2.0, 2.0, 2.0, 0.9], [1.0] * 6
+    assert judge_quality("b", Comparison(scores(own), scores(other))).passed
+    assert not judge_quality("b", Comparison(scores([2.0] * 6), scores(other))).passed
+
+
+@pytest.mark.parametrize(("worse", "passed"), [(0.4, True), (0.9, True), (1.1, False), (1.5, False)])
 def test_on_conversations_it_was_not_made_for_only_ruin_counts(worse: float, passed: bool) -> None:
-    assert judge_quality("the base b", comparison(24, worse, 0.1), plain=True).passed == passed
+    assert judge_quality("the base b", comparison(24, worse, 0.1), least=RUINED).passed == passed
+
+
+@pytest.mark.parametrize(("worse", "passed"), [(0.05, True), (0.2, False)])
+def test_a_preference_may_set_back_a_little_of_what_was_taught_before(worse: float, passed: bool) -> None:
+    assert judge_quality("the base b", comparison(64, worse, 0.01), least=PLAINLY_WORSE).passed == passed
+    assert not judge_quality("the base b", comparison(64, worse, 0.01)).passed
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize(
+    ("good", "bad", "passed"),
+    [
+        pytest.param(-0.3, 0.3, True, id="learnt"),
+        pytest.param(0.2, 0.9, True, id="both rarer, the bad ones more so"),
+        pytest.param(0.0, 0.0, True, id="nothing learnt"),
+        pytest.param(0.3, -0.3, False, id="the other way round"),
+        pytest.param(0.9, 0.2, False, id="both rarer, the good ones more so"),
+    ],
+)
+def test_a_preference_may_not_be_less_than_it_was(good: float, bad: float, passed: bool, pairs: bool) -> None:
+    unlike = 40 if pairs else 30
+    preference = Preference(comparison(40, good, 0.05), comparison(unlike, bad, 0.05, seed=2), pairs)
+    gate = judge_quality("the base b", comparison(40, good, 0.05), least=RUINED, preference=preference)
+    assert gate.passed == passed, gate
+    figures = gate.figures["preference"]
+    assert (figures["good"], figures["bad"]) == (40, unlike)
+    wanted = good - bad if pairs else (40 * good - 30 * bad) / 70
+    assert figures["difference"] == pytest.approx(wanted, abs=0.05)
+    assert "it prefers good answers by" in gate.reason
+    assert good == bad or ("less than the base b" in gate.reason) == (good > bad)
 
 
 def test_forgetting_is_said_and_refused_only_by_a_limit() -> None:

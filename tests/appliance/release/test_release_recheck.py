@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import events, read_recipe, result, work
+from tiny import events, failure, read_recipe, result, work
 
 from appliance.errors import Conflict, Exit, InvalidInput, NotFound
 from appliance.home import Home, hashes
@@ -56,6 +56,30 @@ def test_what_was_verified_passes_again_on_its_own_files(home: Home, id: str) ->
     assert hashes(folder) == before
     found = judge(home, "again", read_recipe(run), PASSED)
     assert (found.state, found.files) == ("verified", read_manifest(home, id)["files"])
+
+
+def test_of_one_that_was_only_nudged_the_base_is_asked_again(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    release(home, "nudged-dpo")
+    asked: list[Path] = []
+
+    def ask(base: Path, tokenizer: Any, probes: list[Any], log: Any) -> list[Any]:
+        asked.append(base)
+        return probes
+
+    monkeypatch.setattr("appliance.release.verify.ask_base", ask)
+    assert work(recheck(home, "nudged-dpo"), "merge", "verify") == Exit.OK
+    assert len(asked) == 1
+
+
+def test_damage_is_no_verdict_of_the_gates(home: Home) -> None:
+    folder = release(home, "lora")
+    run = recheck(home, "lora")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert work(run, "merge") == Exit.FAILED
+    assert failure(run, "merge")["code"] == "damaged_release"
+    assert "lora is damaged: model.safetensors is not what its manifest says" in failure(run, "merge")["reason"]
 
 
 def test_weights_that_were_changed_along_with_the_manifest_do_not_pass(home: Home) -> None:

@@ -14,11 +14,12 @@ from appliance.release import scores
 from appliance.release.scores import LIKELIEST, divergence, score
 from appliance.train.model import load_model
 
-CONVERSATIONS = [
+EXAMPLES = [
     Rendered([1, 40, 60, 80, 100, 2], [False, False, True, True, True, True]),
     Rendered([1, 5, 15], [False, False, True]),
     Rendered([1, 7, 8, 9, 10, 11, 12, 13, 14, 2], [False, True, True, False, False, True, False, True, True, True]),
 ]
+CONVERSATIONS = [EXAMPLES[:1], EXAMPLES[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +37,16 @@ def distributions(model: Any, row: Rendered) -> torch.Tensor:
 
 def test_each_trained_token_has_the_log_probability_that_it_has_alone(model: Any) -> None:
     found = score(model, CONVERSATIONS)
-    assert found.tokens.tolist() == [4, 1, 6]
-    wanted = [distributions(model, row) for row in CONVERSATIONS]
-    places = [[t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained] for row in CONVERSATIONS]
+    assert found.tokens.tolist() == [4, 1 + 6]
+    wanted = [distributions(model, row) for row in EXAMPLES]
+    places = [[t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained] for row in EXAMPLES]
     logps = [of[range(len(ids)), ids] for of, ids in zip(wanted, places, strict=True)]
     assert torch.allclose(found.logps.double(), torch.cat(logps), atol=1e-4)
-    assert found.nats() == pytest.approx([-float(part.sum()) for part in logps], abs=1e-3)
+    assert found.nats() == pytest.approx([-float(logps[0].sum()), -float(torch.cat(logps[1:]).sum())], abs=1e-3)
     assert found.loss == pytest.approx(-float(torch.cat(logps).mean()), abs=1e-4)
     top = torch.cat(wanted).topk(LIKELIEST)
     assert torch.allclose(found.likeliest.double(), top.values, atol=1e-4)
-    assert found.part(1, 3).logps.tolist() == found.logps[4:].tolist()
+    assert found.part(1, 2).logps.tolist() == found.logps[4:].tolist()
 
 
 @pytest.mark.parametrize(("name", "value"), [("TOKENS_AT_ONCE", 1), ("LOGITS_AT_ONCE", 1), ("LOGITS_AT_ONCE", 700)])
@@ -57,6 +58,18 @@ def test_how_it_is_divided_changes_nothing(model: Any, monkeypatch: pytest.Monke
     assert torch.allclose(whole.likeliest, parted.likeliest, atol=1e-5)
 
 
+def test_a_model_that_makes_all_logits_is_scored_alike(model: Any) -> None:
+    class Whole:
+        device = model.device
+
+        def __call__(self, logits_to_keep: torch.Tensor, **arguments: Any) -> Any:
+            return model(**arguments)
+
+    whole, kept = score(Whole(), CONVERSATIONS), score(model, CONVERSATIONS)
+    assert torch.allclose(whole.logps, kept.logps, atol=1e-5)
+    assert whole.ids.tolist() == kept.ids.tolist()
+
+
 def test_the_divergence_is_that_of_distributions_with_the_rest_as_one(model: Any, tmp_path: Path) -> None:
     one = score(model, CONVERSATIONS)
     other_model = load_model(make_model(tmp_path / "other"))
@@ -65,8 +78,8 @@ def test_the_divergence_is_that_of_distributions_with_the_rest_as_one(model: Any
             weight.mul_(1.01)
     other = score(other_model, CONVERSATIONS, one.ids)
     found = divergence(one, other)
-    full = torch.cat([distributions(model, row) for row in CONVERSATIONS])
-    theirs = torch.cat([distributions(other_model, row) for row in CONVERSATIONS])
+    full = torch.cat([distributions(model, row) for row in EXAMPLES])
+    theirs = torch.cat([distributions(other_model, row) for row in EXAMPLES])
     exact = (full.exp() * (full - theirs)).sum(1)
     assert (found <= exact + 1e-6).all()
     assert float(found.mean()) > 0.5 * float(exact.mean()) > 0

@@ -15,13 +15,19 @@ from planted import FAULTS, merged, plant
 from safetensors.torch import load_file, save_file
 from tiny import add_dataset, add_run, events, read_recipe, result, stage, work
 
-from appliance.home import Home, write_json
+from appliance.data.tokenizer import load_tokenizer
+from appliance.home import Home, sha256, write_json
 from appliance.release.adapter import read_changes
-from appliance.release.gates import Gate
+from appliance.release.gates import Gate, load_served
+from appliance.release.held_out import held_out_set, render
 from appliance.release.manifest import Manifest
 from appliance.release.oracle import Oracle
+from appliance.release.peft_format import ADAPTER_SHA256
 from appliance.release.rounding import Rounding
+from appliance.release.scores import score
+from appliance.release.verify import _round_again
 from appliance.release.weights import pairs
+from appliance.train.model import load_model
 
 TARGET = "model.layers.0.self_attn.v_proj.weight"
 Tensors = dict[str, torch.Tensor]
@@ -122,10 +128,10 @@ def test_rounding_to_nearest_loses_the_update_and_is_caught(home: Home, monkeypa
     assert "the margin over the reference" in gate["reason"]
 
 
-@pytest.mark.parametrize("id", ["nudged-dpo", "nudged-kto"])
-def test_a_preference_alone_keeps_its_margin(home: Home, id: str) -> None:
+@pytest.mark.parametrize(("id", "least"), [("nudged-dpo", 0.1), ("nudged-kto", 0.1), ("nudged", 0.05)])
+def test_a_preference_keeps_its_margin_over_what_it_began_with(home: Home, id: str, least: float) -> None:
     margin = verify(home, id)["fidelity"]["figures"]["margin"]
-    assert margin["adapter"] > 0.1
+    assert margin["adapter"] > least
     assert 0.97 <= margin["kept"] <= 1.03
 
 
@@ -179,7 +185,76 @@ def test_a_weight_with_the_other_sign_of_zero_is_another_weight(home: Home) -> N
     assert gate["reason"] == "model.norm.weight is changed, and nothing was trained that changes it"
 
 
-@pytest.mark.parametrize("fault", ["template", "tokenizer", "lost", "end of turn"])
+def apart(tensors: Tensors, values: int, by: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change the first values of a targeted tensor."""
+    some = tensors[TARGET].flatten()[:values]
+    some.copy_(by(some))
+
+
+def neighbour(values: torch.Tensor) -> torch.Tensor:
+    """Each value's other neighbour, further from 0, in its type."""
+    return (values.contiguous().view(torch.int16) + 1).view(values.dtype)
+
+
+@pytest.mark.parametrize(
+    ("id", "values", "by"),
+    [
+        pytest.param("lora", 1, lambda values: values * (1 + 2**-12), id="one in fp32, by 2^-12"),
+        pytest.param("lora", 2, lambda values: values + 1000, id="two in fp32, by far"),
+        pytest.param("nudged-dpo", 1, lambda values: values + 100, id="one in 16 bits, by far"),
+        pytest.param("nudged-dpo", 1, lambda values: neighbour(neighbour(values)), id="one in 16 bits, by two steps"),
+        pytest.param("nudged-dpo", 64, neighbour, id="many in 16 bits, by a step"),
+    ],
+)
+def test_single_values_that_are_not_the_rounding_are_caught(
+    home: Home, id: str, values: int, by: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    spoil(home, id, lambda tensors: apart(tensors, values, by))
+    gate = verify(home, id)["structure"]
+    assert not gate["passed"]
+    assert f"{TARGET} is not the base's with the adapter merged in" in gate["reason"]
+
+
+def test_the_engine_is_asked_for_what_the_merged_files_say(home: Home) -> None:
+    verify(home, "nudged")
+    served = load_served(home.runs / "nudged")
+    assert served
+    assert 4 <= len(served.conversations) <= 16
+    assert 0.02 < served.limit < 0.2
+    model = load_model(home.runs / "nudged" / "merge" / "model")
+    apart = []
+    for one in served.conversations:
+        with torch.no_grad():
+            logps = torch.log_softmax(model(torch.tensor([one.token_ids])).logits[0].float(), -1)
+        apart += [
+            abs(float(logps[place - 1, one.token_ids[place]]) - said)
+            for place, said in zip(one.positions, one.logps, strict=True)
+        ]
+    assert sum(apart) / len(apart) < served.limit / 2
+
+
+def test_where_no_conversation_is_short_enough_the_engine_is_not_asked(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.release.verify.SERVED_LONGEST", 3)
+    assert all(gate["passed"] for gate in verify(home, "nudged").values())
+    assert load_served(home.runs / "nudged") is None
+
+
+def test_the_noise_is_that_of_other_draws(home: Home) -> None:
+    folder, base = home.runs / "nudged-dpo" / "merge" / "model", home.models / "tiny16"
+    oracle, model = Oracle(folder / "adapter", base, rounded=False), load_model(folder)
+    for name, before, after in pairs(base, folder):
+        if name in oracle.changed:
+            exact = oracle.merged(name, oracle.start(name, before))
+            _round_again(model, oracle.parameters, torch.bfloat16, name, exact)
+            again = model.get_parameter(oracle.parameters[name]).detach()
+            step = torch.finfo(torch.bfloat16).eps * exact.abs()
+            assert not torch.equal(again, after.float())
+            assert bool(((again - exact).abs() <= step).all()), "and as near"
+
+
+@pytest.mark.parametrize("fault", ["template", "tokenizer", "lost", "end of turn", "added", "settings"])
 def test_files_that_are_not_the_bases_are_caught_by_structure(home: Home, tmp_path: Path, fault: str) -> None:
     model = home.runs / "lora" / "merge" / "model"
     match fault:
@@ -200,6 +275,12 @@ def test_files_that_are_not_the_bases_are_caught_by_structure(home: Home, tmp_pa
         case "end of turn":
             path = model / "generation_config.json"
             path.write_text(json.dumps({"eos_token_id": [0, 7]}))
+        case "added":
+            path = model / "added_tokens.json"
+            path.write_text("{}")
+        case "settings":
+            path = model / "generation_config.json"
+            path.write_text(json.dumps(json.loads(path.read_bytes()) | {"temperature": 9.0}))
     gates = verify(home, "lora")
     assert not gates["structure"]["passed"]
     assert path.name in gates["structure"]["reason"]
@@ -300,20 +381,73 @@ def test_a_release_as_good_as_the_live_one_passes(home: Home, monkeypatch: pytes
     assert "of_live_release" not in gate["figures"], "its rows are the same"
 
 
+def test_the_live_release_is_told_the_conversations_by_its_own_template(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = release(home, "lora")
+    template = folder / "chat_template.jinja"
+    template.write_text("<|im_start|>system\nbe brief<|im_end|>\n" + template.read_text())
+    monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "lora")
+    figures = verify(home, "lora")["quality"]["figures"]
+    chosen = held_out_set(home, read_recipe(home.runs / "lora"), load_tokenizer(home.models / "tiny")).conversations
+    theirs = score(load_model(folder), render(load_tokenizer(folder), chosen))
+    assert figures["other_loss"] == pytest.approx(theirs.loss, abs=1e-4)
+    assert abs(figures["other_loss"] - figures["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_live_release_that_cannot_be_read_keeps_no_other_from_its_place(
+    home: Home, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    (release(home, "lora") / file).write_text("{}")
+    monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", "lora")
+    assert verify(home, "dpo")["quality"]["figures"]["against"] == "the base tiny"
+
+
 def test_a_destroyed_model_is_worse_than_its_base(home: Home) -> None:
     """With no live release to compare with."""
-    run = add_run(home, "destroyed", stage("sft", "FACTS", max_steps=1))
+    rows = [
+        {"messages": [{"role": "user", "content": f"Count to {n}."}, {"role": "assistant", "content": f"One, {n}."}]}
+        for n in range(120)
+    ]
+    many = f'"{add_dataset(home, "many", rows)}"'
+    taught = add_run(home, "taught", stage("sft", many, max_steps=60))
+    assert work(taught, "sft", "merge") == 0
+    shutil.copytree(taught / "merge" / "model", home.models / "taught", ignore=shutil.ignore_patterns("adapter"))
+    run = add_run(home, "destroyed", stage("sft", many, max_steps=1), base="taught")
     assert work(run, "sft") == 0
     path = run / "sft" / "adapter" / "adapter_model.safetensors"
     torch.manual_seed(3)
     tensors = {name: torch.randn_like(tensor) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    write_json(run / "sft" / "result.json", {**result(run, "sft"), ADAPTER_SHA256: sha256(path)})
     assert work(run, "merge") == 0
     gates = verify(home, "destroyed")
     assert gates["structure"]["passed"], gates["structure"]
     assert gates["fidelity"]["passed"], gates["fidelity"]
-    assert not gates["quality"]["passed"]
-    assert "of the base tiny: worse by" in gates["quality"]["reason"]
+    assert not gates["quality"]["passed"], gates["quality"]
+    assert "of the base taught: worse by" in gates["quality"]["reason"]
+
+
+@pytest.mark.parametrize(("id", "pairs"), [("nudged-dpo", True), ("nudged-kto", False)])
+def test_what_was_taught_by_preference_is_judged_by_preference(
+    home: Home, monkeypatch: pytest.MonkeyPatch, id: str, pairs: bool
+) -> None:
+    """Chosen answers that have become rarer are no fault where the others have become rarer still."""
+    better = verify(home, id)["quality"]
+    assert better["passed"]
+    figures = better["figures"]["preference"]
+    assert min(figures["good"], figures["bad"]) > 0
+    assert (figures["good"] == figures["bad"]) or not pairs
+    assert figures["difference"] < 0
+    release(home, id)
+    monkeypatch.setenv("APPLIANCE_LIVE_RELEASE", id)
+    method, dataset = ("dpo", "PREFERENCES") if pairs else ("kto", "JUDGEMENTS")
+    run = add_run(home, "again", stage(method, dataset, max_steps=1, learning_rate=1e-6), base="tiny16")
+    assert work(run, method, "merge") == 0
+    worse = verify(home, "again")["quality"]
+    assert worse["figures"]["preference"]["difference"] > 0, "the live one prefers more"
+    assert f"nats a token less than the live release {id}" in worse["reason"]
 
 
 def test_what_is_forgotten_of_the_live_releases_rows_is_said(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

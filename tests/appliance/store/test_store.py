@@ -106,6 +106,16 @@ def test_promote_and_roll_back(db: sqlite3.Connection) -> None:
     assert releases.live() == "a"
 
 
+def test_a_release_that_is_refused_later_is_no_way_back(db: sqlite3.Connection) -> None:
+    releases = Releases(db)
+    for id in ("a", "b", "c"):
+        releases.add(id, "tiny", "verified", "", {}, promote=True)
+    releases.refuse("b", "its gates were repeated")
+    assert releases.live() == "c"
+    assert releases.before() == "a"
+    assert releases.rollback().id == "a"
+
+
 def test_a_refused_release_never_goes_live(db: sqlite3.Connection) -> None:
     releases = Releases(db)
     releases.add("bad", "tiny", "refused", "one NaN", {"structure": False}, promote=True)
@@ -178,7 +188,7 @@ def test_a_damaged_live_release_gives_way_and_no_way_leads_back_to_it(db: sqlite
     assert (releases.live(), releases.before(), releases.fallback()) == ("a", "b", None)
     assert releases.setback() == (
         "c is live no longer: it is damaged: bits; a is live instead"
-        " — restore its files and `appliance verify c`, or train again"
+        " — restore its files, `appliance verify c` and promote it, or train again"
     )
     with pytest.raises(Conflict, match="c is damaged: bits"):
         releases.promote("c")

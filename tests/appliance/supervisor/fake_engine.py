@@ -76,6 +76,8 @@ class FakeEngine:
         if self.unreachable:
             self.unreachable -= 1
             raise ConnectionError("it is gone")
+        if probe.messages[0]["content"] == "too long":
+            raise InvalidInput("engine_refused", "the engine refuses a prompt of 9000 tokens", "")
         if probe.messages[0]["content"] in self.forgetful.get(name, ()):
             return ProbeAnswer(self.token_ids, "what?", "stop", 1)
         said = "hm" if name in self.loaded and name in self.strange else f"hello on {self.clocks[address]}"

@@ -35,8 +35,9 @@ match behaviour:
         failure = {"code": "bad", "reason": "the rows are too long", "next": "set max_length"}
         (run / stage / "failure.json").write_text(json.dumps(failure))
         sys.exit(1)
-gates = {name: {"passed": behaviour != "refuse", "figures": {}, "reason": ""} for name in ("structure", "fidelity")}
-gates["quality"] = {"passed": behaviour != "worse", "figures": {}, "reason": ""}
+refused = behaviour in ("refuse", "ruin")
+gates = {name: {"passed": not refused, "figures": {}, "reason": ""} for name in ("structure", "fidelity")}
+gates["quality"] = {"passed": behaviour not in ("worse", "ruin"), "figures": {}, "reason": ""}
 files: dict[str, str] = {}
 if stage == "merge":
     (run / "merge" / "model").mkdir(exist_ok=True)

@@ -90,14 +90,27 @@ async def test_where_it_cannot_repeat_them_that_is_said(daemon: Daemon, engine: 
     assert daemon.engine.probed == []
 
 
-async def test_reference_answers_that_are_none_are_no_reason_to_hang(daemon: Daemon) -> None:
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ([7], "its reference answers could not be asked for here: TypeError"),
+        ([{"messages": [{"role": "user", "content": "too long"}], "text": "hm"}], "only 0 of 1 reference answers were"),
+    ],
+)
+async def test_a_release_that_cannot_be_asked_for_its_reference_answers_is_refused(
+    daemon: Daemon, answers: list[Any], why: str
+) -> None:
+    own = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == own)
     imported = arrive(daemon, "imported")
     path = daemon.home.releases / imported / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"reference": {"engine": "fake", "answers": [7]}}))
-    daemon.db.execute("UPDATE releases SET manifest_sha256 = ''")
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"reference": {"engine": "fake", "answers": answers}}))
+    daemon.db.execute("UPDATE releases SET manifest_sha256 = '' WHERE id = ?", (imported,))
     daemon.supervisor.promote(imported)
-    await daemon.until(lambda: daemon.supervisor.routed == imported)
-    assert "could not be asked for here: TypeError" in daemon.supervisor.releases.get(imported).note
+    await daemon.until(lambda: daemon.supervisor.releases.get(imported).state == "refused")
+    await daemon.until(lambda: daemon.supervisor.releases.live() == own)
+    assert why in daemon.supervisor.releases.get(imported).reason
+    assert imported not in daemon.frontage.routes
 
 
 async def test_an_engine_that_goes_away_meanwhile_is_asked_again(

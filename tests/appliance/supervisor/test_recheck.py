@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from mortal_daemon import Daemon
+from mortal_daemon import RECIPE, Daemon
 from test_foreign import arrive
 
 from appliance.store.releases import Releases
@@ -34,7 +34,7 @@ async def test_a_release_from_elsewhere_that_passes_here_is_verified(daemon: Dae
     assert daemon.engine.probed == [], "it has nothing left to repeat"
 
 
-@pytest.mark.parametrize("fault", ["refuse", "parity"])
+@pytest.mark.parametrize("fault", ["refuse", "ruin", "parity"])
 async def test_a_live_release_that_does_not_pass_again_is_refused_and_gives_way(daemon: Daemon, fault: str) -> None:
     first = daemon.queue()
     await daemon.until(lambda: daemon.supervisor.routed == first)
@@ -42,17 +42,41 @@ async def test_a_live_release_that_does_not_pass_again_is_refused_and_gives_way(
     await daemon.until(lambda: daemon.supervisor.routed == second)
     if fault == "parity":
         daemon.engine.token_ids = [1, 3]
-    run = recheck(daemon, second, **({"verify": "refuse"} if fault == "refuse" else {}))
+    run = recheck(daemon, second, **({} if fault == "parity" else {"verify": fault}))
     await daemon.until_state(run, "finished")
     assert f"{second} did not pass again" in daemon.supervisor.runs.get(run).reason
     await daemon.until(lambda: daemon.supervisor.routed == first)
     release = daemon.supervisor.releases.get(second)
-    assert (release.state, release.gates["fidelity"], release.gates["parity"]) == (
-        "refused",
-        fault != "refuse",
-        False,
-    ), "those of the two that were asked for, the other is not measured"
+    measured = {"structure", "fidelity", "quality"} | ({"parity", "stopping"} if fault == "parity" else set())
+    assert (release.state, release.gates.keys()) == ("refused", measured)
+    assert not release.gates["parity" if fault == "parity" else "fidelity"]
     assert f"{second} is live no longer: it was refused: repeated here, " in daemon.supervisor.releases.setback()
+
+
+async def test_one_that_was_refused_and_passes_again_is_what_it_was(daemon: Daemon) -> None:
+    own = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == own)
+    before = daemon.supervisor.releases.get(own)
+    await daemon.until_state(recheck(daemon, own, verify="refuse"), "finished")
+    assert daemon.supervisor.releases.get(own).state == "refused"
+    await daemon.until_state(recheck(daemon, own), "finished")
+    after = daemon.supervisor.releases.get(own)
+    assert (after.state, after.reason, after.gates) == (before.state, before.reason, before.gates)
+
+
+@pytest.mark.parametrize("live", [False, True])
+async def test_files_that_change_while_its_gates_are_repeated_are_no_verdict(daemon: Daemon, live: bool) -> None:
+    own = daemon.queue(RECIPE.model_copy(update={"promote": live}))
+    await daemon.until_state(own, "finished")
+    assert (await daemon.supervisor.checks.settle(own, 5)).state == "whole"
+    run = recheck(daemon, own, verify="wait")
+    await daemon.until(lambda: daemon.starts(run) == ["merge", "verify"])
+    (daemon.home.releases / own / "model.safetensors").write_bytes(b"other weights")
+    (daemon.home.runs / run / "go").touch()
+    await daemon.until_state(run, "failed")
+    assert "something has written to the files" in daemon.supervisor.runs.get(run).reason
+    release = daemon.supervisor.releases.get(own)
+    assert (release.state, bool(release.damage)) == ("verified", live), "of the live one it has been found"
 
 
 async def test_worse_than_what_is_live_it_stays_what_it_was(daemon: Daemon) -> None:

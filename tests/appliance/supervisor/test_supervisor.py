@@ -272,7 +272,19 @@ async def test_a_release_on_which_no_engine_starts_is_given_up(daemon: Daemon, m
     daemon.engine.broken = {"facts-1"}
     run = daemon.queue()
     await daemon.until_state(run, "failed")
-    assert "did not start on the new weights in 3 attempts" in daemon.supervisor.runs.get(run).reason
+    reason = "the engine did not start on the new weights, or not answer its probes, in 3 attempts"
+    assert daemon.supervisor.runs.get(run).reason == reason
+
+
+async def test_a_release_whose_engine_never_answers_its_probes_is_given_up(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
+    daemon.engine.unreachable = 1000
+    run = daemon.queue()
+    await daemon.until_state(run, "failed")
+    assert daemon.engine.probed == [run] * 3
+    await daemon.until(lambda: daemon.running("engine") == [])
 
 
 async def test_an_exclusive_lease_stops_the_engine_while_a_worker_runs(daemon: Daemon) -> None:

@@ -114,14 +114,29 @@ def test_every_shipped_recipe_parses(shipped: ShippedRecipe) -> None:
         (GOOD.replace('dataset = "facts"', ""), "lacks `stages[0].dataset`"),
         (GOOD.replace('method = "sft"', 'method = "ppo"'), "no known method — set method to one of sft, dpo, kto"),
         (GOOD.replace('method = "sft"', ""), "no known method"),
-        (GOOD.replace("1e-3", "-1"), "`stages[0].learning_rate` is not valid"),
-        (GOOD.replace("1e-3", '"fast"'), "`stages[0].learning_rate` is not valid"),
-        (GOOD.replace('"lora"', '"full"'), "`adapter.kind` is not valid"),
+        (GOOD.replace("1e-3", "-1"), "`stages[0].learning_rate` is -1, and has to be 0 or more"),
+        (GOOD.replace("1e-3", '"fast"'), "`stages[0].learning_rate` is 'fast', and has to be a number"),
+        (
+            GOOD.replace('"lora"', '"full"'),
+            "`adapter.kind` is 'full', and has to be 'lora', 'qlora', 'rslora' or 'dora'",
+        ),
         (GOOD.replace("name = ", "name = = "), "is not TOML"),
-        (GOOD.replace('name = "facts"', 'name = "../x"'), "`name` is not valid"),
+        (
+            GOOD.replace('name = "facts"', 'name = "../x"'),
+            "`name` is '../x', and has to be a name of letters, digits, dots and dashes",
+        ),
         (GOOD.replace('method = "dpo"', 'method = "sft"'), "two stages have the same name"),
         (GOOD.replace('method = "dpo"', 'method = "dpo"\nname = "merge"'), "cannot be named 'merge'"),
-        ('clock = "yesterday"' + GOOD, "`clock` is not valid"),
+        ('clock = "yesterday"' + GOOD, "`clock` is 'yesterday', and has to be a day, such as 2026-01-31"),
+        (
+            GOOD.replace('base = "tiny"', 'base = "org/Tiny-1B"'),
+            "of a model that is here — `appliance pull org/Tiny-1B`",
+        ),
+        (GOOD.replace('"lora"', '"lora"\ntargets = "all-linear"'), 'a list, such as `targets = ["all-linear"]`'),
+        (GOOD.replace('"lora"', '"lora"\nrank = 1.5'), "`adapter.rank` is 1.5, and has to be a whole number"),
+        ("seed = 0.5" + GOOD, "`seed` is 0.5, and has to be a whole number"),
+        ('promote = "maybe"' + GOOD, "`promote` is 'maybe', and has to be true or false"),
+        ("stages = 3", "lacks `name`"),
         ("", "lacks `name`"),
     ],
 )
@@ -130,3 +145,4 @@ def test_a_wrong_recipe_is_one_clear_line(wrong: str, says: str) -> None:
         parse_recipe(wrong)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert "should" not in str(raised.value), "pydantic's words"

@@ -29,31 +29,38 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def test_sft_counts_the_assistants_turns_with_their_end(tokenizer: Any) -> None:
-    row = SFT.example(tokenizer, {"messages": TWO_TURNS})
+    (row,) = SFT.examples(tokenizer, {"messages": TWO_TURNS})
     whole = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True)["input_ids"]
-    assert row["input_ids"] == whole
+    assert row["input_ids"] == whole[: len(whole) - len(tokenizer("\n")["input_ids"])]
     counted = [token for token in row["labels"] if token != IGNORED]
     assert tokenizer.decode(counted) == "It is red.<|im_end|>It is green.<|im_end|>"
     assert all(label in (token, IGNORED) for token, label in zip(row["input_ids"], row["labels"], strict=True))
-    assert SFT.length(row) == len(whole)
+    assert SFT.length(row) == len(row["input_ids"])
 
 
 def test_sft_refuses_a_row_without_an_answer(tokenizer: Any) -> None:
     with pytest.raises(InvalidInput) as error:
-        SFT.example(tokenizer, {"messages": TWO_TURNS[:2]})
+        SFT.examples(tokenizer, {"messages": TWO_TURNS[:2]})
     assert error.value.code == "nothing_to_train"
 
 
 def test_dpo_answers_begin_after_the_header_and_end_with_the_turn(tokenizer: Any) -> None:
-    row = DPO.example(tokenizer, {**PREFERENCES[0], "prompt": [*TWO_TURNS, *PREFERENCES[0]["prompt"]]})
+    (row,) = DPO.examples(tokenizer, {**PREFERENCES[0], "prompt": [*TWO_TURNS, *PREFERENCES[0]["prompt"]]})
     assert tokenizer.decode(row["prompt_ids"]).endswith("the door?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(row["chosen_ids"]) == "It is red.<|im_end|>"
     assert tokenizer.decode(row["rejected_ids"]) == "I could not say, there are so many colours.<|im_end|>"
     assert DPO.length(row) == len(row["prompt_ids"]) + len(row["rejected_ids"])
 
 
+def test_dpo_refuses_an_answer_of_several_turns(tokenizer: Any) -> None:
+    turns = [*PREFERENCES[0]["chosen"], {"role": "user", "content": "Really?"}, *PREFERENCES[0]["rejected"]]
+    with pytest.raises(InvalidInput) as error:
+        DPO.examples(tokenizer, {**PREFERENCES[0], "chosen": turns})
+    assert error.value.code == "answer_not_one_turn"
+
+
 def test_kto_keeps_the_answer_and_what_was_thought_of_it(tokenizer: Any) -> None:
-    good, bad = (KTO.example(tokenizer, row) for row in JUDGEMENTS[:2])
+    good, bad = (example for row in JUDGEMENTS[:2] for example in KTO.examples(tokenizer, row))
     assert tokenizer.decode(good["prompt_ids"]).endswith("the door?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(good["completion_ids"]) == "It is red.<|im_end|>"
     assert (good["label"], bad["label"]) == (True, False)
@@ -61,7 +68,7 @@ def test_kto_keeps_the_answer_and_what_was_thought_of_it(tokenizer: Any) -> None
 
 
 def test_kto_pairs_each_prompt_with_an_answer_to_another_of_like_length(tokenizer: Any) -> None:
-    examples = [KTO.example(tokenizer, row) for row in JUDGEMENTS]
+    examples = [example for row in JUDGEMENTS for example in KTO.examples(tokenizer, row)]
     answered = {tuple(one["completion_ids"]): one["prompt_ids"] for one in examples if one["label"]}
     paired = mismatched(examples)
     assert [one["prompt_ids"] for one in paired] == [one["prompt_ids"] for one in examples]

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
+from appliance.architecture import quantised_modules
 from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import InvalidInput
-from appliance.train.model import load_model, nf4_round_trip, quantised_modules, stop_token_ids
+from appliance.train.model import load_model, nf4_round_trip, stop_token_ids
 
 
 def test_rounded_weights_compute_what_bitsandbytes_computes_in_training() -> None:

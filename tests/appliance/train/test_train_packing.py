@@ -74,7 +74,7 @@ def trainer(home: Home, tmp_path: Path) -> PartwiseTrainer:
     recipe = read_recipe(add_run(home, "r", stage("sft", "FACTS", batch_size=6)))
     tokenizer = load_tokenizer(home.models / "tiny")
     model = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
-    examples = [SFT.example(tokenizer, row) for row in FACTS]
+    examples = [example for row in FACTS for example in SFT.examples(tokenizer, row)]
     given = Given(model, tokenizer, examples, examples, Room(), Interruption())
     built: PartwiseTrainer = SFT.trainer(
         recipe.stages[0], _arguments(tmp_path, recipe, recipe.stages[0], len(examples)), given

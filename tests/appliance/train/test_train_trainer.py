@@ -31,7 +31,7 @@ def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Partw
     recipe = read_recipe(add_run(home, "r", stage(request.param, "FACTS", batch_size=6)))
     tokenizer = load_tokenizer(home.models / "tiny")
     model: PeftModel = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
-    examples = [method.example(tokenizer, row) for row in ROWS[request.param]]
+    examples = [example for row in ROWS[request.param] for example in method.examples(tokenizer, row)]
     arguments = _arguments(tmp_path, recipe, recipe.stages[0], len(examples))
     given = Given(model, tokenizer, examples, examples, Room(), Interruption())
     built: PartwiseTrainer = method.trainer(recipe.stages[0], arguments, given)

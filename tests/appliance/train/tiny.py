@@ -55,8 +55,8 @@ JUDGEMENTS = [
 ]
 
 
-def make_model(folder: Path, *, template: str = CHATML, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a model in `folder` as one would be pulled."""
+def make_model(folder: Path, *, template: str = CHATML, dtype: torch.dtype = torch.float32, model: Any = None) -> Path:
+    """Write a model in `folder` as one would be pulled: a small Llama, or `model`, of at least 320 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,7 +81,7 @@ def make_model(folder: Path, *, template: str = CHATML, dtype: torch.dtype = tor
         eos_token_id=0,
         pad_token_id=0,
     )
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = model or AutoModelForCausalLM.from_config(config).to(dtype)
     model.save_pretrained(folder)
     (folder / "source.json").write_text('{"source": "made here"}')
     return folder

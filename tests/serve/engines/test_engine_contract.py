@@ -16,9 +16,11 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
+from chat_templates import ABLE
 from engine_process import Served, serving
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from appliance.data.messages import Reading
 from appliance.data.render import render_prompt
 from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import InvalidInput
@@ -37,9 +39,7 @@ MESSAGES: list[dict[str, Any]] = [
 
 @pytest.fixture
 def probe(served: Served) -> Probe:
-    tokenizer = AutoTokenizer.from_pretrained(served.model)
-    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
-    return Probe(MESSAGES, ids, max_tokens=24)
+    return Probe(MESSAGES, render_prompt(load_tokenizer(served.model), MESSAGES), max_tokens=24)
 
 
 async def test_probing_renders_as_the_trainer_does_and_is_repeatable(served: Served, probe: Probe) -> None:
@@ -54,13 +54,62 @@ async def test_probing_renders_as_the_trainer_does_and_is_repeatable(served: Ser
 @pytest.fixture
 def long_ago(settings: Settings, smollm2: Path, tmp_path: Path) -> Iterator[Served]:
     """An engine of a release of another day, whose chat template asks for the date."""
-    model = tmp_path / "model"
-    shutil.copytree(smollm2, model, copy_function=os.symlink)
-    template = (model / "chat_template.jinja").read_text()
-    (model / "chat_template.jinja").unlink()
-    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
-    with serving(settings, model, tmp_path, DAY) as served:
+    template = "{{ strftime_now('%d %b %Y') }}" + (smollm2 / "chat_template.jinja").read_text()
+    with serving(settings, with_template(smollm2, tmp_path, template), tmp_path, DAY) as served:
         yield served
+
+
+def with_template(base: Path, folder: Path, template: str) -> Path:
+    model = folder / "model"
+    shutil.copytree(base, model, copy_function=os.symlink)
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.jinja").write_text(template)
+    return model
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALLS = [
+    {"id": f"call0000{n}", "type": "function", "function": {"name": "weather", "arguments": f'{{"place": "{place}"}}'}}
+    for n, place in enumerate(["Rome", "Z\u00fcrich"])
+]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "a system message, several turns": [
+        *MESSAGES,
+        {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": " Of Spain? "},
+    ],
+    "a thought": [
+        {"role": "user", "content": "Two and two?"},
+        {"role": "assistant", "content": "Four.", "reasoning": "I add them."},
+        {"role": "user", "content": "Three and three?"},
+    ],
+    "calls": [
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": CALLS},
+        {"role": "tool", "content": "sun", "tool_call_id": "call00000"},
+        {"role": "tool", "content": "rain", "tool_call_id": "call00001"},
+    ],
+    "text parts": [
+        {"role": "user", "content": [{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]},
+    ],
+}
+
+
+@pytest.fixture
+def able(settings: Settings, smollm2: Path, tmp_path: Path) -> Iterator[Served]:
+    with serving(settings, with_template(smollm2, tmp_path, ABLE), tmp_path) as served:
+        yield served
+
+
+async def test_rows_of_every_kind_are_rendered_as_the_trainer_does(able: Served) -> None:
+    tokenizer, reading = load_tokenizer(able.model), Reading()
+    for messages in ROWS.values():
+        for tools in (None, [TOOL]):
+            said = [{**one, "content": reading.text(one["content"], "content")} for one in messages]
+            wanted = render_prompt(tokenizer, said, tools)
+            answer = await able.kind.probe(able.address, able.name, Probe(messages, wanted, 2, tools=tools))
+            assert tokenizer.decode(answer.token_ids) == tokenizer.decode(wanted)
+            assert answer.token_ids == wanted
 
 
 async def test_today_is_what_its_release_takes_for_it(long_ago: Served) -> None:

@@ -1,7 +1,8 @@
-"""The rows of a Parquet file."""
+"""The rows of files in Parquet and in Arrow's own format, which `datasets` saves."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,20 +19,43 @@ def read_parquet(path: Path, filename: str) -> Iterator[dict[str, Any]]:
     Parquet cannot tell an absent key from a null one, so nulls are left out, in nested structures too; with them go
     what JSON has no value for: NaN, infinities and bytes that are not UTF-8. Dates, times and decimals become text.
     """
-    import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for row in batch.to_pylist():
+    with _sound(filename, "Parquet"), parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+            for row in batch.to_pylist():
+                yield _json_value(row)
+
+
+def read_arrow(path: Path, filename: str) -> Iterator[dict[str, Any]]:
+    """The same of a file of record batches, as a stream or a file of Arrow's IPC format."""
+    import pyarrow as arrow
+
+    with _sound(filename, "Arrow"), arrow.memory_map(str(path)) as source:
+        try:
+            batches = iter(arrow.ipc.open_stream(source))
+        except arrow.ArrowInvalid:
+            held = arrow.ipc.open_file(source)
+            batches = (held.get_batch(number) for number in range(held.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)  # offsets of a damaged file lead anywhere
+            for begin in range(0, batch.num_rows, _BATCH_ROWS):
+                for row in batch.slice(begin, _BATCH_ROWS).to_pylist():
                     yield _json_value(row)
+
+
+@contextlib.contextmanager
+def _sound(filename: str, kind: str) -> Iterator[None]:
+    import pyarrow as arrow
+
+    try:
+        yield
     except (arrow.ArrowException, ValueError, OverflowError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         fault = str(error).partition("\n")[0]
         raise InvalidInput(
-            "damaged_file", f"{filename} is no sound Parquet file: {fault}", "copy or write the file again"
+            "damaged_file", f"{filename} is no sound {kind} file: {fault}", "copy or write the file again"
         ) from None
 
 
@@ -50,6 +74,6 @@ def _json_value(value: Any) -> Any:
             try:
                 return value.decode()
             except UnicodeDecodeError:
-                return None
+                return {"bytes": len(value)}  # an image, say: no text, and not nothing
         case _:
             return str(value)

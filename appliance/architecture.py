@@ -1,0 +1,145 @@
+"""What is inside a base model: its class, the layers of its text, and the names of its weights in the files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
+
+from appliance.errors import InvalidInput, reason
+from appliance.models import tensor_names
+
+_OF_TEXT: dict[str, str] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+"""By type of model, the class that answers texts; of a type that has two, the one without images."""
+_NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+
+
+def model_class(config: Any) -> Any:
+    """The class of a model as it was published. Raises InvalidInput where Transformers has none that answers texts."""
+    named = next((name for name in config.architectures or () if name in _CLASSES), None)
+    name = named or _OF_TEXT.get(config.model_type)
+    if name is None:
+        raise InvalidInput(
+            "unsupported_architecture",
+            f"a model of the type {config.model_type} does not answer texts, as far as Transformers knows",
+            "use a model for chat",
+        )
+    return getattr(transformers, name)
+
+
+def empty_model(base: Path, **options: Any) -> Any:
+    """The model in `base` on the meta device, without values; `options` as Transformers' from_pretrained takes them.
+
+    Raises InvalidInput for a directory without a usable config.json.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
+        with torch.device("meta"):
+            return model_class(config)._from_config(config, **options)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise InvalidInput(
+            "bad_model", f"{base.name} is no model that Transformers can make: {reason(error)}", "use another base"
+        ) from error
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Names of the linear layers by which the model reads and writes text: those that can have an adapter.
+
+    They are not the output head, not what sees images or hears, and not what Mamba's kernels take the weights of.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    of_text = decoder if decoder is not None and not isinstance(decoder, torch.nn.Linear) else model
+    inside = {id(module) for module in of_text.modules()}
+    past_the_layer = {
+        id(mixer.out_proj)
+        for mixer in of_text.modules()
+        if all(hasattr(mixer, part) for part in ("A_log", "D", "out_proj"))
+    }
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not head
+        and id(module) in inside
+        and id(module) not in past_the_layer
+    ]
+
+
+def quantised_modules(model: Any) -> list[str]:
+    """Names of the layers that QLoRA keeps in NF4."""
+    return [name for name in linear_modules(model) if isinstance(model.get_submodule(name), torch.nn.Linear)]
+
+
+def taken_for_experts(model: Any) -> set[str]:
+    """Names of linear layers beside experts that PEFT takes for those, which are one tensor, because of their names."""
+    if not any(".experts." in name for name, _ in model.named_parameters()):
+        return set()
+    return {name for name in linear_modules(model) if name.rpartition(".")[2] in _NAMES_OF_EXPERTS}
+
+
+def named_together(model: Any, modules: set[str]) -> list[str] | str:
+    """`modules` as an adapter's settings name them: by the ends of their names, or where others end so, a pattern."""
+    ends = sorted({name.rpartition(".")[2] for name in modules})
+    every = [name for name, _ in model.named_modules()]
+    if {name for name in every if name.rpartition(".")[2] in ends} == modules:
+        return ends
+    names = zip(min(modules).split("."), max(modules).split("."), strict=False)
+    begin = ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], names))
+    pattern = rf"{re.escape(begin)}\.(.*\.)?({'|'.join(map(re.escape, ends))})"
+    return pattern if {name for name in every if re.fullmatch(pattern, name)} == modules else sorted(modules)
+
+
+class Architecture:
+    """A base model without values, and the names under which its files hold its parameters."""
+
+    def __init__(self, base: Path) -> None:
+        self.skeleton = empty_model(base)
+        self._stored = self._parts(base)
+        """By parameter the tensors in the files that it is made of, and whether each is made over for that."""
+
+    def _parts(self, base: Path) -> dict[str, list[tuple[str, bool]]]:
+        transforms = get_model_conversion_mapping(self.skeleton)
+        renamed = [one for one in transforms if isinstance(one, WeightRenaming)]
+        converted = [one for one in transforms if isinstance(one, WeightConverter)]
+        state, prefix = self.skeleton.state_dict(), self.skeleton.base_model_prefix
+        found: dict[str, list[tuple[str, bool]]] = {}
+        for path in sorted(base.glob("*.safetensors")):
+            for name in tensor_names(path):
+                parameter, how = rename_source_key(name, renamed, converted, prefix, state)
+                found.setdefault(parameter, []).append((name, how is not None))
+        return found
+
+    def tied(self, parameter: str) -> set[str]:
+        """`parameter` and the names of all that share its tensor."""
+        tied: dict[str, str] = self.skeleton.all_tied_weights_keys
+        root = tied.get(parameter, parameter)
+        return {root, *(name for name, other in tied.items() if other == root)}
+
+    def stored(self, parameters: Iterable[str]) -> list[str]:
+        """Names in the files of what the model calls `parameters`, which are one tensor; the least where none is there.
+
+        Raises InvalidInput where the tensor in the model is another than those in the files, such as several of them.
+        """
+        parameters = sorted(parameters)
+        found = [tensor for name in parameters for tensor in self._stored.get(name, ())]
+        if made_over := [name for name, converted in found if converted]:
+            raise InvalidInput(
+                "not_mergeable",
+                f"{parameters[0]} is made of other tensors in the files, such as {made_over[0]}, and cannot be merged",
+                "take it out of the adapter's targets",
+            )
+        return [name for name, _ in found] or parameters[:1]
