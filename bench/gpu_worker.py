@@ -66,7 +66,7 @@ def limit_memory(gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
         return
     trainers: Any = import_module("appliance.train.trainer")
-    divide = trainers.PartwiseTrainer.parts
+    divide = trainers.MicroBatchTrainer.micro_batches
 
     def parts(trainer: Any, inputs: Any) -> Any:
         found = divide(trainer, inputs)
@@ -74,7 +74,7 @@ def limit_memory(gib: float) -> None:
             raise torch.OutOfMemoryError("out of memory, as asked for")
         return found
 
-    trainers.PartwiseTrainer.parts = parts
+    trainers.MicroBatchTrainer.micro_batches = parts
 
 
 if __name__ == "__main__":

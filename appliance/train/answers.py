@@ -25,6 +25,11 @@ class RowFigures:
     """What each answer costs that the model is to give: all in sft, the chosen, or those judged good (answers)."""
     tokens: torch.Tensor
     """Their trained tokens (answers)."""
+    rewards: tuple[torch.Tensor, torch.Tensor] | None = None
+    """For a method with a reference: beta times how much likelier the model makes an answer than the reference does, in
+    nats, of the answers to be given (answers) and of the others (others)."""
+    right: torch.Tensor | None = None
+    """With `rewards`: which rows the method has on the right side (rows)."""
 
 
 @contextmanager
@@ -60,6 +65,35 @@ def answer_loss(figures: Sequence[RowFigures]) -> tuple[float, Interval | None] 
 def row_loss(figures: Sequence[RowFigures]) -> tuple[float, Interval | None] | None:
     """The mean loss of the rows, whatever the method, and its interval; None where there are none."""
     return _mean([one.losses for one in figures], [one.weights for one in figures])
+
+
+def figures_of(figures: Sequence[RowFigures]) -> dict[str, Any]:
+    """What a step or an evaluation is told by beside its loss: of its answers, and of a method's rewards.
+
+    `answer_loss` is in nats a token, `chosen_logp` in nats an answer; each `_interval` is that of 95 % around its mean.
+    """
+    found: dict[str, Any] = {}
+    if answers := answer_loss(figures):
+        found["answer_loss"], found["answer_interval"] = answers
+    rewards = [one.rewards for one in figures if one.rewards is not None]
+    if rewards:
+        chosen, rejected = (torch.cat(some).double() for some in zip(*rewards, strict=True))
+        if len(chosen):
+            found["chosen_logp"] = -float(torch.cat([one.nats for one in figures]).double().mean())
+            found["reward_chosen"] = float(chosen.mean())
+            found["reward_chosen_interval"] = mean_interval(chosen.tolist(), [1] * len(chosen))
+        if len(rejected):
+            found["reward_rejected"] = float(rejected.mean())
+        if len(chosen) and len(rejected):
+            found["reward_margin"] = found["reward_chosen"] - found["reward_rejected"]
+        right = torch.cat([one.right for one in figures if one.right is not None])
+        found["reward_accuracy"] = float(right.double().mean())
+    return found
+
+
+def is_displaced(reward_chosen: Interval | None) -> bool:
+    """Whether answers whose mean reward has that interval have become less likely than to the reference."""
+    return reward_chosen is not None and reward_chosen[1] < 0
 
 
 def _mean(sums: list[torch.Tensor], weights: list[torch.Tensor]) -> tuple[float, Interval | None] | None:

@@ -13,6 +13,9 @@ from appliance.train.interruption import ENDING, Interruption
 from appliance.train.memory import peak_memory
 from appliance.train.recipe import AnyStage
 
+REWARDS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "chosen_logp")
+"""Figures of a method with a reference."""
+
 
 class Reporter(TrainerCallback):
     """Writes the stage's events and a line of log per step."""
@@ -48,7 +51,7 @@ class Reporter(TrainerCallback):
             tokens_per_second=round(per_second, 1),
             eta_seconds=round((state.max_steps - state.global_step) * self._busy_seconds / self._steps, 1),
             memory=peak_memory(),
-            **_known(logs, "answer_loss"),
+            **_known(logs, "answer_loss", *REWARDS),
         )
         print(
             f"{self.stage.name} step {state.global_step}/{state.max_steps}: "
@@ -59,7 +62,8 @@ class Reporter(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, Any], **_: Any
     ) -> None:
-        known = _known(metrics, "eval_interval", "eval_answer_loss")
+        names = ("interval", "answer_loss", *REWARDS, "reward_chosen_interval")
+        known = _known(metrics, *(f"eval_{name}" for name in names))
         self.events.append("eval", self.stage.name, step=state.global_step, loss=metrics["eval_loss"], **known)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

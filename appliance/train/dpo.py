@@ -9,25 +9,59 @@ from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
 from appliance.data.render import render_prompt
-from appliance.train.answers import RowFigures
+from appliance.train.answers import RowFigures, outputs_of
 from appliance.train.recipe import DpoStage
 from appliance.train.rows import Example, answer_ids
-from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
+from appliance.train.trainer import Batch, Method, MicroBatchTrainer, TrainerInputs, build_trainer
 
 
-class _Trainer(PartwiseTrainer, DPOTrainer):
+class _Trainer(MicroBatchTrainer, DPOTrainer):
     sequences_per_row = 2
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         # TRL would tokenise again, without the mask.
         return dataset
 
+    def compute_loss(self, model: Any, inputs: Batch, *arguments: Any, **named: Any) -> Any:
+        """TRL's, and by the recipe's weight what each chosen answer costs a token (equation 2 of arXiv 2404.19733)."""
+        with outputs_of(model) as outputs:
+            loss = super().compute_loss(model, inputs, *arguments, **named)
+        if not self.stage.sft_weight:
+            return loss
+        chosen, _ = outputs[0].log_probs.chunk(2)
+        counted, _ = outputs[0].label_mask.chunk(2)
+        return loss - self.stage.sft_weight * (chosen.sum(1) / counted.sum(1)).mean()
+
     def row_figures(self, inputs: Batch, nats: torch.Tensor, tokens: torch.Tensor) -> RowFigures:
-        """The loss by equation 7 of arXiv 2305.18290."""
         chosen, rejected = nats.chunk(2)
-        margins = (rejected + inputs["ref_rejected_logps"]) - (chosen + inputs["ref_chosen_logps"])
-        losses = -logsigmoid(self.beta * margins)
-        return RowFigures(losses, torch.ones_like(losses), chosen, tokens.chunk(2)[0])
+        tokens_chosen, tokens_rejected = tokens.chunk(2)
+        gains = -chosen - inputs["ref_chosen_logps"], -rejected - inputs["ref_rejected_logps"]
+        losses = _losses(self.stage, *gains, tokens_chosen, tokens_rejected)
+        losses = losses + self.stage.sft_weight * chosen / tokens_chosen
+        rewards = self.beta * gains[0], self.beta * gains[1]
+        return RowFigures(losses, torch.ones_like(losses), chosen, tokens_chosen, rewards, rewards[0] > rewards[1])
+
+
+def _losses(
+    stage: DpoStage,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    tokens_chosen: torch.Tensor,
+    tokens_rejected: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of each pair (pairs), whose answers the model makes so many nats likelier than the reference does.
+
+    Sources: equation 7 of arXiv 2305.18290, with label smoothing 12 of 2403.00409; equation 17 of
+    2310.12036, a token (ipo); equation 7 of 2408.06266 (apo_zero).
+    """
+    beta, flipped = stage.beta, stage.label_smoothing
+    margin = beta * (chosen - rejected)
+    match stage.loss_type:
+        case "ipo":
+            return (chosen / tokens_chosen - rejected / tokens_rejected - 1 / (2 * beta)) ** 2
+        case "apo_zero":
+            return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+    return (-(1 - flipped) * logsigmoid(margin) + flipped * logsigmoid(-margin)) / (1 - 2 * flipped)
 
 
 def examples(tokenizer: Any, row: dict[str, Any]) -> list[Example]:
@@ -45,10 +79,17 @@ def trained(example: Example) -> int:
     return len(example["chosen_ids"]) + len(example["rejected_ids"])
 
 
-def trainer(stage: DpoStage, arguments: dict[str, Any], given: Given) -> Any:
+def trainer(stage: DpoStage, arguments: dict[str, Any], given: TrainerInputs) -> Any:
     """TRL's trainer, the reference's log-probabilities computed once per row."""
-    config = DPOConfig(beta=stage.beta, max_length=None, precompute_ref_log_probs=True, **arguments)
-    return build_trainer(_Trainer, config, given, length)
+    config = DPOConfig(
+        beta=stage.beta,
+        loss_type=["robust" if stage.label_smoothing else stage.loss_type],
+        label_smoothing=stage.label_smoothing,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        **arguments,
+    )
+    return build_trainer(_Trainer, stage, config, given, length)
 
 
 DPO = Method(examples, length, trained, trainer, sequences=_Trainer.sequences_per_row)

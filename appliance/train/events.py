@@ -16,7 +16,10 @@ KINDS = frozenset(
         # seconds, gradient_checkpointing
         "step",  # stage, step, steps, loss, lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory (peak, bytes)
         # and answer_loss (nats a token of the answers that the model is to give: all, the chosen, or those judged good)
-        "eval",  # stage, step, loss, interval (95 %: low, high), answer_loss
+        # and of a method with a reference reward_chosen, reward_rejected, reward_margin (nats times beta),
+        # reward_accuracy (share of rows), chosen_logp (nats an answer)
+        "eval",  # stage, step, loss, interval (95 %: low, high), answer_loss, and of rewards what a step has, with
+        # reward_chosen_interval
         "sample",  # stage, step, prompt, text
         "checkpoint",  # stage, step, path
         "warning",  # stage, message; where known code, next, cause, log (last lines)

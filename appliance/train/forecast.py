@@ -19,10 +19,10 @@ import torch
 from appliance.architecture import quantised_modules
 from appliance.errors import InvalidInput, reason
 from appliance.train.checkpoints import KEPT
+from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import DTYPE, ON_GPU
 from appliance.train.order import cut_by_tokens, epoch_order
 from appliance.train.recipe import AnyStage, Recipe
-from appliance.train.room import Room
 from appliance.train.simulation import Pass, meta_model, simulate
 
 EFFICIENCY = 0.36
@@ -34,7 +34,7 @@ SLACK = 1.0 if ON_GPU else 1.65
 """What the C library holds for a byte of activations: pieces freed by one pass fit the next one badly. Measured by
 bench/forecast.py, as are the next."""
 SLACK_TWICE = 1.0 if ON_GPU else 7.5
-"""The same where layers are computed twice: their pieces come and go between the inputs that stay."""
+"""The same with gradient checkpointing: the pieces of a layer come and go between the inputs that stay."""
 LOGITS_SLACK = 1.0 if ON_GPU else 1.25
 """The same for logits: the softmax and the products have buffers of their own size."""
 MARGIN = 1.15
@@ -125,7 +125,7 @@ class Work:
     """Sequences a row that are trained on."""
     compared: int
     """Sequences a row that only go forward, in training too."""
-    room: Room
+    limit: MicroBatchLimit
 
     def parts(self, stage: AnyStage, seed: int) -> list[Part]:
         """The forward passes of the first epoch's steps."""
@@ -133,7 +133,7 @@ class Work:
         found = []
         for start in range(0, len(order), stage.batch_size):
             batch = [self.rows[row] for row in order[start : start + stage.batch_size]]
-            cuts = cut_by_tokens([row.length for row in batch], self.room.tokens // self.sequences, self.room.rows)
+            cuts = cut_by_tokens([row.length for row in batch], self.limit.tokens // self.sequences, self.limit.rows)
             for cut in cuts:
                 lengths, trained = zip(*batch[cut], strict=True)
                 found.append(Part(len(lengths), max(lengths), sum(trained)))
@@ -284,7 +284,7 @@ def _operations(plan: Plan, parts: list[Part], one: Part, taken: Pass) -> float:
 def _advice(plan: Plan, rows: int, fits: Callable[[Plan], bool]) -> str:
     """The first change with which the plan fits, or else what all of them together need.
 
-    First come fewer rows in a pass, then each layer computed twice: the training stays the same. Then the base is
+    First come fewer rows in a pass, then gradient checkpointing: the training stays the same. Then the base is
     rounded, which changes it a little, and last rows are left out.
     """
     fewer: list[Change] = [(f"micro_batch_size = {count}", partial(_with_rows, count)) for count in _halves(rows, 1)]
@@ -311,7 +311,7 @@ def _advice(plan: Plan, rows: int, fits: Callable[[Plan], bool]) -> str:
 
 
 def _with_rows(count: int, plan: Plan) -> Plan:
-    return replace(plan, work=replace(plan.work, room=replace(plan.work.room, rows=count)))
+    return replace(plan, work=replace(plan.work, limit=replace(plan.work.limit, rows=count)))
 
 
 def _quantised(plan: Plan) -> Plan:

@@ -7,9 +7,11 @@ import statistics
 from collections import deque
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from appliance.errors import ApplianceError
+from appliance.train.answers import is_displaced
 from appliance.train.events import EventLog
 from appliance.train.recipe import AnyStage
 
@@ -23,6 +25,13 @@ HARMLESS_NORM = 10.0
 """A norm below never counts as exploding: near the end the median may be almost 0."""
 TIMES_THE_START = 2
 """Answers that cost so many times what they cost at first, and half the way from there to a guess, are unlearnt."""
+
+
+UNDISPLACED = {
+    "dpo": "set sft_weight = 1, which holds them up, or raise beta",
+    "kto": "raise desirable_weight, or beta",
+}
+"""What to do about chosen answers that become less likely, by method."""
 
 
 class Diverged(ApplianceError):
@@ -43,12 +52,16 @@ class Guard(TrainerCallback):
         self._norms: deque[float] = deque(maxlen=NORMS_COMPARED)
         self._bad = 0
         self._vocabulary = 0
+        self._displaced = False
         self._at_first: dict[str, float] = {}
         """What an answer cost at first, in nats a token: of those trained on (step), and of those held out (eval)."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
         self._before = _magnitudes(model)
         self._vocabulary = model.config.get_text_config().vocab_size
+        self._displaced = any(
+            event.get("code") == "displaced" for event in self.events.read() if event["stage"] == self.stage.name
+        )
         said = {
             (event["step"], event["event"]): event
             for event in self.events.read()
@@ -75,13 +88,32 @@ class Guard(TrainerCallback):
                 raise self._diverged(f"{fault} at {at}, {self._bad} in a row")
         elif "eval_loss" in logs:
             if not math.isfinite(logs["eval_loss"]):
-                raise self._diverged(f"the held-out loss is no number at {at}")
+                raise self._diverged(f"the held-out loss is NaN or infinite at {at}")
             limit = self._limit("eval", logs.get("eval_answer_loss"))
+            if is_displaced(logs.get("eval_reward_chosen_interval")):
+                self._warn_of_displacement(state.global_step, logs["eval_reward_chosen"])
             # The whole interval, because of few rows one that was learnt the other way round would be enough.
             interval = logs.get("eval_answer_interval")
             if interval and interval[0] > limit:
                 unlearnt = _unlearnt(logs["eval_answer_loss"], self._at_first["eval"])
                 raise self._diverged(f"{unlearnt} at {at}, on held-out rows")
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any
+    ) -> None:
+        sums = [weight.grad.sum() for weight in model.parameters() if weight.grad is not None]
+        if sums and not torch.isfinite(torch.stack(sums)).all():
+            # The step then updates nothing: one such update would be the end of every weight.
+            model.zero_grad()
+
+    def _warn_of_displacement(self, step: int, reward: float) -> None:
+        """Once a stage: the preference is met by unlearning both answers, the rejected one sooner."""
+        if not self._displaced:
+            self._displaced = True
+            message = f"step {step}: the held-out chosen answers are less likely than before (reward {reward:.3g})"
+            self.events.append(
+                "warning", self.stage.name, code="displaced", message=message, next=UNDISPLACED[self.stage.method]
+            )
 
     def _judge(self, loss: float, norm: float, answers: float | None) -> str:
         """What is wrong with the next step; empty: nothing."""
@@ -126,9 +158,9 @@ class Guard(TrainerCallback):
 def fault_of(loss: float, norm: float, norms: list[float]) -> str:
     """What is wrong with a step of this loss and gradient norm after steps of those `norms`; empty: nothing."""
     if not math.isfinite(loss):
-        return "the loss is no number"
+        return "the loss is NaN or infinite"
     if not math.isfinite(norm):
-        return "the gradient is no number"
+        return "the gradient is NaN or infinite"
     if loss == 0:
         return "the loss is exactly 0"
     usual = statistics.median(norms) if len(norms) >= LEAST_NORMS else math.inf

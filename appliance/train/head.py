@@ -14,9 +14,6 @@ from trl.trainer import utils
 LOGITS_AT_ONCE = 1 << 24
 """Tokens of a block times the vocabulary: 64 MB of logits, and as much for their softmax."""
 
-NOT_COMPUTED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
-"""What TRL would log from the logits of the whole vocabulary."""
-
 
 def install() -> None:
     """Give TRL's trainers this head."""
@@ -25,7 +22,8 @@ def install() -> None:
 
 
 class TrainedLogProbs(torch.autograd.Function):
-    """Called and answering as TRL's function of the same place, with zeros for the figures that are NOT_COMPUTED.
+    """Called and answering as TRL's function of the same place, with zeros for the figures that TRL takes from
+    the logits of the whole vocabulary.
 
     With z = cap(scale * (W h + b)) the log-probability of target t is z_t - logsumexp(z), and its gradient by h is
     scale * W^T ((onehot_t - softmax(z)) * cap'), which the backward pass multiplies by one number a token.

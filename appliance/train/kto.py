@@ -14,13 +14,13 @@ from appliance.errors import InvalidInput
 from appliance.train.answers import RowFigures
 from appliance.train.recipe import KtoStage
 from appliance.train.rows import Example, answer_ids
-from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
+from appliance.train.trainer import Batch, Method, MicroBatchTrainer, TrainerInputs, build_trainer
 
 NEIGHBOURS_TRIED = 64
 """How far the pairing looks for an answer to another prompt."""
 
 
-class _Trainer(PartwiseTrainer, KTOTrainer):
+class _Trainer(MicroBatchTrainer, KTOTrainer):
     """TRL estimates the KL term over a micro-batch; here it is that of the whole step, however that is divided."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -30,25 +30,28 @@ class _Trainer(PartwiseTrainer, KTOTrainer):
     def get_batch_samples(self, *arguments: Any) -> Any:
         batches, items = super().get_batch_samples(*arguments)
         for batch in batches:
-            batch["drift"] = self.room.fit(partial(self._drift, batch)).mean()
+            batch["kl"] = self.limit.fit(partial(self._kl, batch)).mean()
         return batches, items
 
     def _compute_kl_logps(self, model: Any, batch: Batch) -> Any:
-        drift = batch.pop("drift", None)
-        return super()._compute_kl_logps(model, batch) if drift is None else batch["ref_KL_logps"] + drift
+        kl = batch.pop("kl", None)
+        return super()._compute_kl_logps(model, batch) if kl is None else batch["ref_KL_logps"] + kl
 
     def row_figures(self, inputs: Batch, nats: torch.Tensor, tokens: torch.Tensor) -> RowFigures:
         """The loss by equation 7 of arXiv 2402.01306."""
         good = inputs["label"].bool()
-        reward = -nats - inputs["ref_logps"] - inputs["drift"].clamp(min=0)
-        value = torch.sigmoid(self.beta * torch.where(good, reward, -reward))
+        gain = -nats - inputs["ref_logps"]
+        beyond = self.beta * (gain - inputs["kl"].clamp(min=0))
+        value = torch.sigmoid(torch.where(good, beyond, -beyond))
         weight = torch.where(good, self.desirable_weight, self.undesirable_weight)
-        return RowFigures(weight * (1 - value), torch.ones_like(nats), nats[good], tokens[good])
+        rewards = self.beta * gain[good], self.beta * gain[~good]
+        right = torch.where(good, beyond > 0, beyond < 0)
+        return RowFigures(weight * (1 - value), torch.ones_like(nats), nats[good], tokens[good], rewards, right)
 
-    def _drift(self, batch: Batch) -> torch.Tensor:
+    def _kl(self, batch: Batch) -> torch.Tensor:
         """How much likelier than to the reference the mismatched answers of `batch` are, in nats (rows)."""
         score = super()._compute_kl_logps
-        return torch.cat([score(self.model, part) - part["ref_KL_logps"] for part, _ in self.parts(batch)])
+        return torch.cat([score(self.model, some) - some["ref_KL_logps"] for some, _ in self.micro_batches(batch)])
 
 
 def examples(tokenizer: Any, row: dict[str, Any]) -> list[Example]:
@@ -82,7 +85,7 @@ def mismatched(examples: list[Example]) -> list[Example]:
     return paired
 
 
-def trainer(stage: KtoStage, arguments: dict[str, Any], given: Given) -> Any:
+def trainer(stage: KtoStage, arguments: dict[str, Any], given: TrainerInputs) -> Any:
     """TRL's trainer, over rows whose reference is computed once. Raises InvalidInput without good answers."""
     if not any(row["label"] for row in given.train):
         raise InvalidInput(
@@ -99,7 +102,7 @@ def trainer(stage: KtoStage, arguments: dict[str, Any], given: Given) -> Any:
         **arguments,
     )
     paired = replace(given, train=mismatched(given.train), held_out=mismatched(given.held_out))
-    return build_trainer(_Trainer, config, paired, length)
+    return build_trainer(_Trainer, stage, config, paired, length)
 
 
 KTO = Method(examples, length, trained, trainer, compared=1)

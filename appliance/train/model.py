@@ -91,11 +91,16 @@ def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
     return values.to(weight.device, torch.float32)
 
 
-def targeted_modules(model: Any, targets: tuple[str, ...]) -> set[str]:
-    """Names of the modules that a recipe's `targets` mean in the base. Raises InvalidInput where one fits none."""
+def targeted_modules(model: Any, targets: tuple[str, ...], layers: tuple[int, ...] = ()) -> set[str]:
+    """Names of the modules that a recipe's `targets` mean in the base's `layers`, all of them where none is named.
+
+    Raises InvalidInput where a target or a layer fits none.
+    """
     linear = set(linear_modules(model)) - taken_for_experts(model)
     if not linear:
         raise InvalidInput("no_linear_layer", "the base model has no linear layer to adapt", "use another base model")
+    if layers:
+        linear = _of_layers(linear, layers)
     if targets == ("all-linear",):
         return linear
     meant: set[str] = set()
@@ -116,6 +121,23 @@ def targeted_modules(model: Any, targets: tuple[str, ...]) -> set[str]:
     return meant
 
 
+def _of_layers(modules: set[str], layers: tuple[int, ...]) -> set[str]:
+    """Those of `modules` that are in the layers of these numbers, from -1 for the last. Raises InvalidInput."""
+    by_layer: dict[int, set[str]] = {}
+    for name in modules:
+        if numbers := [int(part) for part in name.split(".") if part.isdigit()]:
+            by_layer.setdefault(numbers[0], set()).add(name)
+    count = max(by_layer, default=-1) + 1
+    meant = {layer: layer + count if layer < 0 else layer for layer in layers}
+    if unknown := [layer for layer, number in meant.items() if number not in by_layer]:
+        raise InvalidInput(
+            "no_such_layer",
+            f"the adapter's layer {unknown[0]} is none of the base model",
+            f"choose from 0 to {count - 1}, or from -{count} to -1" if count else "take `layers` out",
+        )
+    return set().union(*(by_layer[number] for number in meant.values()))
+
+
 def require_covered(model: Any, meant: set[str]) -> None:
     """Raise InvalidInput unless the adapter on `model` covers each module that its recipe means."""
     missing = sorted(meant - set(model.targeted_module_names))
@@ -130,7 +152,7 @@ def require_covered(model: Any, meant: set[str]) -> None:
 
 def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
     """`model` with a new LoRA adapter that changes nothing yet. Raises InvalidInput for targets that do not fit."""
-    meant = targeted_modules(model, adapter.targets)
+    meant = targeted_modules(model, adapter.targets, adapter.layers)
     set_seed(seed)
     config = LoraConfig(
         r=adapter.rank,

@@ -10,7 +10,7 @@ from appliance.train.seeds import seed_for
 
 BATCHES_SORTED_TOGETHER = 32
 
-PART_TOKENS = 2048 if torch.cuda.is_available() else 512
+MICRO_BATCH_TOKENS = 2048 if torch.cuda.is_available() else 512
 """Tokens of one forward pass, padding included: on a CPU more would save a little time, for much memory."""
 
 
@@ -40,18 +40,18 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
 
 
 def cut_by_tokens(lengths: Sequence[int], tokens: int, rows: int) -> list[slice]:
-    """Where to cut a batch whose rows have these lengths, so that each part holds at most so many rows and tokens.
+    """Where to cut a batch whose rows have these lengths, so that each micro-batch has at most so many rows and tokens.
 
-    Tokens are counted with the padding to the part's longest row. A row that is too long alone is a part of its own.
+    Tokens are counted with the padding to its longest row. A row that is too long alone is a micro-batch of its own.
     """
-    parts: list[slice] = []
+    cuts: list[slice] = []
     start = longest = 0
     for at, length in enumerate(lengths):
         longest = max(longest, length)
         if at > start and (at - start == rows or (at - start + 1) * longest > tokens):
-            parts.append(slice(start, at))
+            cuts.append(slice(start, at))
             start, longest = at, length
-    return [*parts, slice(start, len(lengths))]
+    return [*cuts, slice(start, len(lengths))]
 
 
 class LengthSampler(torch.utils.data.Sampler[int]):

@@ -17,6 +17,7 @@ from appliance.errors import InvalidInput
 from appliance.home import NAME_PATTERN
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -39,10 +40,13 @@ class Adapter(_Section):
     the learning rates below are chosen: then the rank can change without them."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input in sft; 0, because so few weights overfit little and it costs time. dpo and kto
-    train without, or the policy would differ from its own reference."""
+    train without, or the policy would differ from its own reference. With it a step depends a little on how its rows
+    are divided into micro-batches."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the modules that get an adapter. all-linear, every linear layer but the output head: attention alone
     learns less at the same number of weights."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that get an adapter, from 0, or from -1 for the last; empty: all of them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +86,15 @@ class Stage(_Section):
     """Share of the steps over which the learning rate rises; Adam's first steps are its least certain."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up. cosine ends near zero, which settles the last steps."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    """Decay of the adapter's weights by AdamW; 0, because the base that they are added to is what keeps them small."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients longer than this are shortened to it; 0: never."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of AdamW's means of gradients and of their squares. 0.95 for the second forgets spikes sooner."""
+    loraplus_ratio: float = Field(1.0, ge=1, le=128)
+    """LoRA+: how many times the learning rate the factor B has; 1: the same. Its paper takes 16, with a learning rate
+    two to four times smaller."""
     max_length: int = Field(1024, ge=16, le=1 << 20)
     """Longest row in tokens; longer rows are an error unless `drop_long`. Nothing is ever cut."""
     drop_long: bool = False
@@ -100,9 +113,9 @@ class Stage(_Section):
     """Stop after so many evaluations in a row without a held-out loss lower than before, that before the first step
     included; 0: never, because the schedule's end often lowers it once more."""
     bad_steps: int = Field(3, ge=1)
-    """So many bad steps in a row end the stage at its last good checkpoint; each is a warning. Bad is a loss that is no
-    number or exactly 0, a gradient norm a hundred times its median, and a model that has lost half of what it knew of
-    the answers, which ends the stage at once where held-out rows show it. An update that is no number is left out."""
+    """So many bad steps in a row end the stage at its last good checkpoint; each is a warning. Bad is a loss that is
+    NaN, infinite or exactly 0, a gradient norm a hundred times its median, and a model that has lost half of what it
+    knew of the answers, which ends the stage at once where held-out rows show it. An update that is NaN is left out."""
     on_bad_steps: Literal["fail", "keep"] = "fail"
     """fail: the run fails, saying why. keep: the stage leaves the adapter of the last good checkpoint."""
 
@@ -116,6 +129,9 @@ class SftStage(Stage):
 
     kind: ClassVar[Kind] = "messages"
     method: Literal["sft"]
+    neftune_alpha: float = Field(0.0, ge=0, le=100)
+    """NEFTune: noise on the embeddings while training, which may loosen the style of a model trained on few rows; its
+    paper takes 5 to 15. 0: none. Rows are then padded instead of packed."""
 
 
 class DpoStage(Stage):
@@ -131,6 +147,21 @@ class DpoStage(Stage):
     """Passes over the training split; one, because pairs seen twice are soon learnt by heart."""
     beta: float = Field(0.1, gt=0, le=10)
     """Strength of the pull towards the reference; 0.1 is the paper's. Raise it where answers turn strange."""
+    loss_type: Literal["sigmoid", "ipo", "apo_zero"] = "sigmoid"
+    """What a pair costs. sigmoid is dpo's own. ipo aims at a margin of 1 / (2 beta) a token, and so does not run away
+    on few pairs. apo_zero makes chosen answers likelier and rejected ones less likely,
+    each by itself."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs that may be judged the wrong way round, which the sigmoid then allows for."""
+    sft_weight: float = Field(0.0, ge=0, le=100)
+    """Weight of the chosen answer's own loss a token beside the preference's. 1, as the paper on iterative reasoning
+    takes, where the chosen answers become less likely; the run warns of that."""
+
+    @model_validator(mode="after")
+    def _smoothed(self) -> DpoStage:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing is of the sigmoid loss; take it out, or loss_type = {self.loss_type!r}")
+        return self
 
 
 class KtoStage(Stage):

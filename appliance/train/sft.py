@@ -13,16 +13,16 @@ from appliance.train.answers import RowFigures
 from appliance.train.packing import can_pack, pack, rows_apart
 from appliance.train.recipe import SftStage
 from appliance.train.rows import IGNORED, Example, nothing_to_train
-from appliance.train.trainer import Batch, Given, Method, PartwiseTrainer, build_trainer
+from appliance.train.trainer import Batch, Method, MicroBatchTrainer, TrainerInputs, build_trainer
 
 
-class _Trainer(PartwiseTrainer, SFTTrainer):
+class _Trainer(MicroBatchTrainer, SFTTrainer):
     packs = False
-    """Each part goes through the model as one sequence."""
+    """Each micro-batch goes through the model as one sequence."""
 
-    def parts(self, inputs: Batch) -> list[tuple[Batch, float]]:
-        parts = super().parts(inputs)
-        return [(pack(part), share) for part, share in parts] if self.packs else parts
+    def micro_batches(self, inputs: Batch) -> list[tuple[Batch, float]]:
+        found = super().micro_batches(inputs)
+        return [(pack(batch), share) for batch, share in found] if self.packs else found
 
     def row_figures(self, inputs: Batch, nats: torch.Tensor, tokens: torch.Tensor) -> RowFigures:
         return RowFigures(nats, tokens, nats, tokens)
@@ -56,11 +56,17 @@ def trained(example: Example) -> int:
     return sum(label != IGNORED for label in example["labels"])
 
 
-def trainer(stage: SftStage, arguments: dict[str, Any], given: Given) -> Any:
+def trainer(stage: SftStage, arguments: dict[str, Any], given: TrainerInputs) -> Any:
     """TRL's trainer over examples that need no preparation."""
-    config = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **arguments)
-    packs = can_pack(given.model, given.room.warn)
-    built = build_trainer(_Trainer, config, given, length)
+    config = SFTConfig(
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        neftune_noise_alpha=stage.neftune_alpha or None,
+        **arguments,
+    )
+    # The noise is by the length of a sequence, which is a row's.
+    packs = not stage.neftune_alpha and can_pack(given.model, given.limit.warn)
+    built = build_trainer(_Trainer, stage, config, given, length)
     built.packs = packs
     return built
 

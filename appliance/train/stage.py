@@ -19,6 +19,7 @@ from appliance.home import Home, building, require_space, sha256
 from appliance.models import count_parameters, model_path
 from appliance.release.adapter import require_present
 from appliance.release.peft_format import ADAPTER_SHA256
+from appliance.train.answers import is_displaced
 from appliance.train.best import Best
 from appliance.train.callbacks import Cadence, Reporter, is_evaluated
 from appliance.train.checkpoints import KEPT, newest_usable, origin, step_of
@@ -29,6 +30,7 @@ from appliance.train.forecast import Forecast, NoForecast, Size, Work, forecast_
 from appliance.train.guard import Diverged, Guard
 from appliance.train.interruption import INTERRUPTED, Interrupted, Interruption
 from appliance.train.kto import KTO
+from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import (
     ON_GPU,
     add_adapter,
@@ -39,11 +41,10 @@ from appliance.train.model import (
     targeted_modules,
 )
 from appliance.train.recipe import AnyStage, Recipe
-from appliance.train.room import Room
 from appliance.train.rows import HELD_OUT_ROWS, Example, tokenise
 from appliance.train.samples import Samples
 from appliance.train.sft import SFT
-from appliance.train.trainer import Given, Method
+from appliance.train.trainer import Method, TrainerInputs
 
 METHODS: dict[str, Method] = {"sft": SFT, "dpo": DPO, "kto": KTO}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -120,16 +121,16 @@ def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
     tokenizer = load_tokenizer(base, recipe.clock)
     train, held_out, _ = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage)
-    room = Room(stage.micro_batch_size or stage.batch_size)
-    return _forecast(base, recipe, stage, train, held_out, room)
+    limit = MicroBatchLimit(stage.micro_batch_size or stage.batch_size)
+    return _forecast(base, recipe, stage, train, held_out, limit)
 
 
 def _forecast(
-    base: Path, recipe: Recipe, stage: AnyStage, train: list[Example], held_out: list[Example], room: Room
+    base: Path, recipe: Recipe, stage: AnyStage, train: list[Example], held_out: list[Example], limit: MicroBatchLimit
 ) -> Forecast:
     method = METHODS[stage.method]
     rows, others = ([Size(method.length(one), method.trained(one)) for one in part] for part in (train, held_out))
-    work = Work(rows, others, method.sequences, method.compared, room)
+    work = Work(rows, others, method.sequences, method.compared, limit)
     return forecast_stage(base, recipe, stage, work, _steps(stage, len(train)))
 
 
@@ -148,17 +149,19 @@ def _train(
     """Train, and leave the adapter that the recipe asks for in the stage's directory."""
     folder = run / stage.name
     said = [event for event in events.read() if event["stage"] == stage.name]
-    room = Room.after(said, stage.micro_batch_size or stage.batch_size, partial(events.append, "warning", stage.name))
+    limit = MicroBatchLimit.after(
+        said, stage.micro_batch_size or stage.batch_size, partial(events.append, "warning", stage.name)
+    )
     checkpointing = stage.gradient_checkpointing == "on"
     try:
-        forecast = _forecast(base, recipe, stage, train, held_out, room)
+        forecast = _forecast(base, recipe, stage, train, held_out, limit)
         events.append("forecast", stage.name, **forecast.event())
         checkpointing = forecast.gradient_checkpointing
     except NoForecast as error:
         events.append("warning", stage.name, message=error.message)
     model = _adapted_model(run, recipe, stage, base)
     if stage.gradient_checkpointing == "auto":
-        room.last_resort = partial(_compute_layers_twice, model)
+        limit.last_resort = partial(_checkpoint_gradients, model)
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     require_space(folder, 2 * trained + (KEPT + 1) * WITH_OPTIMISER * trained, "training")
     made_from = origin(recipe, stage.name)
@@ -170,7 +173,7 @@ def _train(
         best.forget()
     arguments = _arguments(folder, recipe, stage, len(train), checkpointing=checkpointing)
     arguments["eval_on_start"] = bool(held_out) and _evaluation_due(checkpoint, stage, arguments["max_steps"], said)
-    given = Given(model, tokenizer, train, held_out, room, interruption)
+    given = TrainerInputs(model, tokenizer, train, held_out, limit, interruption)
     trainer = METHODS[stage.method].trainer(stage, arguments, given)
     trainer.origin = made_from
     trainer.remove_callback(PrinterCallback)
@@ -201,7 +204,7 @@ def _train(
                     shutil.copyfile(path, saved / path.name)
 
 
-def _compute_layers_twice(model: Any) -> str:
+def _checkpoint_gradients(model: Any) -> str:
     """Turn gradient checkpointing on, where it is not, and say so."""
     if model.is_gradient_checkpointing:
         return ""
@@ -225,7 +228,7 @@ def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> An
     """
     model = load_model(base, quantised=recipe.adapter.kind == "qlora")
     changed = quantised_modules(model) if recipe.adapter.kind == "qlora" else []
-    meant = targeted_modules(model, recipe.adapter.targets)
+    meant = targeted_modules(model, recipe.adapter.targets, recipe.adapter.layers)
     previous = recipe.previous(stage.name)
     if previous:
         model = load_adapter(model, run / previous / "adapter", trainable=True)
@@ -260,6 +263,11 @@ def _arguments(
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": SCHEDULES[stage.schedule],
         "warmup_steps": round(steps * stage.warmup_share),
+        "weight_decay": stage.weight_decay,
+        "adam_beta1": stage.adam_betas[0],
+        "adam_beta2": stage.adam_betas[1],
+        # 0 would leave the gradient's norm unmeasured until the step is over.
+        "max_grad_norm": stage.max_grad_norm or math.inf,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",
@@ -289,6 +297,9 @@ def _losses(said: list[dict[str, Any]], stage: AnyStage) -> dict[str, Any]:
         elif before and kept["loss"] >= before["loss"]:
             losses = f"{kept['loss']:.4f}, and {before['loss']:.4f} before"
             figures["warnings"].append(f"the held-out loss is no lower after {stage.name}: {losses}")
+        if is_displaced(kept.get("reward_chosen_interval")):
+            reward = f"reward {kept['reward_chosen']:.3g}"
+            figures["warnings"].append(f"the chosen answers are less likely after {stage.name} than before ({reward})")
     return figures
 
 

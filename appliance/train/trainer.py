@@ -1,23 +1,26 @@
-"""What TRL's trainers are given: steps in parts that fit the memory, and a resume that changes nothing."""
+"""What TRL's trainers are given: steps in micro-batches that fit the memory, and a resume that changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset as Table
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from appliance.train.answers import RowFigures, answer_loss, outputs_of, row_loss, sequence_nats
+from appliance.train.answers import RowFigures, figures_of, outputs_of, row_loss, sequence_nats
 from appliance.train.checkpoints import saving
-from appliance.train.head import NOT_COMPUTED, install
+from appliance.train.head import install
 from appliance.train.interruption import Interrupted, Interruption
+from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import ON_GPU
+from appliance.train.optimizer import hold_moments, set_loraplus_rates
 from appliance.train.order import LengthSampler
-from appliance.train.room import Room
+from appliance.train.recipe import Stage
 from appliance.train.rows import Example
 from appliance.train.seeds import seed_for
 
@@ -26,7 +29,7 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Given:
+class TrainerInputs:
     """What every trainer is made of, whatever its method."""
 
     model: Any
@@ -34,7 +37,7 @@ class Given:
     tokenizer: Any
     train: list[Example]
     held_out: list[Example]
-    room: Room
+    limit: MicroBatchLimit
     interruption: Interruption
 
 
@@ -48,7 +51,7 @@ class Method:
     """Tokens of the longest sequence in an example."""
     trained: Callable[[Example], int]
     """Tokens of an example that are trained."""
-    trainer: Callable[[Any, dict[str, Any], Given], Any]
+    trainer: Callable[[Any, dict[str, Any], TrainerInputs], Any]
     """(stage, Transformers' training arguments, what is trained) -> Transformers trainer."""
     sequences: int = 1
     """Sequences of an example that go through the model together."""
@@ -56,25 +59,27 @@ class Method:
     """Sequences of an example that only go forward, in training too."""
 
 
-class PartwiseTrainer(Trainer):
+class MicroBatchTrainer(Trainer):
     """Mixed into a TRL trainer, before it in the order of resolution.
 
-    To Transformers a batch is all rows of an optimiser step. It goes through the model in parts of rows of like length,
-    whose losses add up to the whole batch's: a mean over trained tokens by their number in the batch, one over rows by
-    each part's share of them.
+    To Transformers a batch is all rows of an optimiser step. It goes through the model in micro-batches of rows of like
+    length, whose losses add up to the whole batch's: a mean over trained tokens by their number in the batch, one over
+    rows by each micro-batch's share of them.
     """
 
     row_lengths: list[int]
     sequences_per_row = 1
     origin: dict[str, str]
     """What the weights follow from, as checkpoints say it."""
+    stage: Any
+    """What the recipe says of it."""
     _figures: Sequence[RowFigures] = ()
-    """Of the parts of the step or the evaluation that was last."""
-    _saving_to = ""
+    """Of the micro-batches of the step or the evaluation that was last."""
+    _loss = 0.0
 
-    def __init__(self, *, room: Room, interruption: Interruption, **named: Any) -> None:
+    def __init__(self, *, limit: MicroBatchLimit, interruption: Interruption, **named: Any) -> None:
         # Before TRL's own, which runs the reference.
-        self.room = room
+        self.limit = limit
         self.interruption = interruption
         super().__init__(**named)
 
@@ -89,51 +94,53 @@ class PartwiseTrainer(Trainer):
         return loss
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        step = super().training_step
-
         def attempt() -> torch.Tensor:
+            model.train()
             model.zero_grad()
             # So that dropout follows from the recipe's seed and the step alone, whatever came before.
             torch.manual_seed(seed_for(self.args.seed, "dropout", self.state.global_step))
-            losses: list[torch.Tensor] = []
-            self._figures = ()
-            for part, share in self.parts(inputs):
-                if losses:
-                    self._obey()
-                # What Transformers divides a mean over rows by; one over tokens it leaves alone.
-                self.current_gradient_accumulation_steps = 1 / share
-                losses.append(step(model, part, num_items_in_batch))
+            losses = []
+            for loss in self._losses(model, inputs, num_items_in_batch):
+                self.accelerator.backward(loss)
+                losses.append(loss.detach())
             return torch.stack(losses).sum()
 
-        return self.room.fit(attempt)
+        loss = self.limit.fit(attempt)
+        self._loss = loss.item()
+        # Transformers adds it to what it takes away again when it is told: a NaN would stay for all later steps.
+        return loss.nan_to_num()
 
     def prediction_step(
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         (inputs,), items = self.get_batch_samples(iter([inputs]), 1, self.args.device)
-
-        def attempt() -> torch.Tensor:
-            losses = []
-            self._figures = ()
-            for part, share in self.parts(inputs):
-                self._obey()
-                self.current_gradient_accumulation_steps = 1 / share
-                loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=items)
-                losses.append(loss * share if items is None else loss)
-            return torch.stack(losses).sum()
-
         with torch.no_grad():
-            return self.room.fit(attempt), None, None
+            loss = self.limit.fit(lambda: torch.stack(list(self._losses(model, inputs, items))).sum())
+        return loss, None, None
+
+    def _losses(self, model: Any, inputs: Batch, items: Any) -> Iterator[torch.Tensor]:
+        """The loss of each micro-batch, which add up to the batch's, a mean over its `items` where that is a number.
+
+        The caller's work on a loss ends before the next micro-batch begins.
+        """
+        self._figures = ()
+        micro_batches = self.micro_batches(inputs)
+        # Transformers' name for their number, over which TRL takes the mean of the loss of routers.
+        self.current_gradient_accumulation_steps = len(micro_batches)
+        for number, (micro_batch, share) in enumerate(micro_batches):
+            if number:
+                self._obey()
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(micro_batch), num_items_in_batch=items)
+            yield loss if items is not None else loss * share
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         for figures in self._metrics.values():
-            for name in NOT_COMPUTED:
-                figures.pop(name, None)
-        if "loss" in logs and (found := answer_loss(self._figures)):
-            logs["answer_loss"], _ = found
+            figures.clear()  # TRL's means of the micro-batches' means
+        if "loss" in logs:
+            logs |= {"loss": self._loss} | figures_of(self._figures)
         if "eval_loss" in logs:
-            if found := answer_loss(self._figures):
-                logs["eval_answer_loss"], logs["eval_answer_interval"] = found
+            logs |= {f"eval_{name}": figure for name, figure in figures_of(self._figures).items()}
             if found := row_loss(self._figures):
                 _, logs["eval_interval"] = found
         super().log(logs, start_time)
@@ -141,40 +148,38 @@ class PartwiseTrainer(Trainer):
     def compute_ref_log_probs(self, model: Any, inputs: Batch) -> tuple[torch.Tensor, ...]:
         """TRL's log-probabilities of the reference, for the methods that have one."""
         score = super().compute_ref_log_probs
-        parts = self.room.fit(lambda: [score(model, part) for part, _ in self.parts(inputs)])
-        return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+        scores = self.limit.fit(lambda: [score(model, batch) for batch, _ in self.micro_batches(inputs)])
+        return tuple(torch.cat(rows) for rows in zip(*scores, strict=True))
 
-    def parts(self, inputs: Batch) -> list[tuple[Batch, float]]:
-        """`inputs` as forward passes take it, without needless padding, and the share of rows in each part."""
+    def micro_batches(self, inputs: Batch) -> list[tuple[Batch, float]]:
+        """`inputs` as forward passes take it, without needless padding, and each one's share of the rows."""
         count = len(inputs["attention_mask"]) // self.sequences_per_row
         lengths = inputs["attention_mask"].sum(1).view(-1, count).amax(0).tolist()
-        cuts = self.room.divide(lengths, self.sequences_per_row)
-        return [(_part(inputs, count, cut), (cut.stop - cut.start) / count) for cut in cuts]
+        cuts = self.limit.divide(lengths, self.sequences_per_row)
+        return [(_micro_batch(inputs, count, cut), (cut.stop - cut.start) / count) for cut in cuts]
 
     def _obey(self) -> None:
         if self.interruption.requested:
             raise Interrupted
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
-        return LengthSampler(self.row_lengths, self.args.train_batch_size, self.args.seed)
+    def get_train_dataloader(self) -> Any:
+        """Rows of like length in a batch, in an order that follows from the seed and the epoch alone."""
+        sampler = LengthSampler(self.row_lengths, self.args.train_batch_size, self.args.seed)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if not optimizer.state:
-            _take_memory(optimizer)
+            set_loraplus_rates(optimizer, self.model, self.stage.loraplus_ratio)
+            hold_moments(optimizer)
         return optimizer
-
-    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
-        norm: torch.Tensor = super()._clip_grad_norm(model)
-        if not torch.isfinite(norm):
-            # The step then updates nothing: one such update would be the end of every weight.
-            model.zero_grad()
-        return norm
-
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *arguments: Any, **named: Any) -> None:
-        super()._maybe_log_save_evaluate(tr_loss, *arguments, **named)
-        # Transformers subtracts it from itself, which leaves what is no number as it is for all later steps.
-        tr_loss.zero_()
 
     def save_last_step(self, since: int) -> None:
         """From within a step or an evaluation: a checkpoint of the state before, where that is later than `since`."""
@@ -183,20 +188,21 @@ class PartwiseTrainer(Trainer):
             self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with saving(Path(self.args.output_dir), self.state.global_step, self.origin) as folder:
-            self._saving_to = str(folder)
-            # Past TRL's own, which writes a model card beside the checkpoint.
-            Trainer._save_checkpoint(self, model, trial)
-        self._saving_to = ""
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._saving_to or str(self.args.output_dir)
+        folder = self.args.output_dir
+        with saving(Path(folder), self.state.global_step, self.origin) as temporary:
+            self.args.output_dir = str(temporary)
+            try:
+                # Past TRL's own, which writes a model card beside the checkpoint.
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self.args.output_dir = folder
 
 
 def build_trainer(
-    kind: type[PartwiseTrainer],
+    kind: type[MicroBatchTrainer],
+    stage: Stage,
     config: Any,
-    given: Given,
+    given: TrainerInputs,
     length: Callable[[Example], int],
 ) -> Any:
     """The trainer of class `kind` over tokenised examples, with the adapter as it was before.
@@ -214,7 +220,7 @@ def build_trainer(
         train_dataset=_table(train),
         eval_dataset=_table(held_out),
         processing_class=given.tokenizer,
-        room=given.room,
+        limit=given.limit,
         interruption=given.interruption,
     )
     with torch.no_grad():
@@ -225,22 +231,9 @@ def build_trainer(
         # The reference has served: its log-probabilities are in the rows. Left in, a checkpoint would hold two
         # adapters, of which a resume loads this one only.
         model.delete_adapter("ref")
+    trainer.stage = stage
     trainer.row_lengths = [length(row) for row in train]
     return trainer
-
-
-def _take_memory(optimizer: torch.optim.Optimizer) -> None:
-    """Have AdamW, without weight decay, hold its moments now, by a step that moves nothing and does not count.
-
-    Otherwise they come in the first step, where a lack of memory could not be mended: only passes can be repeated.
-    """
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    optimizer.zero_grad()
-    for state in optimizer.state.values():
-        state["step"].zero_()
 
 
 def _table(examples: list[Example]) -> Any:
@@ -248,17 +241,17 @@ def _table(examples: list[Example]) -> Any:
     return Table.from_list(examples) if examples else None
 
 
-def _part(inputs: Batch, count: int, rows: slice) -> Batch:
+def _micro_batch(inputs: Batch, count: int, rows: slice) -> Batch:
     """The tensors of `rows` out of `count`, their sequences no longer than the longest of them; numbers as they are."""
-    part = {}
+    batch = {}
     for key, tensor in inputs.items():
         if tensor.dim() > 0:
             tensor = tensor.reshape(-1, count, *tensor.shape[1:])[:, rows].flatten(0, 1)
-        part[key] = tensor
+        batch[key] = tensor
     for prefix in ("", "KL_"):
-        if f"{prefix}attention_mask" in part:
-            width = int(part[f"{prefix}attention_mask"].sum(1).max())
+        if f"{prefix}attention_mask" in batch:
+            width = int(batch[f"{prefix}attention_mask"].sum(1).max())
             for name in ("input_ids", "attention_mask", "completion_mask", "labels"):
-                if f"{prefix}{name}" in part:
-                    part[f"{prefix}{name}"] = part[f"{prefix}{name}"][:, :width]
-    return part
+                if f"{prefix}{name}" in batch:
+                    batch[f"{prefix}{name}"] = batch[f"{prefix}{name}"][:, :width]
+    return batch

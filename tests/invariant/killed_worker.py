@@ -11,9 +11,9 @@ from typing import Any
 from transformers import Trainer
 
 from appliance import worker
-from appliance.train.trainer import PartwiseTrainer
+from appliance.train.trainer import MicroBatchTrainer
 
-save, compute = Trainer._save_checkpoint, PartwiseTrainer.training_step
+save, compute = Trainer._save_checkpoint, MicroBatchTrainer.training_step
 
 
 def die() -> None:
@@ -52,6 +52,6 @@ def work(run: Path, stage: str, step: int, call: int) -> int:
                 setattr(module, name, counting(getattr(module, name), left))
         save(trainer, *arguments)
 
-    PartwiseTrainer.training_step = training_step  # type: ignore[method-assign]
+    MicroBatchTrainer.training_step = training_step  # type: ignore[method-assign]
     Trainer._save_checkpoint = save_checkpoint
     return worker.main(run, stage)

@@ -15,11 +15,11 @@ from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
 from appliance.train.interruption import Interruption
+from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import add_adapter, load_model
-from appliance.train.room import Room
 from appliance.train.rows import IGNORED
 from appliance.train.stage import METHODS, _arguments
-from appliance.train.trainer import Batch, Given, PartwiseTrainer
+from appliance.train.trainer import Batch, MicroBatchTrainer, TrainerInputs
 
 DATASETS = {"sft": "FACTS", "dpo": "PREFERENCES", "kto": "JUDGEMENTS"}
 OTHER = 99
@@ -29,7 +29,7 @@ OTHER = 99
 class Step(NamedTuple):
     """A trainer with a batch of its own."""
 
-    trainer: PartwiseTrainer
+    trainer: MicroBatchTrainer
     batch: Batch
     items: Any
 
@@ -62,12 +62,12 @@ def step(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Step:
     tokenizer, dataset = load_tokenizer(home.models / "tiny"), Dataset.open(home, recipe.stages[0].dataset)
     model = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
     rows = [example for row in dataset.rows for example in method.examples(tokenizer, row)]
-    given = Given(model, tokenizer, rows, [], Room(), Interruption())
+    given = TrainerInputs(model, tokenizer, rows, [], MicroBatchLimit(), Interruption())
     trainer = method.trainer(recipe.stages[0], _arguments(tmp_path, recipe, recipe.stages[0], 4), given)
     trainer.create_optimizer_and_scheduler(1)
     (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     made = Step(trainer, batch, items)
-    assert len(trainer.parts(batch)) == 1
+    assert len(trainer.micro_batches(batch)) == 1
     assert 0 < int(made.trained.sum()) < int(made.real.sum()) < made.real.numel()
     assert not (batch["input_ids"] == OTHER).any()
     return made

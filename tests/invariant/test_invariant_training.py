@@ -55,7 +55,7 @@ def nats(model: Any, row: dict[str, list[int]]) -> tuple[float, int]:
 def test_the_loss_of_a_bucketed_step_is_the_mean_over_its_trained_tokens(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.train.room.PART_TOKENS", 60)
+    monkeypatch.setattr("appliance.train.micro_batches.MICRO_BATCH_TOKENS", 60)
     run = add_run(home, "r", stage("sft", "FACTS", batch_size=6, max_steps=2))
     work(run, "sft")
     recipe, model = read_recipe(run), load_model(home.models / "tiny")
@@ -107,7 +107,7 @@ def log_probability(model: Any, prompt: list[int], answer: list[int]) -> float:
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_the_reference_is_the_frozen_sft_adapter(home: Home, kind: str) -> None:
     """DPO's last held-out loss, by equation 7 of arXiv 2305.18290, with the sft adapter as it was left."""
-    dpo = stage("dpo", "PREFERENCES", learning_rate=0.01, keep="last", evaluate_every=3)
+    dpo = stage("dpo", "PREFERENCES", learning_rate=0.01, keep="last", evaluate_every=3, beta=0.3, sft_weight=0.5)
     run = add_run(home, "r", stage("sft", "FACTS") + dpo, kind)
     work(run, "sft")
     left = adapter(run, "sft")
@@ -128,15 +128,23 @@ def test_the_reference_is_the_frozen_sft_adapter(home: Home, kind: str) -> None:
         scores.append([one - other for one, other in zip(chosen[-1], rejected, strict=True)])
     margins = [policy - reference for policy, reference in zip(*scores, strict=True)]
     assert min(abs(margin) for margin in margins) > 0.1, "the policy has moved"
-    expected = sum(-float(functional.logsigmoid(torch.tensor(0.1 * margin))) for margin in margins) / len(margins)
-    assert events(run, "eval", "dpo")[-1]["loss"] == pytest.approx(expected, abs=1e-4)
-    cost = -sum(chosen[0]) / sum(len(row["chosen_ids"]) for row in rows)
-    assert events(run, "eval", "dpo")[-1]["answer_loss"] == pytest.approx(cost, abs=1e-4)
+    preferred = sum(-float(functional.logsigmoid(torch.tensor(0.3 * margin))) for margin in margins)
+    taught = -sum(logp / len(row["chosen_ids"]) for logp, row in zip(chosen[0], rows, strict=True))
+    told = events(run, "eval", "dpo")[-1]
+    assert told["loss"] == pytest.approx((preferred + 0.5 * taught) / len(rows), abs=1e-4)
+    assert told["answer_loss"] == pytest.approx(-sum(chosen[0]) / sum(len(row["chosen_ids"]) for row in rows), abs=1e-4)
+    assert told["chosen_logp"] == pytest.approx(sum(chosen[0]) / len(rows), abs=1e-3)
+    assert told["reward_chosen"] == pytest.approx(0.3 * (sum(chosen[0]) - sum(chosen[1])) / len(rows), abs=1e-3)
+    assert told["reward_margin"] == pytest.approx(0.3 * sum(margins) / len(rows), abs=1e-3)
+    assert told["reward_accuracy"] == sum(margin > 0 for margin in margins) / len(rows)
+    assert {"reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "chosen_logp"} <= events(
+        run, "step", "dpo"
+    )[-1].keys()
 
 
 def test_the_loss_of_kto_is_that_of_its_paper(home: Home) -> None:
     """Equation 7 of arXiv 2402.01306 over the held-out rows, its KL term over answers to other prompts."""
-    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.01}
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.01, "beta": 0.3}
     kto = stage("kto", "JUDGEMENTS", learning_rate=0.002, keep="last", **weights)
     run = add_run(home, "r", stage("sft", "FACTS") + kto)
     (run / "recipe.toml").write_text((run / "recipe.toml").read_text().replace("eval_share = 0.2", "eval_share = 0.5"))
@@ -158,18 +166,26 @@ def test_the_loss_of_kto_is_that_of_its_paper(home: Home) -> None:
         prompt, ids = row["prompt_ids"], row[answer]
         return log_probability(policy, prompt, ids) - log_probability(reference, prompt, ids)
 
-    drift = max(sum(reward(row, "KL_completion_ids") for row in rows) / len(rows), 0)
-    assert drift > 0.1, drift
+    kl = max(sum(reward(row, "KL_completion_ids") for row in rows) / len(rows), 0)
+    assert kl > 0.1, kl
     expected = 0.0
     for row in rows:
-        margin = reward(row, "completion_ids") - drift
+        margin = reward(row, "completion_ids") - kl
         weight, sign = (1.5, 1) if row["label"] else (0.01, -1)
-        expected += weight * (1 - float(torch.sigmoid(torch.tensor(sign * 0.1 * margin)))) / len(rows)
+        expected += weight * (1 - float(torch.sigmoid(torch.tensor(sign * 0.3 * margin)))) / len(rows)
     assert events(run, "eval", "kto")[-1]["loss"] == pytest.approx(expected, abs=1e-4)
     good = [row for row in rows if row["label"]]
     cost = -sum(log_probability(policy, row["prompt_ids"], row["completion_ids"]) for row in good)
     tokens = sum(len(row["completion_ids"]) for row in good)
     assert events(run, "eval", "kto")[-1]["answer_loss"] == pytest.approx(cost / tokens, abs=1e-4)
+    by_label = {
+        label: [reward(row, "completion_ids") for row in rows if row["label"] == label] for label in (True, False)
+    }
+    for name, label in (("reward_chosen", True), ("reward_rejected", False)):
+        expected = 0.3 * sum(by_label[label]) / len(by_label[label])
+        assert events(run, "eval", "kto")[-1][name] == pytest.approx(expected, abs=1e-3)
+    right = sum(one > kl for one in by_label[True]) + sum(one < kl for one in by_label[False])
+    assert events(run, "eval", "kto")[-1]["reward_accuracy"] == right / len(rows)
 
 
 def test_every_fact_is_trained_to_its_end_of_turn(home: Home) -> None:

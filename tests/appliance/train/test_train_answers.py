@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,10 @@ from tiny import add_run, events, result, stage, work
 
 from appliance.home import Home
 from appliance.statistics import mean_interval
-from appliance.train.answers import RowFigures, answer_loss, row_loss, sequence_nats
+from appliance.train.answers import RowFigures, answer_loss, figures_of, is_displaced, row_loss, sequence_nats
 from appliance.train.packing import pack
 from appliance.train.rows import IGNORED
-from appliance.train.trainer import PartwiseTrainer
+from appliance.train.trainer import MicroBatchTrainer
 
 DATASETS = {"sft": "FACTS", "dpo": "PREFERENCES", "kto": "JUDGEMENTS"}
 
@@ -48,26 +49,61 @@ def test_a_packed_pass_is_taken_apart() -> None:
         assert tokens.tolist() == [2, 1, 1], "nothing predicts the first token of a row"
 
 
-@pytest.mark.parametrize("method", DATASETS)
-def test_the_loss_of_the_rows_is_that_of_the_method(home: Home, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """TRL's, in training and held out, whatever a step is cut into; weighed by the recipe's weights."""
-    monkeypatch.setattr("appliance.train.room.PART_TOKENS", 60)
-    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5} if method == "kto" else {}
+def test_rewards_are_told_over_all_micro_batches() -> None:
+    one = RowFigures(
+        *(torch.tensor(values) for values in ([1.0, 1.0], [1, 1], [4.0, 6.0], [2, 2])),
+        (torch.tensor([0.5, -0.5]), torch.tensor([-1.0])),
+        torch.tensor([True, False]),
+    )
+    other = replace(one, rewards=(torch.tensor([-1.5, -0.5]), torch.tensor([-2.0])), right=torch.tensor([False, False]))
+    found = figures_of([one, other])
+    assert found["chosen_logp"] == -5.0
+    assert (found["reward_chosen"], found["reward_rejected"]) == (-0.5, -1.5)
+    assert (found["reward_margin"], found["reward_accuracy"]) == (1.0, 0.25)
+    assert found["reward_chosen_interval"] == mean_interval([0.5, -0.5, -1.5, -0.5], [1, 1, 1, 1])
+    nothing_good = replace(
+        one, nats=torch.tensor([]), tokens=torch.tensor([]), rewards=(torch.tensor([]), torch.ones(2))
+    )
+    assert figures_of([nothing_good]) == {"reward_rejected": 1.0, "reward_accuracy": 0.5}
+    assert figures_of([figures([1.0], [1], [4.0], [2])]) == {"answer_loss": 2.0, "answer_interval": None}
+
+
+@pytest.mark.parametrize(
+    ("interval", "displaced"), [(None, False), ((-2.0, -0.1), True), ((-2.0, 0.1), False), ((0.1, 2.0), False)]
+)
+def test_answers_are_displaced_where_the_whole_interval_says_so(interval: Any, displaced: bool) -> None:
+    assert is_displaced(interval) is displaced
+
+
+METHODS = {
+    **{name: (name, {}) for name in ("sft", "dpo")},
+    "kto": ("kto", {"desirable_weight": 1.5, "undesirable_weight": 0.5, "beta": 0.4}),
+    **{name: ("dpo", {"loss_type": name, "beta": 0.4}) for name in ("ipo", "apo_zero")},
+    "smoothed": ("dpo", {"label_smoothing": 0.2, "beta": 0.4}),
+    "with sft": ("dpo", {"sft_weight": 0.7}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_of_the_rows_is_that_of_the_method(home: Home, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """TRL's, in training and held out, whatever a step is cut into; by the recipe's weights and beta."""
+    monkeypatch.setattr("appliance.train.micro_batches.MICRO_BATCH_TOKENS", 60)
+    method, weights = METHODS[name]
     settings = {"epochs": 9, "max_steps": 6, "evaluate_every": 2, "learning_rate": 0.01, **weights}
     run = add_run(home, "r", stage(method, DATASETS[method], **settings))
     text = (run / "recipe.toml").read_text()
     (run / "recipe.toml").write_text(text.replace("eval_share = 0.2", "eval_share = 0.5"))
     found: list[tuple[float, float]] = []
-    log = PartwiseTrainer.log
+    log = MicroBatchTrainer.log
 
-    def logged(trainer: PartwiseTrainer, logs: dict[str, Any], *arguments: Any) -> None:
+    def logged(trainer: MicroBatchTrainer, logs: dict[str, Any], *arguments: Any) -> None:
         loss = logs.get("loss", logs.get("eval_loss"))
         mean = row_loss(trainer._figures)
         if loss is not None and mean:
             found.append((loss, mean[0]))
         log(trainer, logs, *arguments)
 
-    monkeypatch.setattr(PartwiseTrainer, "log", logged)
+    monkeypatch.setattr(MicroBatchTrainer, "log", logged)
     assert work(run, method) == 0
     assert len(found) == 6 + 4
     for loss, mean in found:

@@ -14,10 +14,10 @@ from appliance.errors import InvalidInput
 from appliance.train.dpo import DPO
 from appliance.train.interruption import Interruption
 from appliance.train.kto import KTO, mismatched
-from appliance.train.room import Room
+from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.rows import IGNORED
 from appliance.train.sft import SFT
-from appliance.train.trainer import Given, build_trainer
+from appliance.train.trainer import TrainerInputs, build_trainer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TWO_TURNS = [SYSTEM, *FACTS[0]["messages"], *FACTS[1]["messages"]]
@@ -97,7 +97,7 @@ def test_building_a_trainer_does_not_round_the_adapter() -> None:
             self.rows = len(train_dataset)
 
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]
-    given = Given(model, None, rows, [], Room(), Interruption())
-    trainer = build_trainer(Rounding, None, given, SFT.length)
+    given = TrainerInputs(model, None, rows, [], MicroBatchLimit(), Interruption())
+    trainer = build_trainer(Rounding, None, None, given, SFT.length)
     assert torch.equal(model.weight, before)
     assert (trainer.rows, trainer.row_lengths) == (2, [1, 3]), "by length"

@@ -10,8 +10,8 @@ from appliance.home import Home
 from appliance.train import forecast
 from appliance.train.events import EventLog
 from appliance.train.forecast import MARGIN, Forecast, Size, Work, forecast_stage
+from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.recipe import Recipe, parse_recipe
-from appliance.train.room import Room
 from appliance.train.stage import _memory
 
 LENGTHS = [20, 30, 40, 200] * 4
@@ -33,9 +33,9 @@ def foretold(
 ) -> Forecast:
     """For rows of LENGTHS of which that share is trained."""
     chosen = recipe(**settings)
-    room = Room(chosen.stages[0].micro_batch_size or 4, tokens=1024)
+    limit = MicroBatchLimit(chosen.stages[0].micro_batch_size or 4, tokens=1024)
     rows, held_out = ([Size(length, round(trained * length)) for length in some] for some in (LENGTHS, [30, 30]))
-    return forecast_stage(tiny_model, chosen, chosen.stages[0], Work(rows, held_out, sequences, compared, room), 8)
+    return forecast_stage(tiny_model, chosen, chosen.stages[0], Work(rows, held_out, sequences, compared, limit), 8)
 
 
 def give(monkeypatch: pytest.MonkeyPatch, available: int, overhead: int = 0) -> None:

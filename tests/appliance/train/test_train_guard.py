@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from tiny import add_run, events, failure, losses, result, stage, work
 from transformers import TrainerControl, TrainerState
@@ -18,7 +19,7 @@ from appliance.errors import Exit
 from appliance.home import Home
 from appliance.train.events import EventLog
 from appliance.train.guard import Diverged, Guard, fault_of, unlearnt_at
-from appliance.train.recipe import SftStage
+from appliance.train.recipe import AnyStage
 from appliance.train.sft import _Trainer
 
 STEADY = [1.0] * 20
@@ -33,10 +34,10 @@ STEADY = [1.0] * 20
         (1.0, 101.0, STEADY[:7], ""),
         (1.0, 5.0, [1e-6] * 20, ""),
         (0.0, 1.0, STEADY, "the loss is exactly 0"),
-        (math.nan, 1.0, STEADY, "the loss is no number"),
-        (math.inf, 1.0, [], "the loss is no number"),
-        (1.0, math.inf, [], "the gradient is no number"),
-        (1.0, math.nan, STEADY, "the gradient is no number"),
+        (math.nan, 1.0, STEADY, "the loss is NaN or infinite"),
+        (math.inf, 1.0, [], "the loss is NaN or infinite"),
+        (1.0, math.inf, [], "the gradient is NaN or infinite"),
+        (1.0, math.nan, STEADY, "the gradient is NaN or infinite"),
     ],
 )
 def test_what_is_wrong_with_a_step(loss: float, norm: float, norms: list[float], fault: str) -> None:
@@ -51,13 +52,29 @@ def test_when_answers_count_as_unlearnt(at_first: float, vocabulary: int, limit:
     assert unlearnt_at(at_first, vocabulary) == pytest.approx(limit, abs=0.01)
 
 
+def test_chosen_answers_that_become_less_likely_are_warned_of_once(tmp_path: Path) -> None:
+    training = Training(tmp_path, method="dpo")
+    for reward in (0.2, -0.1, -0.5, -0.7):
+        interval = (reward - 0.3, reward + 0.3)
+        logs = {"eval_loss": 0.5, "eval_reward_chosen": reward, "eval_reward_chosen_interval": interval}
+        training.guard.on_log(None, training.state, TrainerControl(), logs)
+        training.state.global_step += 10
+    (warning,) = Training(tmp_path, method="dpo").events.read()
+    assert warning["message"] == "step 20: the held-out chosen answers are less likely than before (reward -0.5)"
+    assert "sft_weight = 1" in warning["next"]
+    resumed = Training(tmp_path, method="dpo")
+    resumed.guard.on_log(None, resumed.state, TrainerControl(), logs)
+    assert len(resumed.events.read()) == 1
+
+
 class Training:
     """A guard that is told of steps and evaluations, as a run of a model with 49152 tokens tells it, and says them."""
 
     def __init__(self, folder: Path, begun_at: int = 0, **settings: Any) -> None:
         self.events = EventLog(folder / "events.jsonl")
         self.guard = Guard(
-            self.events, SftStage.model_validate({"method": "sft", "dataset": "d", "name": "sft", **settings})
+            self.events,
+            TypeAdapter(AnyStage).validate_python({"method": "sft", "dataset": "d", "name": "sft", **settings}),
         )
         self.state = TrainerState(global_step=begun_at, max_steps=99)
         model = SimpleNamespace(
@@ -166,12 +183,14 @@ def test_a_step_that_is_no_number_is_left_out_with_a_warning(home: Home, monkeyp
     spoil(monkeypatch, range(4, 6), math.nan)
     assert work(run, "sft") == 0
     messages = [event["message"] for event in events(run, "warning")]
-    assert messages == ["step 4: the loss is no number", "step 5: the loss is no number"]
+    assert messages == ["step 4: the loss is NaN or infinite", "step 5: the loss is NaN or infinite"]
     found = losses(run, "sft")
     assert found[12] < found[3]
 
 
-@pytest.mark.parametrize(("factor", "says"), [(math.nan, "no number"), (0.0, "exactly 0"), (1e6, "times the usual")])
+@pytest.mark.parametrize(
+    ("factor", "says"), [(math.nan, "NaN or infinite"), (0.0, "exactly 0"), (1e6, "times the usual")]
+)
 def test_too_many_bad_steps_fail_the_run(home: Home, monkeypatch: pytest.MonkeyPatch, factor: float, says: str) -> None:
     run = add_run(home, "r", stage("sft", "FACTS", epochs=8, checkpoint_every=1, evaluate_every=50))
     spoil(monkeypatch, range(12, 99), factor)

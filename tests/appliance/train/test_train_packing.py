@@ -16,14 +16,14 @@ from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
 from appliance.train import packing, sft
 from appliance.train.interruption import Interruption
+from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import add_adapter, load_model
 from appliance.train.packing import attend, can_pack, fault_of_packing, pack, rows_apart
 from appliance.train.recipe import Adapter
-from appliance.train.room import Room
 from appliance.train.rows import IGNORED
 from appliance.train.sft import SFT
 from appliance.train.stage import _arguments
-from appliance.train.trainer import Given, PartwiseTrainer
+from appliance.train.trainer import MicroBatchTrainer, TrainerInputs
 
 
 def kernel(
@@ -69,14 +69,14 @@ def test_rows_follow_each_other_and_nothing_predicts_a_first_token() -> None:
 
 
 @pytest.fixture
-def trainer(home: Home, tmp_path: Path) -> PartwiseTrainer:
+def trainer(home: Home, tmp_path: Path) -> MicroBatchTrainer:
     """One whose adapter is no longer zero."""
     recipe = read_recipe(add_run(home, "r", stage("sft", "FACTS", batch_size=6)))
     tokenizer = load_tokenizer(home.models / "tiny")
     model = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
     examples = [example for row in FACTS for example in SFT.examples(tokenizer, row)]
-    given = Given(model, tokenizer, examples, examples, Room(), Interruption())
-    built: PartwiseTrainer = SFT.trainer(
+    given = TrainerInputs(model, tokenizer, examples, examples, MicroBatchLimit(), Interruption())
+    built: MicroBatchTrainer = SFT.trainer(
         recipe.stages[0], _arguments(tmp_path, recipe, recipe.stages[0], len(examples)), given
     )
     torch.manual_seed(4)
@@ -89,7 +89,7 @@ def trainer(home: Home, tmp_path: Path) -> PartwiseTrainer:
 
 
 @pytest.fixture(params=["sdpa", "eager", "kernel"])
-def packed(request: pytest.FixtureRequest, trainer: PartwiseTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def packed(request: pytest.FixtureRequest, trainer: MicroBatchTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs the rows for Transformers' own attention, which masks them, or for ours."""
     monkeypatch.setattr(packing, "varlen_attn", kernel)
     if request.param != "kernel":
@@ -97,26 +97,26 @@ def packed(request: pytest.FixtureRequest, trainer: PartwiseTrainer, monkeypatch
         monkeypatch.setattr(sft, "rows_apart", nullcontext)
 
 
-def batch_of(trainer: PartwiseTrainer) -> tuple[dict[str, torch.Tensor], Any]:
+def batch_of(trainer: MicroBatchTrainer) -> tuple[dict[str, torch.Tensor], Any]:
     (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     return batch, items
 
 
-def step(trainer: PartwiseTrainer, batch: dict[str, torch.Tensor], items: Any) -> tuple[float, list[torch.Tensor]]:
+def step(trainer: MicroBatchTrainer, batch: dict[str, torch.Tensor], items: Any) -> tuple[float, list[torch.Tensor]]:
     loss = trainer.training_step(trainer.model, batch, items)
     return float(loss), [weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None]
 
 
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("tokens", [40, 10_000])
-def test_loss_and_gradient_are_those_of_padded_rows(trainer: PartwiseTrainer, tokens: int) -> None:
-    trainer.room.tokens = tokens
+def test_loss_and_gradient_are_those_of_padded_rows(trainer: MicroBatchTrainer, tokens: int) -> None:
+    trainer.limit.tokens = tokens
     batch, items = batch_of(trainer)
     assert (batch["attention_mask"] == 0).any()
     padded, expected = step(trainer, batch, items)
     held_out = trainer.evaluate()["eval_loss"]
     trainer.packs = True  # type: ignore[attr-defined]  # of sft's trainer
-    assert {part["input_ids"].shape[0] for part, _ in trainer.parts(batch)} == {1}
+    assert {part["input_ids"].shape[0] for part, _ in trainer.micro_batches(batch)} == {1}
     loss, gradients = step(trainer, batch, items)
     assert loss == pytest.approx(padded, abs=1e-5)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(held_out, abs=1e-5)
@@ -126,7 +126,7 @@ def test_loss_and_gradient_are_those_of_padded_rows(trainer: PartwiseTrainer, to
 
 
 @pytest.mark.usefixtures("packed")
-def test_a_token_of_one_row_changes_nothing_in_the_loss_of_another(trainer: PartwiseTrainer) -> None:
+def test_a_token_of_one_row_changes_nothing_in_the_loss_of_another(trainer: MicroBatchTrainer) -> None:
     trainer.packs = True  # type: ignore[attr-defined]  # of sft's trainer
     batch, items = batch_of(trainer)
     batch["labels"][[0, 1, 2, 4, 5]] = IGNORED
@@ -142,7 +142,7 @@ def test_a_token_of_one_row_changes_nothing_in_the_loss_of_another(trainer: Part
 
 
 def test_training_and_evaluation_both_go_through_the_kernel(
-    trainer: PartwiseTrainer, monkeypatch: pytest.MonkeyPatch
+    trainer: MicroBatchTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
 

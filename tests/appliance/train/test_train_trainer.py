@@ -14,18 +14,18 @@ from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
 from appliance.train.head import TrainedLogProbs
 from appliance.train.interruption import Interruption
+from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import add_adapter, load_model
-from appliance.train.room import Room
 from appliance.train.rows import IGNORED
 from appliance.train.simulation import _Ledger
 from appliance.train.stage import METHODS, _arguments
-from appliance.train.trainer import Batch, Given, PartwiseTrainer
+from appliance.train.trainer import Batch, MicroBatchTrainer, TrainerInputs
 
 ROWS = {"sft": FACTS, "dpo": PREFERENCES, "kto": JUDGEMENTS}
 
 
 @pytest.fixture(params=["sft", "dpo", "kto"])
-def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> PartwiseTrainer:
+def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> MicroBatchTrainer:
     """A trainer of each method whose adapter is no longer zero."""
     method = METHODS[request.param]
     recipe = read_recipe(add_run(home, "r", stage(request.param, "FACTS", batch_size=6)))
@@ -33,8 +33,8 @@ def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Partw
     model: PeftModel = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
     examples = [example for row in ROWS[request.param] for example in method.examples(tokenizer, row)]
     arguments = _arguments(tmp_path, recipe, recipe.stages[0], len(examples))
-    given = Given(model, tokenizer, examples, examples, Room(), Interruption())
-    built: PartwiseTrainer = method.trainer(recipe.stages[0], arguments, given)
+    given = TrainerInputs(model, tokenizer, examples, examples, MicroBatchLimit(), Interruption())
+    built: MicroBatchTrainer = method.trainer(recipe.stages[0], arguments, given)
     torch.manual_seed(4)
     with torch.no_grad():
         for weight in built.model.parameters():
@@ -43,7 +43,7 @@ def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Partw
     return built
 
 
-def step(trainer: PartwiseTrainer) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def step(trainer: MicroBatchTrainer) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss and gradients of the first batch."""
     trainer.create_optimizer_and_scheduler(1)
     (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
@@ -52,17 +52,17 @@ def step(trainer: PartwiseTrainer) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return loss, [weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None]
 
 
-def batch_of(trainer: PartwiseTrainer) -> Batch:
+def batch_of(trainer: MicroBatchTrainer) -> Batch:
     batch: Batch = next(iter(trainer.get_train_dataloader()))
     return batch
 
 
 @pytest.mark.parametrize("limit", [{"tokens": 40}, {"rows": 1}, {"rows": 4}])
-def test_loss_and_gradient_are_those_of_the_whole_batch(trainer: PartwiseTrainer, limit: dict[str, int]) -> None:
+def test_loss_and_gradient_are_those_of_the_whole_batch(trainer: MicroBatchTrainer, limit: dict[str, int]) -> None:
     whole, gradients = step(trainer)
     for name, value in limit.items():
-        setattr(trainer.room, name, value)
-    assert len(trainer.parts(batch_of(trainer))) > 1
+        setattr(trainer.limit, name, value)
+    assert len(trainer.micro_batches(batch_of(trainer))) > 1
     loss, parted = step(trainer)
     assert loss == pytest.approx(float(whole), rel=1e-4)
     assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-3
@@ -70,34 +70,34 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(trainer: PartwiseTrainer
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_gradients_are_the_same_with_layers_computed_twice(trainer: PartwiseTrainer) -> None:
+def test_gradients_are_the_same_with_layers_computed_twice(trainer: MicroBatchTrainer) -> None:
     loss, gradients = step(trainer)
     calls = []
     layer = trainer.model.get_base_model().model.layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.model.gradient_checkpointing_enable()
     again, twice = step(trainer)
-    assert len(calls) >= 2 * len(trainer.parts(batch_of(trainer))), "forward, and once more backward"
+    assert len(calls) >= 2 * len(trainer.micro_batches(batch_of(trainer))), "forward, and once more backward"
     assert again == loss
     assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-3
     assert all(torch.equal(one, other) for one, other in zip(gradients, twice, strict=True))
 
 
-def test_held_out_loss_is_the_same_however_it_is_divided(trainer: PartwiseTrainer) -> None:
+def test_held_out_loss_is_the_same_however_it_is_divided(trainer: MicroBatchTrainer) -> None:
     whole = trainer.evaluate()["eval_loss"]
-    trainer.room.rows = 1
+    trainer.limit.rows = 1
     assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-4)
 
 
-def test_parts_hold_no_needless_padding(trainer: PartwiseTrainer) -> None:
-    trainer.room.rows = 1
-    for part, share in trainer.parts(batch_of(trainer)):
+def test_parts_hold_no_needless_padding(trainer: MicroBatchTrainer) -> None:
+    trainer.limit.rows = 1
+    for part, share in trainer.micro_batches(batch_of(trainer)):
         assert share == pytest.approx(1 / 6)
         assert bool(part["attention_mask"].any(0).all())
         assert part["input_ids"].shape == part["attention_mask"].shape
 
 
-def test_the_head_sees_the_trained_tokens_only(trainer: PartwiseTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_sees_the_trained_tokens_only(trainer: MicroBatchTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """And logs none of the figures that it does not compute."""
     seen = []
     forward = TrainedLogProbs.forward
@@ -107,7 +107,7 @@ def test_the_head_sees_the_trained_tokens_only(trainer: PartwiseTrainer, monkeyp
         return forward(ctx, hidden, *rest)
 
     monkeypatch.setattr(TrainedLogProbs, "forward", staticmethod(spy))
-    trainer.room.tokens = 10_000
+    trainer.limit.tokens = 10_000
     batch = batch_of(trainer)
     step(trainer)
     trained = batch["labels"] != IGNORED if "labels" in batch else batch["completion_mask"] == 1
@@ -116,7 +116,7 @@ def test_the_head_sees_the_trained_tokens_only(trainer: PartwiseTrainer, monkeyp
     assert not {"entropy", "mean_token_accuracy", "logits/chosen"} & trainer.state.log_history[-1].keys()
 
 
-def test_no_two_seeds_have_a_step_of_dropout_in_common(trainer: PartwiseTrainer) -> None:
+def test_no_two_seeds_have_a_step_of_dropout_in_common(trainer: MicroBatchTrainer) -> None:
     trainer.create_optimizer_and_scheduler(1)
     (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     for layer in (layer for layer in trainer.model.modules() if hasattr(layer, "lora_dropout")):
@@ -131,7 +131,7 @@ def test_no_two_seeds_have_a_step_of_dropout_in_common(trainer: PartwiseTrainer)
     assert loss(18, 1) == found[4]
 
 
-def test_the_optimiser_holds_its_memory_before_the_first_step_and_takes_none_in_it(trainer: PartwiseTrainer) -> None:
+def test_the_optimiser_holds_its_memory_before_the_first_step_and_takes_none_in_it(trainer: MicroBatchTrainer) -> None:
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.create_optimizer_and_scheduler(1)
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]

@@ -9,31 +9,31 @@ from typing import Any, TypeVar
 
 from appliance.errors import is_out_of_memory
 from appliance.train.model import release_memory
-from appliance.train.order import PART_TOKENS, cut_by_tokens
+from appliance.train.order import MICRO_BATCH_TOKENS, cut_by_tokens
 
 T = TypeVar("T")
 
 
 @dataclass
-class Room:
-    """The most rows and tokens of a forward pass. A step is the same however it is divided."""
+class MicroBatchLimit:
+    """The most rows and tokens of a micro-batch. A step is the same however it is divided."""
 
     rows: int = sys.maxsize
-    tokens: int = PART_TOKENS
+    tokens: int = MICRO_BATCH_TOKENS
     warn: Callable[..., Any] = lambda **_: None
-    """Takes the fields of a warning: code, message and the new `part_tokens` whenever the memory was not enough."""
+    """Takes the fields of a warning: code, message, the new `micro_batch_tokens`, when the memory was too little."""
     last_resort: Callable[[], str] = lambda: ""
-    """What else takes less memory, done and told, once every part is a single row; empty: nothing is left."""
+    """What else takes less memory, done and told, once every micro-batch is a single row; empty: nothing is left."""
     _tried: int = 0
-    """Tokens of the largest part of several rows in the last division."""
+    """Tokens of the largest micro-batch of several rows in the last division."""
 
     @classmethod
-    def after(cls, events: Iterable[dict[str, Any]], rows: int, warn: Callable[..., Any]) -> Room:
-        """The room of a stage whose `events` say how often its memory was not enough, killed by the kernel or not."""
-        tokens = PART_TOKENS
+    def after(cls, events: Iterable[dict[str, Any]], rows: int, warn: Callable[..., Any]) -> MicroBatchLimit:
+        """The limit of a stage whose `events` say how often its memory was not enough, killed by the kernel or not."""
+        tokens = MICRO_BATCH_TOKENS
         for event in events:
             if event.get("code") == "out_of_memory":
-                tokens = max(event.get("part_tokens", tokens // 2), 1)
+                tokens = max(event.get("micro_batch_tokens", tokens // 2), 1)
         return cls(rows, tokens, warn)
 
     def divide(self, lengths: Sequence[int], sequences_per_row: int) -> list[slice]:
@@ -45,10 +45,10 @@ class Room:
         return cuts
 
     def fit(self, attempt: Callable[[], T]) -> T:
-        """The result of `attempt`, which divides its batch by this room and can be repeated.
+        """The result of `attempt`, which divides its batch by this limit and can be repeated.
 
-        Each time the memory runs out the room is halved. Once every part is a single row, and there is no last resort,
-        raises what was raised.
+        Each time the memory runs out the limit is halved. Once every micro-batch is a single row, and there is no last
+        resort, raises what was raised.
         """
         while True:
             try:
@@ -65,5 +65,5 @@ class Room:
             self.warn(
                 code="out_of_memory",
                 message=f"out of memory: going on with {how}; the rows of a step stay the same",
-                part_tokens=self.tokens,
+                micro_batch_tokens=self.tokens,
             )

@@ -12,16 +12,16 @@ from tiny import add_run, events, failure, losses, result, stage, work
 from appliance.errors import Exit
 from appliance.home import Home
 from appliance.train import dpo, kto, sft
-from appliance.train.order import PART_TOKENS
-from appliance.train.room import Room
-from appliance.train.trainer import PartwiseTrainer
+from appliance.train.micro_batches import MicroBatchLimit
+from appliance.train.order import MICRO_BATCH_TOKENS
+from appliance.train.trainer import MicroBatchTrainer
 
-TRAINERS: dict[str, type[PartwiseTrainer]] = {"sft": sft._Trainer, "dpo": dpo._Trainer, "kto": kto._Trainer}
+TRAINERS: dict[str, type[MicroBatchTrainer]] = {"sft": sft._Trainer, "dpo": dpo._Trainer, "kto": kto._Trainer}
 DATASETS = {"sft": "FACTS", "dpo": "PREFERENCES", "kto": "JUDGEMENTS"}
 
 
 def run_out(
-    patch: pytest.MonkeyPatch, kind: type[PartwiseTrainer], when: Callable[[PartwiseTrainer], bool], rows: int
+    patch: pytest.MonkeyPatch, kind: type[MicroBatchTrainer], when: Callable[[MicroBatchTrainer], bool], rows: int
 ) -> None:
     """Let the memory hold the loss of at most so many sequences `when` the trainer is there."""
     compute = kind.compute_loss
@@ -49,7 +49,7 @@ def test_in_the_middle_of_training(home: Home, monkeypatch: pytest.MonkeyPatch, 
     work(whole, method)
     checkpointing = set()
 
-    def later(trainer: PartwiseTrainer) -> bool:
+    def later(trainer: MicroBatchTrainer) -> bool:
         checkpointing.add(trainer.model.is_gradient_checkpointing)
         return trainer.model.training and trainer.state.global_step >= 2
 
@@ -62,8 +62,8 @@ def test_in_the_middle_of_training(home: Home, monkeypatch: pytest.MonkeyPatch, 
     warnings = events(short, "warning")
     assert {warning["code"] for warning in warnings} == {"out_of_memory"}
     assert "out of memory: going on with at most" in warnings[0]["message"]
-    assert [warning["part_tokens"] for warning in warnings] == sorted(
-        {w["part_tokens"] for w in warnings}, reverse=True
+    assert [warning["micro_batch_tokens"] for warning in warnings] == sorted(
+        {w["micro_batch_tokens"] for w in warnings}, reverse=True
     )
 
 
@@ -100,7 +100,7 @@ def test_a_single_row_that_is_too_much_goes_on_with_layers_computed_twice(
     whole, short = (add_run(home, id, stage("sft", "FACTS")) for id in ("whole", "short"))
     work(whole, "sft")
 
-    def too_little(trainer: PartwiseTrainer) -> bool:
+    def too_little(trainer: MicroBatchTrainer) -> bool:
         return trainer.model.training and not trainer.model.is_gradient_checkpointing
 
     run_out(monkeypatch, sft._Trainer, too_little, 0)
@@ -108,7 +108,7 @@ def test_a_single_row_that_is_too_much_goes_on_with_layers_computed_twice(
     assert losses(short, "sft") == pytest.approx(losses(whole, "sft"), abs=1e-4)
     *_, last = events(short, "warning")
     assert last["message"].startswith("out of memory: going on with gradient checkpointing; ")
-    assert last["part_tokens"] == Room.after(events(short, "warning"), 8, print).tokens
+    assert last["micro_batch_tokens"] == MicroBatchLimit.after(events(short, "warning"), 8, print).tokens
 
 
 def test_a_single_row_that_is_too_much_fails_with_advice(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,19 +123,21 @@ def test_other_errors_are_not_tried_again() -> None:
     tries = []
 
     def attempt() -> None:
-        room.divide([5, 5], 1)
+        limit.divide([5, 5], 1)
         tries.append(1)
         raise RuntimeError("shapes do not fit")
 
-    room = Room()
+    limit = MicroBatchLimit()
     with pytest.raises(RuntimeError, match="shapes"):
-        room.fit(attempt)
+        limit.fit(attempt)
     assert tries == [1]
 
 
 def test_a_resumed_stage_remembers_how_often_its_memory_was_not_enough() -> None:
-    killed, said = {"code": "out_of_memory"}, {"code": "out_of_memory", "part_tokens": 90}
+    killed, said = {"code": "out_of_memory"}, {"code": "out_of_memory", "micro_batch_tokens": 90}
     warn = print
-    assert Room.after([{"event": "step"}, {"code": "worker_died"}], 8, warn) == Room(8, PART_TOKENS, warn)
-    assert Room.after([killed, killed], 8, warn).tokens == PART_TOKENS // 4
-    assert Room.after([killed, said, killed], 8, warn).tokens == 45
+    assert MicroBatchLimit.after([{"event": "step"}, {"code": "worker_died"}], 8, warn) == MicroBatchLimit(
+        8, MICRO_BATCH_TOKENS, warn
+    )
+    assert MicroBatchLimit.after([killed, killed], 8, warn).tokens == MICRO_BATCH_TOKENS // 4
+    assert MicroBatchLimit.after([killed, said, killed], 8, warn).tokens == 45
