@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from appliance.errors import InvalidInput, reason
-from appliance.models import tensor_names
+from appliance.models import stored_names
 
 _OF_TEXT: dict[str, str] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 """By type of model, the class that answers texts; of a type that has two, the one without images."""
@@ -79,6 +79,35 @@ def linear_modules(model: Any) -> list[str]:
     ]
 
 
+def trainable_modules(model: Any) -> set[str]:
+    """Names of the linear layers that `all-linear` gives an adapter."""
+    return set(linear_modules(model)) - taken_for_experts(model)
+
+
+def require_mergeable(base: Path) -> None:
+    """Raise InvalidInput where an adapter on the model in `base` could not be trained or merged.
+
+    Its weights need not be there: names of tensors are taken from the index, and not looked at where there is none.
+    """
+    architecture = Architecture(base)
+    modules = trainable_modules(architecture.skeleton)
+    if not modules:
+        raise InvalidInput(
+            "no_linear_layer", f"{base.name} has no linear layer that could have an adapter", "use another model"
+        )
+    if not stored_names(base):
+        return
+    for module in sorted(modules):
+        parameter = f"{module}.weight"
+        (name,) = architecture.stored(architecture.tied(parameter))[:1]
+        if name not in architecture.names:
+            raise InvalidInput(
+                "not_mergeable",
+                f"the files of {base.name} hold no tensor for {parameter}, so that no adapter could be merged into it",
+                "use another model, or another copy of it",
+            )
+
+
 def quantised_modules(model: Any) -> list[str]:
     """Names of the layers that QLoRA keeps in NF4."""
     return [name for name in linear_modules(model) if isinstance(model.get_submodule(name), torch.nn.Linear)]
@@ -108,19 +137,20 @@ class Architecture:
 
     def __init__(self, base: Path) -> None:
         self.skeleton = empty_model(base)
-        self._stored = self._parts(base)
+        self.names = frozenset(stored_names(base))
+        """Of the tensors in the files."""
+        self._stored = self._parts()
         """By parameter the tensors in the files that it is made of, and whether each is made over for that."""
 
-    def _parts(self, base: Path) -> dict[str, list[tuple[str, bool]]]:
+    def _parts(self) -> dict[str, list[tuple[str, bool]]]:
         transforms = get_model_conversion_mapping(self.skeleton)
         renamed = [one for one in transforms if isinstance(one, WeightRenaming)]
         converted = [one for one in transforms if isinstance(one, WeightConverter)]
         state, prefix = self.skeleton.state_dict(), self.skeleton.base_model_prefix
         found: dict[str, list[tuple[str, bool]]] = {}
-        for path in sorted(base.glob("*.safetensors")):
-            for name in tensor_names(path):
-                parameter, how = rename_source_key(name, renamed, converted, prefix, state)
-                found.setdefault(parameter, []).append((name, how is not None))
+        for name in sorted(self.names):
+            parameter, how = rename_source_key(name, renamed, converted, prefix, state)
+            found.setdefault(parameter, []).append((name, how is not None))
         return found
 
     def tied(self, parameter: str) -> set[str]:

@@ -81,12 +81,17 @@ def tui() -> None:
 
 @cli.command()
 @click.argument("name")
-@click.option("--from", "source", type=click.Path(path_type=Path), help="A local model directory to copy.")
-def pull(name: str, source: Path | None) -> None:
-    """Get the base model NAME: smollm2-135m, a Hub id, or any name with --from."""
+@click.option("--from", "source", type=click.Path(path_type=Path), help="A folder, tar or GGUF of a model.")
+@click.option("--serve-only", is_flag=True, help="Take a model that cannot be trained.")
+def pull(name: str, source: Path | None, serve_only: bool) -> None:
+    """Get the base model NAME: smollm2-135m, a Hub id, a GGUF on the Hub (ORG/REPO/FILE.gguf), or any name with --from.
+
+    Run again after a break, it goes on where it was. HF_ENDPOINT names a mirror of the Hub, HF_TOKEN an account.
+    """
     home = _home()
     home.create()
     arguments = [name, str(home.root), *(["--from", str(source)] if source else [])]
+    arguments += ["--serve-only"] if serve_only else []
     sys.exit(subprocess.run([sys.executable, "-m", "appliance.pull", *arguments], check=False).returncode)
 
 

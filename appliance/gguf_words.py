@@ -1,0 +1,45 @@
+"""How tokenizers that are known here split texts, by llama.cpp's name of each: GGUF files have the name alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Step = tuple[str, Any]
+"""Kind of a step, and its regular expression, or whether it splits by itself."""
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITTERS: dict[str, list[Step]] = {
+    "gpt-2": [("ByteLevel", True)],
+    "smollm": [("Digits", True), ("ByteLevel", True)],
+    "llama-bpe": [("Split", _WORDS % r"\p{N}{1,3}"), ("ByteLevel", False)],
+    "qwen2": [("Split", _WORDS % r"\p{N}"), ("ByteLevel", False)],
+}
+
+
+def name_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """llama.cpp's name of what a tokenizer.json has as its pre-tokenizer; None for one that is not known here."""
+    described = pre_tokenizer or {}
+    steps = [_step(step) for step in described.get("pretokenizers", [described])]
+    return next((name for name, known in SPLITTERS.items() if known == steps), None)
+
+
+def _step(step: dict[str, Any]) -> Step:
+    kind = step.get("type", "none")
+    splits = {"Split": step.get("pattern", {}).get("Regex"), "ByteLevel": step.get("use_regex", True)}
+    return kind, splits.get(kind, step.get("individual_digits"))
+
+
+def pre_tokenizer(name: str) -> Any:
+    """The pre-tokenizer that llama.cpp calls `name`, one of SPLITTERS."""
+    from tokenizers import Regex, pre_tokenizers
+
+    made: list[Any] = []
+    for kind, how in SPLITTERS[name]:
+        match kind:
+            case "Split":
+                made.append(pre_tokenizers.Split(Regex(how), "isolated"))
+            case "Digits":
+                made.append(pre_tokenizers.Digits(individual_digits=how))
+            case "ByteLevel":
+                made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=how))
+    return made[0] if len(made) == 1 else pre_tokenizers.Sequence(made)
