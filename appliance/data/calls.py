@@ -61,7 +61,8 @@ def called_in_text(reading: Reading, messages: list[Message]) -> list[Message]:
 
     A system prompt that describes the tools in such marks gives way to the template's own words for them.
     """
-    if not any(message["role"] == "assistant" and _CALL.search(message["content"]) for message in messages):
+    calling = [message for message in messages if "<tool_call>" in message["content"]]
+    if not any([message["role"] == "assistant" and _CALL.search(message["content"]) for message in calling]):
         return messages
     found: list[Message] = []
     for message in messages:

@@ -138,9 +138,8 @@ def _unwrapped(value: Value, format: str | None) -> tuple[Value, list[str]]:
 
 def _shape(value: Value, format: str | None) -> Shape:
     """The shape that `value` has, of those of `format` where it is named. Raises Dropped."""
-    keys = frozenset(value)
-    given = frozenset([key for key in value if value[key] is not None])
-    if shape := _shape_of(given, format) or _shape_of(keys, format):
+    given = frozenset([key for key, item in value.items() if item is not None])
+    if shape := _shape_of(given, format) or _shape_of(frozenset(value), format):
         return shape
     if format in (None, "unpaired"):
         raise Dropped("unknown_format", f"its keys are of no known format: {shown_keys(value)}")

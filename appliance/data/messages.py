@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from appliance.data.calls import tool_calls
@@ -265,11 +267,14 @@ class Reading:
             self.odd.append("no_value")
         elif "{{" in content and _PLACEHOLDER.search(content):
             self.odd.append("placeholder")
-        if ("<" in content or "INST]" in content) and any(mark in content for mark in _CONTROL):
+        if "<" in content:
+            if any([mark in content for mark in _CONTROL]):
+                self.odd.append("rendered")
+            if _MEDIA_MARK.search(content):
+                self.odd.append("media_mark")
+        elif "INST]" in content and ("[INST]" in content or "[/INST]" in content):
             self.odd.append("rendered")
-        if "<" in content and _MEDIA_MARK.search(content):
-            self.odd.append("media_mark")
-        if "\ufffd" in content or "â€" in content:
+        if not content.isascii() and ("\ufffd" in content or "â€" in content):
             self.odd.append("broken_characters")
         return content
 
@@ -278,32 +283,15 @@ class Reading:
 
         What the assistant says before anybody has asked is no answer, and is not trained.
         """
-        last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
-        turns = messages[: last + 1]
-        if not messages:
-            raise Dropped("empty_prompt", "it holds no messages")
-        if not turns:
-            who = messages[-1]["role"]
-            raise Dropped("roles_out_of_order", f"the last message is the {who}'s, so there is no answer to train on")
-        found = set() if len(turns) == len(messages) else {"unanswered"}
-        before, asked = "", False
-        for index, message in enumerate(turns):
-            role = message["role"]
-            if role == "tool" and before not in ("assistant", "tool"):
-                raise Dropped("roles_out_of_order", f"{role} follows {before or 'the start'}")
-            if role == "assistant" and not asked:
-                turns[index] = {**message, "weight": 0}
-                found.add("greeting")
-            if role == "system" and before not in ("", "system"):
-                found.add("later_system")
-            if role == before != "tool":
-                found.add("consecutive")
+        order = _order(tuple([message["role"] for message in messages]))
+        if order.fault:
+            raise Dropped(*order.fault)
+        turns = messages[: order.turns]
+        for message in turns:
             _require_content(message)
-            asked = asked or role in ("user", "tool")
-            before = role
-        if not asked:
-            raise Dropped("roles_out_of_order", "nobody asks anything")
-        self.odd += sorted(found)
+        for index in order.greetings:
+            turns[index] = {**turns[index], "weight": 0}
+        self.odd += order.odd
         return turns
 
     def system(self, value: Mapping[str, Any], key: str = "system") -> list[Message]:
@@ -330,6 +318,48 @@ class Reading:
         return [
             self.said(roles[who], words.strip(), "chosen") for who, words in zip(turns[::2], turns[1::2], strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the roles of a conversation say of it."""
+
+    turns: int = 0
+    """Messages up to the last answer."""
+    greetings: tuple[int, ...] = ()
+    """Answers before anybody has asked."""
+    odd: tuple[str, ...] = ()
+    fault: tuple[str, str] | None = None
+    """Why it cannot be trained: code and reason."""
+
+
+@lru_cache(maxsize=4096)
+def _order(roles: tuple[str, ...]) -> _Order:
+    """The rows of a file have few orders of roles."""
+    if not roles:
+        return _Order(fault=("empty_prompt", "it holds no messages"))
+    if "assistant" not in roles:
+        why = f"the last message is the {roles[-1]}'s, so there is no answer to train on"
+        return _Order(fault=("roles_out_of_order", why))
+    turns = len(roles) - roles[::-1].index("assistant")
+    odd = set() if turns == len(roles) else {"unanswered"}
+    greetings = []
+    before, asked = "", False
+    for index, role in enumerate(roles[:turns]):
+        if role == "tool" and before not in ("assistant", "tool"):
+            return _Order(fault=("roles_out_of_order", f"{role} follows {before or 'the start'}"))
+        if role == "assistant" and not asked:
+            greetings.append(index)
+            odd.add("greeting")
+        if role == "system" and before not in ("", "system"):
+            odd.add("later_system")
+        if role == before != "tool":
+            odd.add("consecutive")
+        asked = asked or role in ("user", "tool")
+        before = role
+    if not asked:
+        return _Order(fault=("roles_out_of_order", "nobody asks anything"))
+    return _Order(turns, tuple(greetings), tuple(sorted(odd)))
 
 
 def think(message: Message, thought: str) -> None:

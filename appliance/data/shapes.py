@@ -198,7 +198,7 @@ def after_system(reading: Reading, value: Value, messages: list[Message]) -> lis
 
 def conversation(reading: Reading, messages: list[Message]) -> Parts:
     messages = reading.conversation(called_in_text(reading, messages))
-    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+    if all([message.get("weight") == 0 for message in messages if message["role"] == "assistant"]):
         raise Dropped("nothing_to_train", "every answer has the weight 0")
     return {"messages": messages}
 

@@ -203,8 +203,7 @@ class TokenCount:
             if self._counts.first_spelled is None:
                 self._counts.first_spelled = conversation.row
             return None
-        answers = sum(message["role"] == "assistant" for message in conversation.messages)
-        if (answers > 1 and not self._shared) or conversation.tools:
+        if conversation.tools or not (self._shared or _answers_once(conversation)):
             return None
         pieces, done, place = [], 0, 0
         for message in conversation.messages:
@@ -307,6 +306,10 @@ def conversations(row: Row) -> Iterator[list[dict[str, Any]]]:
     for part in ("chosen", "rejected", "completion"):
         if part in row:
             yield answered(row, part)
+
+
+def _answers_once(conversation: _Conversation) -> bool:
+    return len([message for message in conversation.messages if message["role"] == "assistant"]) <= 1
 
 
 def _repeated(text: str, start: str) -> int:
