@@ -105,7 +105,8 @@ class Account:
                 self.first_odd.setdefault(name, place_name(place))
         if found.format not in self.evidence:
             self.evidence[found.format] = f"{place_name(place)} has the keys {shown_keys(value)}"
-        self.kinds.setdefault(kind_of(found.row), place_name(place))
+        if (kind := kind_of(found.row)) not in self.kinds:
+            self.kinds[kind] = place_name(place)
 
     def check(self, files: str) -> None:
         """Raise InvalidInput where the rows make no dataset."""

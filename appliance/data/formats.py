@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from appliance.data.calls import tools_of
 from appliance.data.dataset import Kind, Row
@@ -40,8 +39,7 @@ _VERDICT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Canonical:
+class Canonical(NamedTuple):
     """A record as a row: OpenAI-style `messages`; or `prompt`, `chosen` and `rejected` as lists of such messages; or
     `prompt` and `completion` as such lists, with a `label` that says whether the completion is wanted.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kitoken import Kitoken
 
@@ -34,8 +34,7 @@ _TRIED_EVERY = 256
 """So many conversations at first, and then one in so many, are counted both ways."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Conversation:
+class _Conversation(NamedTuple):
     row: int
     messages: list[dict[str, Any]]
     """Where an assistant's message has the weight 0, it is not trained."""
