@@ -38,7 +38,7 @@ def find_garbage(
         path
         for folder in (home.models, home.datasets, home.runs, home.releases, home.incoming)
         for path in folder.iterdir()
-        if (folder == home.incoming or path.name.startswith(".")) and path.lstat().st_mtime < oldest
+        if (folder == home.incoming or path.name.startswith(".")) and _written_to(path) < oldest
     ]
     doomed = [*(home.releases / id for id in (*old, *unrecorded)), *(home.datasets / id for id in unnamed), *leftovers]
     return api.Garbage(
@@ -105,6 +105,11 @@ def _rechecked(home: Home, runs: Runs) -> set[str]:
 def _names(folder: Path, oldest: float) -> list[str]:
     """Whole directories that are older than that."""
     return [path.name for path in folder.iterdir() if path.name[0] != "." and path.stat().st_mtime < oldest]
+
+
+def _written_to(path: Path) -> float:
+    """When a file, or the last of those below a directory, was written to: a download may take a day."""
+    return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
 
 
 def _size(path: Path) -> int:

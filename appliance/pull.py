@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from appliance import from_gguf, hub, smollm2
+from appliance.archive import MANIFEST
 from appliance.errors import ApplianceError, Conflict, Exit, InvalidInput, NotFound, Unreachable
 from appliance.home import (
     NAME_PATTERN,
@@ -37,6 +39,7 @@ from appliance.models import (
     model_path,
     require_trainable,
 )
+from appliance.release.card import CARD
 
 _PLAIN = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}]
 """What any chat template can render."""
@@ -46,7 +49,7 @@ def pull(name: str, home: Home, source: Path | None = None, *, serve_only: bool 
     """Get the base model `name` into the home and return its directory; one that is there already stays as it is.
 
     `name` is smollm2-135m, a Hub id ORG/REPO, a GGUF there (ORG/REPO/FILE.gguf), or with `source`, a directory, tar or
-    GGUF of a model, any name. A model
+    GGUF of a model, or a release of this box, any name. A model
     that no adapter can be trained on and merged into is refused before its weights come, unless it is to `serve_only`.
     Raises NotFound, InvalidInput, Unreachable, Conflict and NoSpace.
     """
@@ -57,6 +60,8 @@ def pull(name: str, home: Home, source: Path | None = None, *, serve_only: bool 
             "bad_name", f"a model cannot be called {local_name!r}", "use letters, digits, dots and dashes"
         )
     final = home.models / local_name
+    if source is not None and not source.exists() and (home.releases / source / MANIFEST).is_file():
+        source = home.releases / source
     if final.is_dir():
         _say(f"{local_name} is already here: {model_path(home, local_name)}")
         return final
@@ -115,19 +120,27 @@ def _gathering(final: Path, *, resumable: bool) -> Iterator[Path]:
             directory.parent.rmdir()
 
 
-def _require_trainable(directory: Path, serve_only: bool) -> dict[str, str]:
-    """Why no adapter can be trained on the model in `directory` and merged; empty: one can.
+def require_usable(directory: Path) -> None:
+    """Raise InvalidInput where no adapter can be trained on the model in `directory` and merged, as far as is known.
 
-    Raises InvalidInput unless the model is only to be served. Its weights need not be there yet.
+    Looks at all but the weights, of which it takes the names where they are there or an index is.
     """
     from appliance.architecture import require_mergeable
     from appliance.data.render import render_conversation
     from appliance.data.tokenizer import load_tokenizer
 
+    require_trainable(directory)
+    require_mergeable(directory)
+    render_conversation(load_tokenizer(directory), _PLAIN)
+
+
+def _require_trainable(directory: Path, serve_only: bool) -> dict[str, str]:
+    """Why no adapter can be trained on the model in `directory` and merged; empty: one can.
+
+    Raises InvalidInput unless the model is only to be served. Its weights need not be there yet.
+    """
     try:
-        require_trainable(directory)
-        require_mergeable(directory)
-        render_conversation(load_tokenizer(directory), _PLAIN)
+        require_usable(directory)
     except InvalidInput as error:
         if not serve_only:
             advice = f"{error.next}; or pull it with --serve-only, to be released as it is"
@@ -150,7 +163,20 @@ def _from_source(source: Path, directory: Path, serve_only: bool) -> dict[str, A
         for file in files:
             _say(f"copying {file.name}")
             shutil.copyfile(file, directory / file.name)
-    return {"source": str(source.absolute()), "licence": ""}
+    return _said_of(source)
+
+
+def _said_of(source: Path) -> dict[str, Any]:
+    """Where a copied model is from: the release that it is, with its licence, or a path."""
+    try:
+        release = str(json.loads((source / MANIFEST).read_bytes())["release"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"source": str(source.absolute()), "licence": ""}
+    card = (source / CARD).read_text() if (source / CARD).is_file() else ""
+    licence = next(
+        (line.partition(": ")[2].strip('"') for line in card.splitlines() if line.startswith("license: ")), ""
+    )
+    return {"source": f"release:{release}", "licence": licence}
 
 
 def _unpack(archive: Path, directory: Path) -> None:

@@ -24,6 +24,7 @@ from appliance.errors import ApplianceError, Conflict, InvalidInput
 from appliance.home import Home, building, disk_error, require_space, write_atomic
 from appliance.models import count_parameters, list_models, model_path, require_trainable
 from appliance.recipes import shipped_recipes
+from appliance.release.lineage import copy_start, going_on
 from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
 from appliance.store.runs import ACTIVE
@@ -118,7 +119,7 @@ def control_app(
         base = model_path(home, recipe.base)
         if recipe.stages:
             require_trainable(base)
-        recipe = recipe.for_base(count_parameters(base))
+        recipe = going_on(home, recipe, base).for_base(count_parameters(base))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
         for stage, dataset in zip(recipe.stages, found, strict=True):
             require_fit(stage, Dataset.open(home, dataset.id), recipe.base, dataset.name)
@@ -144,6 +145,7 @@ def control_app(
         require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
         id = runs.new_id(recipe)
         with building(home.runs / id) as directory:
+            copy_start(home, recipe, directory)
             write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
         run = runs.add(id, recipe)
         supervisor.poke()
@@ -168,7 +170,7 @@ def control_app(
             runs.mark_stopping(id)
             supervisor.poke()
         elif discard and found.state == "finished":
-            raise Conflict("run_finished", f"run {id} has finished and made a release", "leave it as it is")
+            raise Conflict("run_finished", f"run {id} has finished", "leave what it made as it is")
         elif discard:
             supervisor.workers.discard(id)
         return runs.get(id)

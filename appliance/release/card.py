@@ -50,7 +50,7 @@ def model_card(manifest: Manifest, source: dict[str, Any]) -> str:
 
 {manifest.base}{f" from {origin}" if origin else ""}. Licence of the base: {licence or "not stated by its source"}.
 
-## Data
+{_lineage(manifest)}## Data
 
 {datasets or "None: these are the weights of the base, or of an adapter that was trained elsewhere."}
 
@@ -74,6 +74,14 @@ All figures and the SHA-256 of every file are in `manifest.json`.
 ```toml
 {recipe}```
 """
+
+
+def _lineage(manifest: Manifest) -> str:
+    """Which release this one goes on with; empty: none."""
+    start = manifest.recipe.get("start")
+    if not start:
+        return ""
+    return f"## Lineage\n\nGoes on with the adapter of {start['release']} (SHA-256 `{start['sha256']}`).\n\n"
 
 
 def _conversations(merge: dict[str, Any]) -> str:

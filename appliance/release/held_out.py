@@ -44,7 +44,7 @@ def judged_on(recipe: Recipe) -> tuple[str, int] | None:
     """Dataset id and longest row in tokens that a run is judged on: the first SFT stage's, else the first stage's."""
     if recipe.given and recipe.given.dataset:
         return recipe.given.dataset, LONGEST_GIVEN
-    stages = [stage for stage in recipe.stages if stage.method == "sft"] or recipe.stages
+    stages = [stage for stage in recipe.chain() if stage.method == "sft"] or recipe.chain()
     return (stages[0].dataset, stages[0].max_length) if stages else None
 
 

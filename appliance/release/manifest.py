@@ -287,7 +287,7 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
         dataset_rows=merge["dataset_rows"],
         gates=gates,
         merge={name: merge[name] for name in ("kept", "on", "losses", "rows", "tokens") if name in merge},
-        stages={stage.name: _read(run / stage.name / "result.json") for stage in recipe.stages},
+        stages={stage.name: _read(run / stage.name / "result.json") for stage in recipe.chain()},
         files=merge["files"],
         base_files=merge["base_files"],
         recipe=recipe.model_dump(mode="json", exclude_none=True),

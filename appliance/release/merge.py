@@ -103,14 +103,14 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> t
 
 
 def _before_last_stage(model: Any, run: Path, recipe: Recipe, conversations: list[Conversation]) -> torch.Tensor:
-    """[tokens] What the last stage began with says: `model` with the adapter of the stage before, or without any."""
+    """[tokens] What the last stage began with says: `model` with the adapter that it went on with, or without any."""
     if not conversations:
         return torch.empty(0)
-    previous = recipe.previous(recipe.stages[-1].name)
-    if previous is None:
+    before = recipe.starting_adapter(run, recipe.stages[-1].name)
+    if before is None:
         with model.disable_adapter():
             return score(model, conversations).logps
-    model.load_adapter(run / previous / "adapter", "before", local_files_only=True)
+    model.load_adapter(before, "before", local_files_only=True)
     model.set_adapter("before")
     return score(model, conversations).logps
 

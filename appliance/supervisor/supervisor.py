@@ -375,7 +375,11 @@ class Supervisor:
         self.engines.forgive(live)
 
     def _advance(self, run: api.Run) -> None:
-        following = run.stages[run.stages.index(run.stage) + 1]
+        place = run.stages.index(run.stage) + 1
+        if place == len(run.stages):
+            self.runs.finish(run.id, "finished")
+            return
+        following = run.stages[place]
         self.runs.advance(run.id, following)
         if following == "probe":
             self._events(run.id).append("stage_started", "probe")

@@ -18,13 +18,12 @@ from appliance.train.recipe import Recipe
 MANIFEST = "manifest.json"
 KEPT = 2
 """Should the newest turn out to be damaged, the one before is used."""
-_CHANGES_NO_WEIGHT = {"name", "promote", "forgetting_limit", "stages"}
+_CHANGES_NO_WEIGHT = {"name", "promote", "forgetting_limit", "stages", "end"}
 
 
 def origin(recipe: Recipe, name: str) -> dict[str, str]:
     """What the weights of stage `name` follow from: the hash of all that the recipe says of it, and its dataset."""
-    names = [stage.name for stage in recipe.stages]
-    stages = [stage.model_dump() for stage in recipe.stages[: names.index(name) + 1]]
+    stages = [stage.model_dump() for stage in recipe.chain(name)]
     said = {**recipe.model_dump(exclude=_CHANGES_NO_WEIGHT), "stages": stages}
     return {"recipe": hashlib.sha256(canonical_json(said)).hexdigest(), "dataset": recipe.stage(name).dataset}
 

@@ -21,7 +21,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_name=True)
 
 
 class Adapter(_Section):
@@ -67,6 +67,9 @@ class Stage(_Section):
     """Name or id of an imported dataset."""
     name: str = ""
     """Directory and label of the stage; empty: the method's name."""
+    from_: str = Field("", alias="from")
+    """The stage whose adapter this one goes on with; empty: the one before it, of the first what `start` names. base:
+    none, it makes a new adapter."""
     epochs: float = Field(3, gt=0, le=1000)
     """Passes over the training split. A LoRA adapter takes two or three before the held-out loss turns."""
     max_steps: int = Field(0, ge=0)
@@ -187,7 +190,9 @@ class KtoStage(Stage):
 
 AnyStage = Annotated[SftStage | DpoStage | KtoStage, Field(discriminator="method")]
 AFTER_TRAINING = ("merge", "verify", "probe")
-"""The stages that every run ends with."""
+"""The stages that make a release of what was trained last."""
+BASE = "base"
+"""What a stage is `from` that goes on with nothing."""
 METHOD_NAMES = ("sft", "dpo", "kto")
 
 SFT_LEARNING_RATES = ((500_000_000, 1e-3), (3_000_000_000, 5e-4), (15_000_000_000, 2e-4))
@@ -216,6 +221,17 @@ class Given(_Section):
     """It was trained by preferences alone, so that it answers much as its base does."""
 
 
+class Start(_Section):
+    """The release whose adapter a run goes on with; `start = "RELEASE"` is short for it."""
+
+    release: Name
+    """Id of a release on this box, trained here on the same base."""
+    sha256: str = ""
+    """SHA-256 of its adapter's weights, written when the run is queued."""
+    nudges: bool = False
+    """Whether it was trained by preferences alone, written then too."""
+
+
 class Recipe(_Section):
     """One run from base model to release. Without stages, the base itself is released, or with a given adapter."""
 
@@ -236,6 +252,11 @@ class Recipe(_Section):
     forgetting_limit: float = Field(0.0, ge=0)
     """By how much the loss on the live release's own held-out rows may rise (nats a token) before the quality gate
     refuses; 0: by anything, and the release's card says by how much."""
+    start: Start | None = None
+    """A release whose adapter the first stage goes on with, with that adapter's own settings instead of `[adapter]`. To
+    train on a release's merged weights instead, pull them as a base: `appliance pull NAME --from RELEASE`."""
+    end: Literal["release", "adapter"] = "release"
+    """What the run ends in: a release of what its last stage trained, or that adapter alone, with its figures."""
     adapter: Adapter = Adapter()
     stages: tuple[AnyStage, ...] = ()
     given: Given | None = None
@@ -260,20 +281,34 @@ class Recipe(_Section):
         ]
         return {**values, "stages": stages}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _start_by_its_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("start"), str):
+            return {**values, "start": {"release": values["start"]}}
+        return values
+
     @model_validator(mode="after")
     def _trained_or_given(self) -> Recipe:
         if self.stages and self.given:
             raise ValueError("a given adapter is merged as it is; take the stages out")
+        if not self.stages and (self.start or self.end != "release"):
+            raise ValueError("without a stage there is nothing to start or to end; add a stage")
+        if self.promote and self.end != "release":
+            raise ValueError(f'a run with end = "{self.end}" makes no release to promote; take one of the two out')
         return self
 
     @model_validator(mode="after")
     def _distinct_stages(self) -> Recipe:
         names = [stage.name for stage in self.stages]
-        reserved = set(AFTER_TRAINING) & set(names)
+        reserved = {*AFTER_TRAINING, BASE, "start"} & set(names)
         if reserved:
             raise ValueError(f"a stage cannot be named {min(reserved)!r}")
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name; give each its own `name`")
+        for index, stage in enumerate(self.stages):
+            if stage.from_ not in ("", BASE, *names[:index]):
+                raise ValueError(f"stage {stage.name!r} is from {stage.from_!r}, and no stage before it has that name")
         return self
 
     @property
@@ -286,7 +321,9 @@ class Recipe(_Section):
         """Whether no stage teaches answers, with where they end: the release answers much as its base does."""
         if self.given:
             return self.given.nudges
-        return bool(self.stages) and all(stage.method != "sft" for stage in self.stages)
+        if self.start and not self.start.nudges and self.goes_on(self.stages[-1].name):
+            return False
+        return bool(self.stages) and all(stage.method != "sft" for stage in self.chain())
 
     @property
     def quantised(self) -> bool:
@@ -295,9 +332,9 @@ class Recipe(_Section):
 
     @property
     def datasets(self) -> dict[str, str]:
-        """The dataset of each training stage, and the one that a given adapter is judged on."""
+        """The dataset of each stage that the last one goes on from, and the one that a given adapter is judged on."""
         given = {"given": self.given.dataset} if self.given and self.given.dataset else {}
-        return {stage.name: stage.dataset for stage in self.stages} | given
+        return {stage.name: stage.dataset for stage in self.chain()} | given
 
     def stage(self, name: str) -> AnyStage:
         """The training stage called `name`. Raises KeyError."""
@@ -317,18 +354,40 @@ class Recipe(_Section):
         return self.model_copy(update={"stages": tuple(stages)})
 
     def pipeline(self) -> tuple[str, ...]:
-        """Names of all stages of a run in order: training, then merge, verify and probe."""
-        return (*(stage.name for stage in self.stages), *AFTER_TRAINING)
+        """Names of all stages of a run in order: training, then for a release merge, verify and probe."""
+        return (*(stage.name for stage in self.stages), *(AFTER_TRAINING if self.end == "release" else ()))
 
     def last_adapter(self, run: Path) -> Path:
         """The adapter that the last training stage leaves in the directory of a run, or that the run was given."""
         return (run / self.stages[-1].name if self.stages else run) / "adapter"
 
-    def previous(self, name: str) -> str | None:
-        """Name of the training stage before `name`, whose adapter it starts from."""
+    def parent(self, name: str) -> str | None:
+        """Name of the training stage whose adapter `name` goes on with. Raises KeyError."""
+        origin = self.stage(name).from_
+        if origin:
+            return origin if origin != BASE else None
         names = [stage.name for stage in self.stages]
         index = names.index(name)
         return names[index - 1] if index else None
+
+    def chain(self, name: str = "") -> tuple[AnyStage, ...]:
+        """The stages whose training is in the adapter of `name`, or of the last stage, the first of them first."""
+        found: list[AnyStage] = []
+        following = name or (self.stages[-1].name if self.stages else None)
+        while following:
+            found.insert(0, self.stage(following))
+            following = self.parent(following)
+        return tuple(found)
+
+    def goes_on(self, name: str) -> bool:
+        """Whether the adapter of stage `name` goes back to that of the release that the run starts from."""
+        return self.start is not None and self.chain(name)[0].from_ != BASE
+
+    def starting_adapter(self, run: Path, name: str) -> Path | None:
+        """The adapter in the directory of a run that stage `name` goes on with; None: it makes a new one."""
+        if parent := self.parent(name):
+            return run / parent / "adapter"
+        return run / "start" if self.goes_on(name) else None
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -345,7 +404,7 @@ def parse_recipe(text: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML with every default written out, so that it runs the same under later defaults."""
-    return str(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    return str(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True, by_alias=True)))
 
 
 def _explain(error: ValidationError) -> tuple[str, str]:
@@ -404,4 +463,5 @@ _WANTED = {
 
 
 def _known_keys() -> list[str]:
-    return sorted({key for model in (Recipe, Adapter, SftStage, DpoStage, KtoStage) for key in model.model_fields})
+    models = (Recipe, Adapter, SftStage, DpoStage, KtoStage)
+    return sorted({field.alias or key for model in models for key, field in model.model_fields.items()})

@@ -43,7 +43,7 @@ def _section(title: str, model: type[BaseModel], names: set[str]) -> str:
     if names:
         lines += ["| key | default | meaning |", "|---|---|---|"]
     lines += [
-        f"| `{name}` | {_default(field)} | {_one_line(field.description)}{_limits(field)} |"
+        f"| `{field.alias or name}` | {_default(field)} | {_one_line(field.description)}{_limits(field)} |"
         for name, field in model.model_fields.items()
         if name in names
     ]

@@ -1,4 +1,4 @@
-"""One training stage, from the previous stage's adapter to its own."""
+"""One training stage, from the adapter that it goes on with to its own."""
 
 from __future__ import annotations
 
@@ -222,16 +222,15 @@ def _evaluation_due(checkpoint: Path | None, stage: AnyStage, last: int, said: l
 
 
 def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> Any:
-    """The base with a new adapter, or with that of the stage before.
+    """The base with a new adapter, or with the one that the stage goes on with.
 
     Raises InvalidInput for an adapter that does not cover what its recipe says, or could not be merged.
     """
     model = load_model(base, quantised=recipe.adapter.kind == "qlora")
     changed = quantised_modules(model) if recipe.adapter.kind == "qlora" else []
     meant = targeted_modules(model, recipe.adapter.targets, recipe.adapter.layers)
-    previous = recipe.previous(stage.name)
-    if previous:
-        model = load_adapter(model, run / previous / "adapter", trainable=True)
+    if origin := recipe.starting_adapter(run, stage.name):
+        model = load_adapter(model, origin, trainable=True)
     else:
         model = add_adapter(model, recipe.adapter, recipe.seed)
     require_covered(model, meant)

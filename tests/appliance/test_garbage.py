@@ -160,11 +160,12 @@ def test_a_release_with_a_damaged_manifest_needs_the_datasets_of_its_recipe(box:
 
 def test_old_leftovers_of_kills_go(box: Box) -> None:
     old = [box.home.models / ".m.building", box.home.runs / ".r.building", box.home.incoming / "tmpabc"]
-    new = [box.home.datasets / ".d.building", box.home.incoming / "tmpnew"]
+    written_to = box.home.models / ".pulling"
+    new = [box.home.datasets / ".d.building", box.home.incoming / "tmpnew", written_to]
     for folder in (*old, *new):
         (folder / "inner").mkdir(parents=True)
         (folder / "inner" / "file").write_bytes(bytes(1000))
-    age(*old)
+    age(*(path for folder in old for path in (folder, *folder.rglob("*"))), written_to, written_to / "inner")
     garbage = find_garbage(box.home, box.releases, box.runs, box.datasets, frozenset(), keep=0)
     assert garbage.bytes == 3000
     assert box.collect()[2] == {"models/.m.building", "runs/.r.building", "incoming/tmpabc"}

@@ -293,6 +293,19 @@ def test_two_pulls_of_one_model_do_not_mix(home: Home, source: Path, hub: FakeHu
     assert contents(home.models / "model") == contents(source)
 
 
+def test_a_release_of_this_box_becomes_a_base(home: Home, source: Path, capsys: Any) -> None:
+    """With its lineage and its base's licence; what makes it a release stays behind."""
+    files = contents(source)
+    (source / "manifest.json").write_text('{"release": "facts-1"}')
+    (source / "README.md").write_text('---\nbase_model: "tiny"\nlicense: "mit"\n---\n')
+    (source / "adapter").mkdir()
+    source.rename(home.releases / "facts-1")
+    final = pull("facts", home, Path("facts-1"))
+    assert contents(final) == files
+    about = json.loads((final / "source.json").read_bytes())
+    assert (about["source"], about["licence"]) == ("release:facts-1", "mit")
+
+
 @pytest.mark.parametrize("inside", ["", "some-model/"])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_model_comes_from_a_tar(home: Home, source: Path, tmp_path: Path, inside: str, mode: Any) -> None:

@@ -43,7 +43,7 @@ OF_ANOTHER_TYPE: dict[type, list[Any]] = {
     bool: ["perhaps", 7, [True]],
     str: [3, 0.5, True, ["a"]],
     date: ["tomorrow", 0.5, [1], {"a": 1}],
-    tuple: ["q_proj", 3, [1, 2], {"a": 1}],
+    tuple: ["q_proj", 3, [1.5, 2.5], {"a": 1}],
 }
 
 
@@ -76,8 +76,9 @@ def bad_values() -> Iterator[tuple[str, str]]:
     """(recipe, the key that is at fault) for each key, of a wrong type, out of its limits, and mistyped."""
     for prefix, (model, path) in PLACES.items():
         for key, field in model.model_fields.items():
-            if key in ("adapter", "stages", "given", "rechecks", "method"):
+            if key in ("adapter", "stages", "given", "rechecks", "start", "method"):
                 continue
+            key = field.alias or key
             kind = field.annotation if field.annotation in OF_ANOTHER_TYPE else type(field.default)
             for value in [*OF_ANOTHER_TYPE[kind], *beyond(field)]:
                 yield with_value(path, key, value), prefix + key

@@ -46,7 +46,7 @@ async def test_the_work_of_a_run_that_failed_can_be_discarded_and_of_one_that_fi
     assert (await control.client.stop(run, "discard")).state == "failed"
     assert not checkpoint.parent.exists()
     finished = control.run("finished")
-    with pytest.raises(Conflict, match="has finished and made a release"):
+    with pytest.raises(Conflict, match="has finished"):
         await control.client.stop(finished, "discard")
 
 

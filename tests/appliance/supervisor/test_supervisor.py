@@ -33,6 +33,14 @@ async def test_a_run_goes_all_the_way_to_live(daemon: Daemon) -> None:
     assert daemon.frontage.routes == [run]
 
 
+async def test_a_run_that_ends_in_its_adapter_makes_no_release(daemon: Daemon) -> None:
+    run = daemon.queue(RECIPE.model_copy(update={"end": "adapter"}))
+    await daemon.until(lambda: daemon.supervisor.runs.get(run).state == "finished")
+    assert daemon.starts(run) == ["sft"]
+    assert daemon.supervisor.releases.all() == []
+    assert (daemon.home.runs / run / "sft" / "result.json").exists()
+
+
 async def test_the_next_release_takes_over_and_the_old_engine_stops(daemon: Daemon) -> None:
     first = daemon.queue()
     await daemon.until(lambda: daemon.supervisor.routed == first)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 
 import pytest
 
 from appliance.api import ShippedRecipe
 from appliance.errors import InvalidInput
 from appliance.recipes import shipped_recipes
-from appliance.train.recipe import dump_recipe, parse_recipe
+from appliance.train.recipe import Start, dump_recipe, parse_recipe
 
 GOOD = """
 name = "facts"
@@ -32,11 +33,81 @@ dataset = "preferences"
 def test_stages_and_pipeline() -> None:
     recipe = parse_recipe(GOOD)
     assert recipe.pipeline() == ("sft", "dpo", "merge", "verify", "probe")
-    assert recipe.previous("sft") is None
-    assert recipe.previous("dpo") == "sft"
+    assert recipe.parent("sft") is None
+    assert recipe.parent("dpo") == "sft"
     assert recipe.stage("sft").learning_rate == 1e-3
     with pytest.raises(KeyError):
         recipe.stage("merge")
+
+
+GRAPH = """
+name = "facts"
+base = "tiny"
+[[stages]]
+method = "sft"
+dataset = "facts"
+[[stages]]
+name = "other"
+from = "base"
+method = "sft"
+dataset = "others"
+[[stages]]
+from = "sft"
+method = "dpo"
+dataset = "preferences"
+"""
+
+
+def test_stages_go_on_with_whichever_they_name(tmp_path: Path) -> None:
+    recipe = parse_recipe(GRAPH)
+    assert [recipe.parent(name) for name in ("sft", "other", "dpo")] == [None, None, "sft"]
+    assert [stage.name for stage in recipe.chain()] == ["sft", "dpo"]
+    assert [stage.name for stage in recipe.chain("other")] == ["other"]
+    assert recipe.starting_adapter(tmp_path, "dpo") == tmp_path / "sft" / "adapter"
+    assert recipe.starting_adapter(tmp_path, "other") is None
+    assert recipe.datasets == {"sft": "facts", "dpo": "preferences"}, "what is in the release"
+    assert not recipe.only_nudges
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    assert 'from = "sft"' in dump_recipe(recipe)
+
+
+def test_a_run_that_starts_from_a_release_goes_on_with_its_adapter(tmp_path: Path) -> None:
+    recipe = parse_recipe('start = "facts-1"\n' + GRAPH)
+    assert recipe.start == Start(release="facts-1")
+    assert recipe.starting_adapter(tmp_path, "sft") == tmp_path / "start"
+    assert recipe.starting_adapter(tmp_path, "other") is None, "it is from the base"
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("start", "origin", "nudges"),
+    [("", "", True), ("{release = 'r', nudges = true}", "", True), ("'r'", "", False), ("'r'", "base", True)],
+)
+def test_what_only_nudges_depends_on_what_it_goes_on_with(start: str, origin: str, nudges: bool) -> None:
+    head = f"start = {start}\n" if start else ""
+    text = f'{head}name = "a"\nbase = "b"\n[[stages]]\nmethod = "dpo"\ndataset = "d"\nfrom = "{origin}"'
+    assert parse_recipe(text).only_nudges is nudges
+
+
+def test_a_run_can_end_in_its_adapter() -> None:
+    assert parse_recipe('end = "adapter"\n' + GRAPH).pipeline() == ("sft", "other", "dpo")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ('from = "sft"', 'from = "dpo"', "stage 'dpo' is from 'dpo', and no stage before it has that name"),
+        ('from = "sft"', 'from = "merge"', "is from 'merge', and no stage before it"),
+        ('name = "other"', 'name = "base"', "cannot be named 'base'"),
+        ('name = "other"', 'name = "start"', "cannot be named 'start'"),
+        ('base = "tiny"', 'base = "tiny"\nend = "adapter"\npromote = true', "makes no release to promote"),
+        (GRAPH, 'name = "a"\nbase = "b"\nstart = "r"', "there is nothing to start"),
+        (GRAPH, 'name = "a"\nbase = "b"\nend = "adapter"', "nothing to start or to end"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_refused(before: str, after: str, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        parse_recipe(GRAPH.replace(before, after))
 
 
 def test_a_dumped_recipe_reads_back_with_every_default_written_out() -> None:

@@ -120,6 +120,25 @@ def _dies(work: Callable[[], object]) -> bool:
     return False
 
 
+def test_the_origin_is_that_of_the_stages_that_it_goes_on_with() -> None:
+    text = """name = "a"
+base = "tiny"
+[[stages]]
+method = "sft"
+dataset = "d"
+[[stages]]
+name = "more"
+method = "sft"
+dataset = "e"
+from = "base"
+"""
+    more = origin(parse_recipe(text), "more")
+    assert origin(parse_recipe(text.replace("[[stages]]", "[[stages]]\nepochs = 2", 1)), "more") == more
+    assert origin(parse_recipe(text.replace('from = "base"', 'from = "sft"')), "more") != more
+    started = [origin(parse_recipe(f'start = {{release = "r", sha256 = "{hash}"}}\n{text}'), "sft") for hash in "xy"]
+    assert started[0] != started[1]
+
+
 def test_the_origin_is_all_that_the_weights_follow_from() -> None:
     stages = '[[stages]]\nmethod = "sft"\ndataset = "d"\n[[stages]]\nmethod = "dpo"\ndataset = "e"\n'
     text = f'name = "a"\nbase = "tiny"\n{stages}'

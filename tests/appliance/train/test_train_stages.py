@@ -6,6 +6,7 @@ import fcntl
 import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -34,6 +35,39 @@ from appliance.errors import Exit
 from appliance.home import Home
 
 SFT = stage("sft", "FACTS")
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def test_a_stage_goes_on_with_the_one_that_it_names(home: Home) -> None:
+    stages = stage("sft", "FACTS", max_steps=2) + stage("sft", "FACTS", max_steps=2, name="other")
+    dpo = stage("dpo", "PREFERENCES", max_steps=1, learning_rate=1e-9, **{"from": "sft"})
+    run = add_run(home, "r", stages + dpo)
+    assert work(run, "sft", "other", "dpo") == 0
+    left, other, made = (load_file(run / name / ADAPTER) for name in ("sft", "other", "dpo"))
+    assert all(torch.allclose(made[name], weight, atol=1e-6) for name, weight in left.items())
+    assert not all(torch.allclose(made[name], weight, atol=1e-6) for name, weight in other.items())
+
+
+def test_a_stage_from_the_base_makes_a_new_adapter(home: Home) -> None:
+    other = stage("sft", "FACTS", name="other", max_steps=1, learning_rate=1e-9, **{"from": "base"})
+    run = add_run(home, "r", stage("sft", "FACTS", max_steps=4) + other)
+    assert work(run, "sft", "other") == 0
+    made = load_file(run / "other" / ADAPTER)
+    assert all(float(weight.abs().max()) < 1e-6 for name, weight in made.items() if "lora_B" in name)
+
+
+def test_a_run_goes_on_with_the_adapter_that_it_starts_from(home: Home) -> None:
+    """Which is then dpo's reference, and what the merge measures the margin from."""
+    before = add_run(home, "before", SFT)
+    assert work(before, "sft") == 0
+    run = add_run(home, "r", stage("dpo", "PREFERENCES", learning_rate=0.002))
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(f'start = {{release = "before", sha256 = "x"}}\n{text}')
+    shutil.copytree(before / "sft" / "adapter", run / "start")
+    assert work(run, "dpo", "merge", "verify") == 0
+    assert losses(run, "dpo")[1] == pytest.approx(math.log(2), abs=1e-5)
+    gates = result(run, "verify")["gates"]
+    assert all(gate["passed"] for gate in gates.values()), gates
 
 
 def test_sft_learns_and_says_so(home: Home) -> None:

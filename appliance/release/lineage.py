@@ -1,0 +1,54 @@
+"""A run that goes on with the adapter of a release on the same base, of which it gets a copy. No torch here."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from appliance.adapters import CONFIG, WEIGHTS
+from appliance.errors import Conflict, InvalidInput
+from appliance.home import Home, sha256
+from appliance.models import base_hashes
+from appliance.release.manifest import read_manifest
+from appliance.train.recipe import Recipe
+
+_AS_A_BASE = "train on its merged weights instead: `appliance pull NAME --from {}`, with that name as the base"
+
+
+def going_on(home: Home, recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with what it takes over from the release that it starts from, where it names one.
+
+    Raises NotFound, and Conflict or InvalidInput for a release whose adapter cannot be trained further on `base`.
+    """
+    if recipe.start is None:
+        return recipe
+    release = recipe.start.release
+    manifest = read_manifest(home, release)
+    made_by = Recipe.model_validate(manifest["recipe"])
+    weights = home.releases / release / "adapter" / WEIGHTS
+    if not weights.is_file() or not made_by.stages:
+        raise InvalidInput(
+            "no_adapter_to_start_from",
+            f"release {release} has no adapter that was trained here",
+            _AS_A_BASE.format(release),
+        )
+    if any(manifest["base_files"].get(name) != hash for name, hash in base_hashes(base).items()):
+        raise Conflict(
+            "another_base",
+            f"release {release} was trained on another base than {base.name}",
+            _AS_A_BASE.format(release),
+        )
+    start = recipe.start.model_copy(update={"sha256": sha256(weights), "nudges": made_by.only_nudges})
+    return recipe.model_copy(update={"start": start, "adapter": made_by.adapter})
+
+
+def copy_start(home: Home, recipe: Recipe, run: Path) -> None:
+    """Give the run's directory the adapter that it starts from, where it starts from one. Raises Conflict."""
+    if recipe.start is None:
+        return
+    source = home.releases / recipe.start.release / "adapter"
+    (run / "start").mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(source / name, run / "start" / name)
+    if sha256(run / "start" / WEIGHTS) != recipe.start.sha256:
+        raise Conflict("release_changed", f"release {recipe.start.release} has changed meanwhile", "queue it again")

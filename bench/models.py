@@ -1,0 +1,184 @@
+"""`make bench-models`: tiny random models of all families through SFT, DPO, merge and gates. Writes docs/MODELS.md.
+
+Each family is a process of its own. The last line is the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from runs import machine
+
+PAGE = Path(__file__).parent.parent / "docs" / "MODELS.md"
+PATIENCE = 300
+"""Seconds after which a family is given up."""
+TARGET = 0.95
+LISTED = """
+llama qwen2 qwen3 mistral ministral3 gemma2 gemma3_text gemma4_text phi phi3 smollm3 lfm2 qwen3_5_text olmo2
+olmo3 granite glm4 stablelm cohere2 exaone4 starcoder2 gpt_neox hunyuan_v1_dense ernie4_5 nanochat helium
+apertus seed_oss arcee gemma4 gemma3n gemma3 qwen3_5 mistral3 qwen2_5_vl qwen3_vl qwen3_moe mixtral gpt_oss
+olmoe qwen2_moe granitemoe granitemoehybrid qwen3_next glm4_moe phimoe jamba deepseek_v2 deepseek_v3 minicpm3
+falcon falcon_h1 nemotron_h mamba2 gpt2
+"""
+"""What people train, of which at least TARGET has to go through."""
+
+_PAGE = """# Models
+
+<!-- `make bench-models` writes this page. -->
+
+Every family of models that Transformers {version} has for texts, or for texts and images, as a tiny random model with a
+chat template such as its own, through `sft`, `dpo`, merge and gates on a CPU. Of models with images or sound the text
+is trained, and the rest stays byte for byte; of experts that are one tensor, what is beside them.
+
+{trained} of {made} are trained, {refused} refused before training, {failed} fail.
+Of {others} no tiny model could be made: {names}.
+
+| family | chat template | outcome |
+|---|---|---|
+{rows}
+"""
+
+
+def trial(family: str, folder: Path, result: Path) -> None:
+    """Leave in `result` how far the family came, and why no further."""
+    with open(folder / "log.txt", "w") as log:
+        sys.stdout = sys.stderr = log
+        result.write_text(json.dumps(_trial(family, folder)))
+
+
+def _trial(family: str, folder: Path) -> dict[str, Any]:
+    from tiny import add_run, events, stage, work
+    from tiny import result as result_of
+    from tiny_families import make_family, template_of
+
+    from appliance.errors import InvalidInput
+    from appliance.home import Home
+    from appliance.models import check_model
+    from appliance.pull import require_usable
+
+    home = Home(folder / "home")
+    home.create()
+    found: dict[str, Any] = {"template": template_of(family)}
+    try:
+        base = make_family(home.models / "base", family)
+    except Exception as error:  # whatever a config that nobody has tried before raises
+        return found | {"outcome": "not made", "why": _line(error)}
+    try:
+        check_model(base)
+        require_usable(base)
+    except InvalidInput as error:
+        return found | {"outcome": "refused", "why": error.message}
+    stages = stage("sft", "FACTS", epochs=2) + stage("dpo", "PREFERENCES", epochs=1)
+    run = add_run(home, "r", stages, base="base")
+    for name in ("sft", "dpo", "merge", "verify"):
+        if work(run, name) != 0:
+            problem = json.loads((run / name / "failure.json").read_bytes())
+            return found | {"outcome": "failed", "stage": name, "why": problem["reason"]}
+    gates = result_of(run, "verify")["gates"]
+    failed = [name for name, gate in gates.items() if not gate["passed"]]
+    found["without"] = [
+        what for what, kind in (("forecast", "forecast"), ("sample answers", "sample")) if not events(run, kind)
+    ]
+    if failed:
+        return found | {"outcome": "failed", "stage": "verify", "why": f"gates {', '.join(failed)}"}
+    return found | {"outcome": "trained"}
+
+
+def _line(error: Exception) -> str:
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}"[:160]
+
+
+def trials(families: Iterable[str], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each family with what came of it, in their order."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["appliance.train.stage", "appliance.release.verify", "tiny_families"])
+
+    def tried(family: str) -> tuple[str, dict[str, Any]]:
+        with tempfile.TemporaryDirectory(prefix=f"{family}-") as scratch:
+            folder, result = Path(scratch), Path(scratch) / "result.json"
+            process = context.Process(target=trial, args=(family, folder, result))
+            process.start()
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                return family, {"outcome": "failed", "why": f"no end within {PATIENCE} s"}
+            if not result.exists():
+                last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+                return family, {"outcome": "failed", "why": f"exit {process.exitcode}: {''.join(last)[:160]}"}
+            return family, json.loads(result.read_bytes())
+
+    with ThreadPoolExecutor(workers) as pool:
+        for family, outcome in pool.map(tried, families):
+            print(
+                f"{family}: {outcome['outcome']} {outcome.get('stage', '')} {outcome.get('why', '')}", file=sys.stderr
+            )
+            yield family, outcome
+
+
+def page(outcomes: dict[str, dict[str, Any]]) -> str:
+    """docs/MODELS.md."""
+    import transformers
+
+    count = Counter(one["outcome"] for one in outcomes.values())
+    others = sorted(family for family, one in outcomes.items() if one["outcome"] == "not made")
+    rows = [
+        f"| {family} | {one['template']} | {_said(one)} |"
+        for family, one in sorted(outcomes.items())
+        if one["outcome"] != "not made"
+    ]
+    return _PAGE.format(
+        version=transformers.__version__,
+        made=len(rows),
+        others=len(others),
+        names=", ".join(others) or "none",
+        rows="\n".join(rows),
+        **{kind: count[kind] for kind in ("trained", "refused", "failed")},
+    )
+
+
+def _said(one: dict[str, Any]) -> str:
+    """An outcome in its cell of the table."""
+    without = f", without {' or '.join(one['without'])}" if one.get("without") else ""
+    where = f" in {one['stage']}" if "stage" in one else ""
+    why = f": {one['why']}".replace("|", "/") if "why" in one else ""
+    return f"{one['outcome']}{without}{where}{why}"
+
+
+def main() -> None:
+    """Try the families, write the page, print the record."""
+    from tiny_families import FAMILIES
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("families", nargs="*", help="none: all, and the page is written")
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    outcomes = dict(trials(given.families or FAMILIES, given.workers))
+    if not given.families:
+        PAGE.write_text(page(outcomes))
+    listed = [outcomes[family]["outcome"] for family in LISTED.split() if family in outcomes]
+    share = listed.count("trained") / len(listed) if listed else 0.0
+    failed = sorted(family for family, one in outcomes.items() if one["outcome"] == "failed")
+    record = {
+        "bench": "models",
+        "ratios": {"listed_trained": round(share, 3), "failed": len(failed)},
+        "targets": {"listed_trained": TARGET, "failed": 0},
+        "met": share >= TARGET and not failed,
+        "families": Counter(one["outcome"] for one in outcomes.values()),
+        "machine": machine(),
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A run that starts from a release takes over its adapter, with that adapter's settings."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.errors import Conflict, InvalidInput, NotFound
+from appliance.home import Home, hashes, sha256
+from appliance.release.lineage import copy_start, going_on
+from appliance.train.recipe import Recipe, Start, parse_recipe
+
+RECIPE = 'name = "more"\nbase = "b"\nstart = "r-1"\n[[stages]]\nmethod = "dpo"\ndataset = "d"\n'
+MADE_BY = 'name = "r"\nbase = "b"\n[adapter]\nkind = "dora"\nrank = 3\n[[stages]]\nmethod = "sft"\ndataset = "d"\n'
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """A home with the base `b` and the release r-1 of it."""
+    home = Home(tmp_path / "home")
+    home.create()
+    (home.models / "b").mkdir()
+    (home.models / "b" / "config.json").write_text("{}")
+    release(home, MADE_BY)
+    return home
+
+
+def release(home: Home, made_by: str, **changed: Any) -> None:
+    folder = home.releases / "r-1"
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    (folder / "adapter" / "adapter_config.json").write_text('{"r": 3}')
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    parts = ("datasets", "dataset_rows", "merge", "stages", "versions", "gates", "files")
+    manifest: dict[str, Any] = {part: {} for part in parts}
+    manifest |= {"release": "r-1", "state": "verified", "reason": "", "created": 1.0, "base": "b", "recipe_sha256": ""}
+    manifest |= {"base_files": hashes(home.models / "b"), "recipe": tomllib.loads(made_by), **changed}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def start(home: Home, text: str = RECIPE) -> Recipe:
+    return going_on(home, parse_recipe(text), home.models / "b")
+
+
+def test_the_adapters_own_settings_and_its_hash_are_taken_over(home: Home) -> None:
+    recipe = start(home)
+    assert (recipe.adapter.kind, recipe.adapter.rank) == ("dora", 3)
+    weights = home.releases / "r-1" / "adapter" / "adapter_model.safetensors"
+    assert recipe.start == Start(release="r-1", sha256=sha256(weights), nudges=False)
+    release(home, MADE_BY.replace('"sft"', '"dpo"'))
+    assert start(home).start == Start(release="r-1", sha256=sha256(weights), nudges=True)
+
+
+def test_a_recipe_that_starts_from_its_base_stays_as_it_is(home: Home) -> None:
+    text = RECIPE.replace('start = "r-1"\n', "")
+    assert start(home, text) == parse_recipe(text)
+    copy_start(home, parse_recipe(text), home.runs)
+    assert list(home.runs.iterdir()) == []
+
+
+def test_the_run_gets_its_own_copy(home: Home) -> None:
+    copy_start(home, start(home), home.runs)
+    assert hashes(home.runs / "start") == hashes(home.releases / "r-1" / "adapter")
+
+
+def test_an_adapter_that_changes_meanwhile_is_not_taken(home: Home) -> None:
+    recipe = start(home)
+    (home.releases / "r-1" / "adapter" / "adapter_model.safetensors").write_bytes(b"others")
+    with pytest.raises(Conflict, match="has changed meanwhile"):
+        copy_start(home, recipe, home.runs)
+
+
+def test_a_release_that_cannot_be_gone_on_with_is_refused(home: Home) -> None:
+    with pytest.raises(NotFound, match="no release r-9"):
+        start(home, RECIPE.replace("r-1", "r-9"))
+    release(home, MADE_BY, base_files={"config.json": "another"})
+    with pytest.raises(Conflict, match="trained on another base than b — train on its merged weights"):
+        start(home)
+    release(home, 'name = "r"\nbase = "b"\n[given]\nsha256 = "x"\n')
+    with pytest.raises(InvalidInput, match="no adapter that was trained here"):
+        start(home)
+    release(home, MADE_BY)
+    (home.releases / "r-1" / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(InvalidInput, match="no adapter"):
+        start(home)
