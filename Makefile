@@ -10,7 +10,7 @@ VLLM_VENV := .venv-vllm
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all test-fast test-vllm lint format docs bench-data bench-gates bench-gpu bench-merge bench-train bench-forecast bench-swap bench-adapter clean
+.PHONY: demo test test-all test-fast test-vllm lint format docs bench-data bench-gates bench-gpu bench-merge bench-models bench-train bench-forecast bench-swap bench-adapter clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -72,6 +72,10 @@ bench-forecast: $(READY)
 
 bench-merge: $(READY)
 	@PYTHONPATH=.:bench HF_HUB_OFFLINE=1 $(BIN)/python bench/merge.py
+
+# Writes docs/MODELS.md; half an hour on 2 cores. ARGUMENTS="llama gemma3": these families alone, and no page.
+bench-models: $(READY)
+	@PYTHONPATH=.:bench:tests/appliance/train HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python bench/models.py $(ARGUMENTS)
 
 bench-swap: $(VLLM_VENV)/ready
 	@PYTHONPATH=.:tests/e2e HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python bench/swap.py $(ARGUMENTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
 from itertools import takewhile
@@ -25,6 +26,8 @@ from appliance.models import stored_names
 _OF_TEXT: dict[str, str] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 """By type of model, the class that answers texts; of a type that has two, the one without images."""
 _NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_PLAIN = ("torch.nn.", "transformers.pytorch_utils", "bitsandbytes.")
+"""Modules of layers that are linear and nothing else, of NF4 too."""
 _CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
 
 
@@ -59,7 +62,8 @@ def empty_model(base: Path, **options: Any) -> Any:
 def linear_modules(model: Any) -> list[str]:
     """Names of the linear layers by which the model reads and writes text: those that can have an adapter.
 
-    They are not the output head, not what sees images or hears, and not what Mamba's kernels take the weights of.
+    They are not the output head, not what sees images or hears, not what Mamba's kernels take the weights of, and no
+    routers, which may be a linear layer of the model's own that answers more than a product.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     of_text = decoder if decoder is not None and not isinstance(decoder, torch.nn.Linear) else model
@@ -73,6 +77,8 @@ def linear_modules(model: Any) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
+        and type(module).__module__.startswith(_PLAIN)
+        and "router" not in name.split(".")
         and module is not head
         and id(module) in inside
         and id(module) not in past_the_layer
@@ -90,6 +96,14 @@ def require_mergeable(base: Path) -> None:
     Its weights need not be there: names of tensors are taken from the index, and not looked at where there is none.
     """
     architecture = Architecture(base)
+    takes = inspect.signature(type(architecture.skeleton).forward).parameters.values()
+    needs = [one.name for one in takes if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    if more := [name for name in needs if name not in ("self", "input_ids")]:
+        raise InvalidInput(
+            "unsupported_architecture",
+            f"a {type(architecture.skeleton).__name__} cannot be asked with texts alone: it needs {more[0]}",
+            "use a model for chat",
+        )
     modules = trainable_modules(architecture.skeleton)
     if not modules:
         raise InvalidInput(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -52,10 +53,11 @@ def trial(family: str, folder: Path, result: Path) -> None:
     """Leave in `result` how far the family came, and why no further."""
     with open(folder / "log.txt", "w") as log:
         sys.stdout = sys.stderr = log
-        result.write_text(json.dumps(_trial(family, folder)))
+        result.write_text(json.dumps(try_family(family, folder)))
 
 
-def _trial(family: str, folder: Path) -> dict[str, Any]:
+def try_family(family: str, folder: Path) -> dict[str, Any]:
+    """How far the family came in a home of its own, and why no further."""
     from tiny import add_run, events, stage, work
     from tiny import result as result_of
     from tiny_families import make_family, template_of
@@ -77,7 +79,8 @@ def _trial(family: str, folder: Path) -> dict[str, Any]:
         require_usable(base)
     except InvalidInput as error:
         return found | {"outcome": "refused", "why": error.message}
-    stages = stage("sft", "FACTS", epochs=2) + stage("dpo", "PREFERENCES", epochs=1)
+    stages = stage("sft", "FACTS", epochs=2, max_length=4096)
+    stages += stage("dpo", "PREFERENCES", epochs=1, max_length=4096)
     run = add_run(home, "r", stages, base="base")
     for name in ("sft", "dpo", "merge", "verify"):
         if work(run, name) != 0:
@@ -100,6 +103,7 @@ def _line(error: Exception) -> str:
 
 def trials(families: Iterable[str], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each family with what came of it, in their order."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["appliance.train.stage", "appliance.release.verify", "tiny_families"])
 

@@ -68,6 +68,9 @@ def load_model(folder: Path, *, quantised: bool = False) -> Any:
         raise InvalidInput(
             "bad_model", f"{folder} holds no usable model: {reason(error)}", "pull the base model again"
         ) from error
+    text = model.config.get_text_config()
+    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
+        text.num_experts = text.num_local_experts  # as TRL's loss of routers calls them
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InvalidInput("bad_model", f"{folder} lacks the weights {missing[0]}", "pull the base model again")

@@ -46,7 +46,7 @@ _TINY: dict[str, Any] = {
     **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
     **{"qk_head_dim": 16, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 512},
     **{"image_size": 28, "patch_size": 14, "num_channels": 3, "sliding_window": 64, "initializer_range": 0.2},
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"), 512),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"), 4096),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 32),
@@ -57,7 +57,25 @@ _TINY: dict[str, Any] = {
     **{"mtp_num_hidden_layers": 0, "num_mtp_layers": 0},
 }
 """Settings of configs by their names, wherever they stand."""
-_FIXES: dict[str, dict[str, Any]] = {}
+_OF_IMAGES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_TILES = {"vision_config.image_size": [28, 28], "vision_config.patch_size": [14, 14]}
+_FIXES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32]},
+    "glm5_next": {"num_key_value_heads": 4, "text_config.num_key_value_heads": 4},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "internvl": _TILES,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"head_dim": 32},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "qianfan_ocr": _TILES,
+    **{family: {"text_config.rope_parameters": _OF_IMAGES} for family in ("qwen2_vl", "qwen2_5_vl")},
+    **{family: {"rope_parameters": _OF_IMAGES} for family in ("qwen2_vl_text", "qwen2_5_vl_text")},
+    "zaya": {"num_experts_per_tok": 1},
+}
 """What a family's config needs beside, by the model's type; `text_config.KEY` of its text."""
 _TEMPLATES = (
     *(
@@ -92,6 +110,13 @@ def tiny_config(family: str) -> Any:
     return _shrunk(kind, _FIXES.get(family, {}))
 
 
+def class_of(family: str) -> Any:
+    """The class that models of a family are published as: the one with images, where there is one."""
+    both = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    name = both[family]
+    return getattr(transformers, name if isinstance(name, str) else name[0])
+
+
 def _shrunk(kind: Any, fixes: dict[str, Any]) -> Any:
     plain = kind()
     parts = {
@@ -101,12 +126,17 @@ def _shrunk(kind: Any, fixes: dict[str, Any]) -> Any:
     }
     said = plain.to_dict()
     settings = {key: value for key, value in _TINY.items() if key in said and said[key] is not None}
-    settings |= _shortened(said, settings)
+    settings |= _shortened(said)
+    if "qk_rope_head_dim" in settings:  # latent attention, which has all heads and turns a part of each
+        its_own = {"head_dim": settings["qk_rope_head_dim"], "num_key_value_heads": 4}
+        settings |= {key: value for key, value in its_own.items() if key in settings}
+    if "mrope_section" in (rope := said.get("rope_parameters") or {}):
+        settings["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
     settings |= {key: value for key, value in fixes.items() if "." not in key}
     made = kind(**settings, **parts)
     for key, value in settings.items():
         # Some take no notice of what they call otherwise.
-        with contextlib.suppress(AttributeError, NotImplementedError):
+        with contextlib.suppress(Exception):
             if getattr(made, key, None) != value:
                 setattr(made, key, value)
     return made
@@ -116,7 +146,7 @@ def _below(name: str, fixes: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(f"{name}."): value for key, value in fixes.items() if key.startswith(f"{name}.")}
 
 
-def _shortened(said: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _shortened(said: dict[str, Any]) -> dict[str, Any]:
     """Lists with an item a layer, as long as there are layers and with as many kinds of these as fit."""
     found: dict[str, Any] = {}
     depth = next(
@@ -133,8 +163,7 @@ def _shortened(said: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]
 def make_family(folder: Path, family: str) -> Path:
     """Write a tiny random model of the family as it would be pulled."""
     config = tiny_config(family)
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
-    kind = getattr(transformers, name if isinstance(name, str) else name[0])
+    kind = class_of(family)
     torch.manual_seed(3)
     model = kind._from_config(config) if hasattr(kind, "_from_config") else kind(config)
     model.save_pretrained(folder)

@@ -1,0 +1,46 @@
+"""A dozen families of those that `make bench-models` tries, through the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "appliance" / "train"))
+import models
+from tiny_families import FAMILIES
+
+DOZEN = (
+    *("gemma4", "qwen3_5", "mistral3", "qwen2_5_vl", "mixtral", "glm4_moe", "deepseek_v3", "granitemoe"),
+    *("phimoe", "falcon_h1", "nemotron_h", "mamba2"),
+)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", DOZEN)
+def test_a_family_is_trained(tmp_path: Path, family: str) -> None:
+    found = models.try_family(family, tmp_path)
+    assert (found["outcome"], found.get("why")) == ("trained", None)
+
+
+def test_a_model_that_cannot_be_asked_without_an_image_is_refused(tmp_path: Path) -> None:
+    found = models.try_family("blip-2", tmp_path)
+    assert found["outcome"] == "refused"
+    assert found["why"] == "a Blip2ForConditionalGeneration cannot be asked with texts alone: it needs pixel_values"
+
+
+def test_the_listed_families_are_families() -> None:
+    assert set(models.LISTED.split()) <= {*FAMILIES}
+
+
+def test_the_page_says_of_each_family_what_came_of_it() -> None:
+    outcomes = {
+        "a": {"outcome": "trained", "template": "t", "without": ["forecast"]},
+        "b": {"outcome": "failed", "template": "t", "stage": "dpo", "why": "x | y"},
+        "c": {"outcome": "not made", "template": "t", "why": "no config"},
+    }
+    page = models.page(outcomes)
+    assert "| a | t | trained, without forecast |" in page
+    assert "| b | t | failed in dpo: x / y |" in page
+    assert "1 of 2 are trained, 0 refused before training, 1 fail.\nOf 1 no tiny model could be made: c." in page
