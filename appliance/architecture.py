@@ -26,8 +26,6 @@ from appliance.models import stored_names
 _OF_TEXT: dict[str, str] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 """By type of model, the class that answers texts; of a type that has two, the one without images."""
 _NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-_PLAIN = ("torch.nn.", "transformers.pytorch_utils", "bitsandbytes.")
-"""Modules of layers that are linear and nothing else, of NF4 too."""
 _CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
 
 
@@ -63,7 +61,7 @@ def linear_modules(model: Any) -> list[str]:
     """Names of the linear layers by which the model reads and writes text: those that can have an adapter.
 
     They are not the output head, not what sees images or hears, not what Mamba's kernels take the weights of, and no
-    routers, which may be a linear layer of the model's own that answers more than a product.
+    routers, some of which answer more than a product.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     of_text = decoder if decoder is not None and not isinstance(decoder, torch.nn.Linear) else model
@@ -77,7 +75,6 @@ def linear_modules(model: Any) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
-        and type(module).__module__.startswith(_PLAIN)
         and "router" not in name.split(".")
         and module is not head
         and id(module) in inside

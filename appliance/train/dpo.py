@@ -89,7 +89,8 @@ def trainer(stage: DpoStage, arguments: dict[str, Any], given: TrainerInputs) ->
         precompute_ref_log_probs=True,
         **arguments,
     )
-    return build_trainer(_Trainer, stage, config, given, length)
+    return build_trainer(_Trainer, stage, config, given)
 
 
-DPO = Method(examples, length, trained, trainer, sequences=_Trainer.sequences_per_row)
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+DPO = Method(examples, length, trained, COLUMNS, trainer, sequences=_Trainer.sequences_per_row)

@@ -12,6 +12,7 @@ from trl import KTOConfig, KTOTrainer
 from appliance.data.render import render_prompt
 from appliance.errors import InvalidInput
 from appliance.train.answers import RowFigures
+from appliance.train.examples import Examples
 from appliance.train.recipe import KtoStage
 from appliance.train.rows import Example, answer_ids
 from appliance.train.trainer import Batch, Method, MicroBatchTrainer, TrainerInputs, build_trainer
@@ -62,32 +63,37 @@ def examples(tokenizer: Any, row: dict[str, Any]) -> list[Example]:
 
 
 def length(example: Example) -> int:
-    answers = (example["completion_ids"], example.get("KL_completion_ids", []))
-    return len(example["prompt_ids"]) + max(len(answer) for answer in answers)
+    return len(example["prompt_ids"]) + len(example["completion_ids"])
 
 
 def trained(example: Example) -> int:
     return len(example["completion_ids"])
 
 
-def mismatched(examples: list[Example]) -> list[Example]:
+def mismatched(examples: Examples) -> Examples:
     """Examples with an answer of about the same length to another prompt, by which the KL term is estimated.
 
     An example keeps its own where no other prompt is near. Source: section 4.1 of arXiv 2402.01306.
     """
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["completion_ids"]))
-    paired = list(examples)
+    if not len(examples):
+        return examples
+    prompts, answers = ([*examples.table[name]] for name in ("prompt_ids", "completion_ids"))
+    order = sorted(range(len(examples)), key=lambda index: len(answers[index]))
+    others = list(range(len(examples)))
     for place, index in enumerate(order):
-        own = examples[index]
-        near = (examples[order[(place + step) % len(order)]] for step in range(1, NEIGHBOURS_TRIED))
-        other = next((one for one in near if one["prompt_ids"] != own["prompt_ids"]), own)
-        paired[index] = {**own, "KL_completion_ids": other["completion_ids"]}
-    return paired
+        near = (order[(place + step) % len(order)] for step in range(1, NEIGHBOURS_TRIED))
+        others[index] = next((other for other in near if prompts[other] != prompts[index]), index)
+    longest = [max(len(answers[index]), len(answers[other])) for index, other in enumerate(others)]
+    return Examples(
+        examples.table.add_column("KL_completion_ids", [answers[other] for other in others]),
+        [len(prompt) + answer for prompt, answer in zip(prompts, longest, strict=True)],
+        examples.trained,
+    )
 
 
 def trainer(stage: KtoStage, arguments: dict[str, Any], given: TrainerInputs) -> Any:
     """TRL's trainer, over rows whose reference is computed once. Raises InvalidInput without good answers."""
-    if not any(row["label"] for row in given.train):
+    if not any(given.train.table["label"]):
         raise InvalidInput(
             "no_good_answers",
             "no answer to train on is judged good, and the model would only learn what not to say",
@@ -102,7 +108,8 @@ def trainer(stage: KtoStage, arguments: dict[str, Any], given: TrainerInputs) ->
         **arguments,
     )
     paired = replace(given, train=mismatched(given.train), held_out=mismatched(given.held_out))
-    return build_trainer(_Trainer, stage, config, paired, length)
+    return build_trainer(_Trainer, stage, config, paired)
 
 
-KTO = Method(examples, length, trained, trainer, compared=1)
+COLUMNS = ("prompt_ids", "completion_ids", "label")
+KTO = Method(examples, length, trained, COLUMNS, trainer, compared=1)

@@ -66,9 +66,9 @@ def trainer(stage: SftStage, arguments: dict[str, Any], given: TrainerInputs) ->
     )
     # The noise is by the length of a sequence, which is a row's.
     packs = not stage.neftune_alpha and can_pack(given.model, given.limit.warn)
-    built = build_trainer(_Trainer, stage, config, given, length)
+    built = build_trainer(_Trainer, stage, config, given)
     built.packs = packs
     return built
 
 
-SFT = Method(examples, length, trained, trainer)
+SFT = Method(examples, length, trained, ("input_ids", "labels"), trainer)

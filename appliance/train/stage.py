@@ -25,6 +25,7 @@ from appliance.train.callbacks import Cadence, Reporter, is_evaluated
 from appliance.train.checkpoints import KEPT, newest_usable, origin, step_of
 from appliance.train.dpo import DPO
 from appliance.train.events import EventLog
+from appliance.train.examples import Examples, chosen, tokenised
 from appliance.train.fit import require_fit
 from appliance.train.forecast import Forecast, NoForecast, Size, Work, forecast_stage
 from appliance.train.guard import Diverged, Guard
@@ -41,7 +42,7 @@ from appliance.train.model import (
     targeted_modules,
 )
 from appliance.train.recipe import AnyStage, Recipe
-from appliance.train.rows import HELD_OUT_ROWS, Example, tokenise
+from appliance.train.rows import HELD_OUT_ROWS
 from appliance.train.samples import Samples
 from appliance.train.sft import SFT
 from appliance.train.trainer import Method, TrainerInputs
@@ -69,7 +70,7 @@ def train_stage(
     require_fit(stage, dataset, recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
     evaluated = held_out_rows[:HELD_OUT_ROWS]
-    train, held_out, left_out = _examples(dataset, train_rows, evaluated, tokenizer, stage)
+    train, held_out, left_out = _examples(home, dataset, (train_rows, evaluated), base, recipe, stage)
     if any(left_out):
         message = f"{sum(left_out)} rows longer than {stage.max_length} tokens are left out"
         events.append("warning", stage.name, message=message)
@@ -93,21 +94,12 @@ def train_stage(
 
 
 def _examples(
-    dataset: Dataset,
-    train_rows: list[int],
-    held_out_rows: list[int],
-    tokenizer: Any,
-    stage: AnyStage,
-) -> tuple[list[Example], list[Example], tuple[int, int]]:
-    """Examples to train on and held out, and of how many rows of each there are none because they are too long."""
-    method = METHODS[stage.method]
-
-    def examples_of(row: dict[str, Any]) -> list[Example]:
-        return method.examples(tokenizer, row)
-
-    train, left_out = tokenise(dataset, train_rows, stage, examples_of, method.length)
-    held_out, left_out_too = tokenise(dataset, held_out_rows, stage, examples_of, method.length)
-    if not train:
+    home: Home, dataset: Dataset, rows: tuple[list[int], list[int]], base: Path, recipe: Recipe, stage: AnyStage
+) -> tuple[Examples, Examples, tuple[int, int]]:
+    """Examples of rows to train on and held out, and of how many of each there are none because they are too long."""
+    table = tokenised(home, dataset, base, recipe.clock, stage.method)
+    (train, left_out), (held_out, left_out_too) = (chosen(table, dataset, some, stage) for some in rows)
+    if not len(train):
         raise InvalidInput("no_rows", f"no row of {dataset.id} is left to train on", "raise max_length, or add rows")
     return train, held_out, (left_out, left_out_too)
 
@@ -119,17 +111,17 @@ def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
     dataset = Dataset.open(home, stage.dataset)
     require_fit(stage, dataset, recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
-    tokenizer = load_tokenizer(base, recipe.clock)
-    train, held_out, _ = _examples(dataset, train_rows, held_out_rows[:HELD_OUT_ROWS], tokenizer, stage)
+    both = train_rows, held_out_rows[:HELD_OUT_ROWS]
+    train, held_out, _ = _examples(home, dataset, both, base, recipe, stage)
     limit = MicroBatchLimit(stage.micro_batch_size or stage.batch_size)
     return _forecast(base, recipe, stage, train, held_out, limit)
 
 
 def _forecast(
-    base: Path, recipe: Recipe, stage: AnyStage, train: list[Example], held_out: list[Example], limit: MicroBatchLimit
+    base: Path, recipe: Recipe, stage: AnyStage, train: Examples, held_out: Examples, limit: MicroBatchLimit
 ) -> Forecast:
     method = METHODS[stage.method]
-    rows, others = ([Size(method.length(one), method.trained(one)) for one in part] for part in (train, held_out))
+    rows, others = (list(map(Size, some.lengths, some.trained)) for some in (train, held_out))
     work = Work(rows, others, method.sequences, method.compared, limit)
     return forecast_stage(base, recipe, stage, work, _steps(stage, len(train)))
 
@@ -140,8 +132,8 @@ def _train(
     stage: AnyStage,
     base: Path,
     tokenizer: Any,
-    train: list[Example],
-    held_out: list[Example],
+    train: Examples,
+    held_out: Examples,
     samples: Samples,
     events: EventLog,
     interruption: Interruption,
@@ -172,12 +164,14 @@ def _train(
     if checkpoint is None:
         best.forget()
     arguments = _arguments(folder, recipe, stage, len(train), checkpointing=checkpointing)
-    arguments["eval_on_start"] = bool(held_out) and _evaluation_due(checkpoint, stage, arguments["max_steps"], said)
+    arguments["eval_on_start"] = bool(len(held_out)) and _evaluation_due(
+        checkpoint, stage, arguments["max_steps"], said
+    )
     given = TrainerInputs(model, tokenizer, train, held_out, limit, interruption)
     trainer = METHODS[stage.method].trainer(stage, arguments, given)
     trainer.origin = made_from
     trainer.remove_callback(PrinterCallback)
-    cadence = Cadence(folder, stage, interruption, evaluates=bool(held_out))
+    cadence = Cadence(folder, stage, interruption, evaluates=bool(len(held_out)))
     for callback in (Reporter(events, stage), Guard(events, stage), samples, best, cadence):
         trainer.add_callback(callback)
     with interruption.deferred():

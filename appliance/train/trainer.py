@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset as Table
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from appliance.train.answers import RowFigures, figures_of, outputs_of, row_loss, sequence_nats
 from appliance.train.checkpoints import saving
+from appliance.train.examples import Examples
 from appliance.train.head import install
 from appliance.train.interruption import Interrupted, Interruption
 from appliance.train.micro_batches import MicroBatchLimit
@@ -35,8 +35,8 @@ class TrainerInputs:
     model: Any
     """The base with its adapter."""
     tokenizer: Any
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     limit: MicroBatchLimit
     interruption: Interruption
 
@@ -51,6 +51,8 @@ class Method:
     """Tokens of the longest sequence in an example."""
     trained: Callable[[Example], int]
     """Tokens of an example that are trained."""
+    columns: tuple[str, ...]
+    """What an example has: lists of token ids, and `label`, which is true or false."""
     trainer: Callable[[Any, dict[str, Any], TrainerInputs], Any]
     """(stage, Transformers' training arguments, what is trained) -> Transformers trainer."""
     sequences: int = 1
@@ -203,7 +205,6 @@ def build_trainer(
     stage: Stage,
     config: Any,
     given: TrainerInputs,
-    length: Callable[[Example], int],
 ) -> Any:
     """The trainer of class `kind` over tokenised examples, with the adapter as it was before.
 
@@ -212,13 +213,13 @@ def build_trainer(
     model = given.model
     if not ON_GPU:
         install()
-    train, held_out = sorted(given.train, key=length), sorted(given.held_out, key=length)
+    train, held_out = given.train.by_length(), given.held_out.by_length()
     before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = kind(
         model=model,
         args=config,
-        train_dataset=_table(train),
-        eval_dataset=_table(held_out),
+        train_dataset=train.table,
+        eval_dataset=held_out.table if len(held_out) else None,
         processing_class=given.tokenizer,
         limit=given.limit,
         interruption=given.interruption,
@@ -232,13 +233,8 @@ def build_trainer(
         # adapters, of which a resume loads this one only.
         model.delete_adapter("ref")
     trainer.stage = stage
-    trainer.row_lengths = [length(row) for row in train]
+    trainer.row_lengths = train.lengths
     return trainer
-
-
-def _table(examples: list[Example]) -> Any:
-    """Examples as the in-memory table that trainers read; None where there are none."""
-    return Table.from_list(examples) if examples else None
 
 
 def _micro_batch(inputs: Batch, count: int, rows: slice) -> Batch:

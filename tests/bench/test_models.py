@@ -13,7 +13,7 @@ from tiny_families import FAMILIES
 
 DOZEN = (
     *("gemma4", "qwen3_5", "mistral3", "qwen2_5_vl", "mixtral", "glm4_moe", "deepseek_v3", "granitemoe"),
-    *("phimoe", "falcon_h1", "nemotron_h", "mamba2"),
+    *("phimoe", "falcon", "falcon_h1", "nemotron_h", "mamba2"),
 )
 
 

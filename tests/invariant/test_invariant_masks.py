@@ -14,6 +14,7 @@ from tiny import add_run, read_recipe, stage
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
+from appliance.train.examples import Examples
 from appliance.train.interruption import Interruption
 from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import add_adapter, load_model
@@ -62,7 +63,8 @@ def step(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Step:
     tokenizer, dataset = load_tokenizer(home.models / "tiny"), Dataset.open(home, recipe.stages[0].dataset)
     model = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
     rows = [example for row in dataset.rows for example in method.examples(tokenizer, row)]
-    given = TrainerInputs(model, tokenizer, rows, [], MicroBatchLimit(), Interruption())
+    inputs = Examples.of(rows, method), Examples.of([], method)
+    given = TrainerInputs(model, tokenizer, *inputs, MicroBatchLimit(), Interruption())
     trainer = method.trainer(recipe.stages[0], _arguments(tmp_path, recipe, recipe.stages[0], 4), given)
     trainer.create_optimizer_and_scheduler(1)
     (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))

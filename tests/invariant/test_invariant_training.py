@@ -15,6 +15,7 @@ from torch.nn import functional
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
+from appliance.train.examples import Examples
 from appliance.train.kto import mismatched
 from appliance.train.model import load_adapter, load_model
 from appliance.train.order import epoch_order
@@ -150,13 +151,12 @@ def test_the_loss_of_kto_is_that_of_its_paper(home: Home) -> None:
     (run / "recipe.toml").write_text((run / "recipe.toml").read_text().replace("eval_share = 0.2", "eval_share = 0.5"))
     work(run, "sft", "kto")
     tokenizer, dataset = load_tokenizer(home.models / "tiny"), Dataset.open(home, read_recipe(run).stages[1].dataset)
-    rows = mismatched(
-        [
-            example
-            for index in dataset.split(0.5)[1]
-            for example in METHODS["kto"].examples(tokenizer, dataset.rows[index])
-        ]
-    )
+    held_out = [
+        example
+        for index in dataset.split(0.5)[1]
+        for example in METHODS["kto"].examples(tokenizer, dataset.rows[index])
+    ]
+    rows = [*mismatched(Examples.of(held_out, METHODS["kto"])).table]
     policy, reference = (
         load_adapter(load_model(home.models / "tiny"), run / name / "adapter", trainable=False)
         for name in ("kto", "sft")

@@ -12,6 +12,7 @@ from tiny import FACTS, JUDGEMENTS, PREFERENCES
 from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import InvalidInput
 from appliance.train.dpo import DPO
+from appliance.train.examples import Examples
 from appliance.train.interruption import Interruption
 from appliance.train.kto import KTO, mismatched
 from appliance.train.micro_batches import MicroBatchLimit
@@ -70,17 +71,19 @@ def test_kto_keeps_the_answer_and_what_was_thought_of_it(tokenizer: Any) -> None
 def test_kto_pairs_each_prompt_with_an_answer_to_another_of_like_length(tokenizer: Any) -> None:
     examples = [example for row in JUDGEMENTS for example in KTO.examples(tokenizer, row)]
     answered = {tuple(one["completion_ids"]): one["prompt_ids"] for one in examples if one["label"]}
-    paired = mismatched(examples)
+    pairs = mismatched(Examples.of(examples, KTO))
+    paired = [*pairs.table]
     assert [one["prompt_ids"] for one in paired] == [one["prompt_ids"] for one in examples]
-    for one in paired:
+    for one, length in zip(paired, pairs.lengths, strict=True):
         other = one["KL_completion_ids"]
         assert answered.get(tuple(other)) != one["prompt_ids"]
-        assert KTO.length(one) == len(one["prompt_ids"]) + max(len(other), len(one["completion_ids"]))
+        assert length == len(one["prompt_ids"]) + max(len(other), len(one["completion_ids"]))
     near = [
         one for one in paired if one["label"] and abs(len(one["KL_completion_ids"]) - len(one["completion_ids"])) < 4
     ]
     assert len(near) >= 5, "all but the longest, which is paired with the shortest or the next longer"
-    same = mismatched([examples[0], {**examples[1], "prompt_ids": examples[0]["prompt_ids"]}])
+    alike = [examples[0], {**examples[1], "prompt_ids": examples[0]["prompt_ids"]}]
+    same = [*mismatched(Examples.of(alike, KTO)).table]
     assert [one["KL_completion_ids"] for one in same] == [one["completion_ids"] for one in same]
 
 
@@ -96,8 +99,8 @@ def test_building_a_trainer_does_not_round_the_adapter() -> None:
             model.weight.data = model.weight.data.to(torch.bfloat16)
             self.rows = len(train_dataset)
 
-    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]
-    given = TrainerInputs(model, None, rows, [], MicroBatchLimit(), Interruption())
-    trainer = build_trainer(Rounding, None, None, given, SFT.length)
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [1], "labels": [1]}]
+    given = TrainerInputs(model, None, Examples.of(rows, SFT), Examples.of([], SFT), MicroBatchLimit(), Interruption())
+    trainer = build_trainer(Rounding, None, None, given)
     assert torch.equal(model.weight, before)
     assert (trainer.rows, trainer.row_lengths) == (2, [1, 3]), "by length"

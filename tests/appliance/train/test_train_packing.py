@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
 from appliance.train import packing, sft
+from appliance.train.examples import Examples
 from appliance.train.interruption import Interruption
 from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import add_adapter, load_model
@@ -74,7 +75,7 @@ def trainer(home: Home, tmp_path: Path) -> MicroBatchTrainer:
     recipe = read_recipe(add_run(home, "r", stage("sft", "FACTS", batch_size=6)))
     tokenizer = load_tokenizer(home.models / "tiny")
     model = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
-    examples = [example for row in FACTS for example in SFT.examples(tokenizer, row)]
+    examples = Examples.of([example for row in FACTS for example in SFT.examples(tokenizer, row)], SFT)
     given = TrainerInputs(model, tokenizer, examples, examples, MicroBatchLimit(), Interruption())
     built: MicroBatchTrainer = SFT.trainer(
         recipe.stages[0], _arguments(tmp_path, recipe, recipe.stages[0], len(examples)), given

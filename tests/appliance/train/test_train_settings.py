@@ -14,6 +14,7 @@ from tiny import FACTS, PREFERENCES, add_run, events, failure, read_recipe, stag
 
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
+from appliance.train.examples import Examples
 from appliance.train.interruption import Interruption
 from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import add_adapter, load_model, targeted_modules
@@ -27,7 +28,8 @@ def trainer(home: Home, folder: Path, method: str = "sft", steps: int = 10, **se
     tokenizer = load_tokenizer(home.models / "tiny")
     model: PeftModel = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
     rows = FACTS if method == "sft" else PREFERENCES
-    examples = [example for row in rows for example in METHODS[method].examples(tokenizer, row)]
+    found = [example for row in rows for example in METHODS[method].examples(tokenizer, row)]
+    examples = Examples.of(found, METHODS[method])
     arguments = _arguments(folder, recipe, recipe.stages[0], len(examples))
     given = TrainerInputs(model, tokenizer, examples, examples, MicroBatchLimit(), Interruption())
     built: MicroBatchTrainer = METHODS[method].trainer(recipe.stages[0], arguments, given)

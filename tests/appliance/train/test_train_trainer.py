@@ -12,6 +12,7 @@ from tiny import FACTS, JUDGEMENTS, PREFERENCES, add_run, events, failure, read_
 
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
+from appliance.train.examples import Examples
 from appliance.train.head import TrainedLogProbs
 from appliance.train.interruption import Interruption
 from appliance.train.micro_batches import MicroBatchLimit
@@ -31,7 +32,8 @@ def trainer(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Micro
     recipe = read_recipe(add_run(home, "r", stage(request.param, "FACTS", batch_size=6)))
     tokenizer = load_tokenizer(home.models / "tiny")
     model: PeftModel = add_adapter(load_model(home.models / "tiny"), recipe.adapter, 3)
-    examples = [example for row in ROWS[request.param] for example in method.examples(tokenizer, row)]
+    found = [example for row in ROWS[request.param] for example in method.examples(tokenizer, row)]
+    examples = Examples.of(found, method)
     arguments = _arguments(tmp_path, recipe, recipe.stages[0], len(examples))
     given = TrainerInputs(model, tokenizer, examples, examples, MicroBatchLimit(), Interruption())
     built: MicroBatchTrainer = method.trainer(recipe.stages[0], arguments, given)
