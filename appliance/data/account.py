@@ -41,6 +41,19 @@ _ODD: dict[str, tuple[Level, str]] = {
         "{} rows have tools and calls in Hermes' marks: they were read, and the system prompt that describes the tools "
         "gives way to the chat template's own",
     ),
+    "call_in_text": (
+        "warning",
+        "{} rows have an answer with a tool call in its text, in marks that are trained as text: among other words, "
+        "quoted, or in a preference",
+    ),
+    "thought_is_a_flag": (
+        "note",
+        "{} rows say only whether there is a thought, under a key that has the thought elsewhere: it is not trained",
+    ),
+    "judgement_not_used": (
+        "error",
+        "{} rows have a judgement of an answer that is trained all the same: --format unpaired, or --ignore its key",
+    ),
     "label_of_numbers": (
         "note",
         "{} rows are judged by a `label` that is a number or a word: where it is a class of theirs, --ignore label",

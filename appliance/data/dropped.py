@@ -21,13 +21,26 @@ def from_json(value: Any, *, python: bool = False) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=lambda _: None) if value.strip() else None
+        return json.loads(value, parse_constant=_no_number, object_pairs_hook=_distinct) if value.strip() else None
     except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(value.strip()) if python else value
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Dropped("repeated_key", f"`{twice}` stands twice in JSON that a text holds, and only one could be read")
+    return value
 
 
 def kind_name(value: Any) -> str:

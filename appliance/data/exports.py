@@ -42,11 +42,11 @@ def read_vertex(reading: Reading, value: Value) -> Parts:
         reading.unread += [f"contents[].{key}" for key in unread(item, {"role", "parts"})]
         messages += _vertex_turn(reading, str(item.get("role") or "user"), item.get("parts"))
     if isinstance(tools := value.get("tools"), list):
-        reading.tools = [tool for one in tools for tool in _declared(one)]
+        reading.tools = [tool for one in tools for tool in _declared(reading, one)]
     return conversation(reading, after_system(reading, value, messages))
 
 
-def _declared(tools: Any) -> list[Any]:
+def _declared(reading: Reading, tools: Any) -> list[Any]:
     """The functions that an item of `tools` declares. Raises Dropped."""
     if not isinstance(tools, dict):
         raise Dropped("bad_tools", "`tools` is not a list of tool descriptions")
@@ -55,6 +55,8 @@ def _declared(tools: Any) -> list[Any]:
     )
     if not isinstance(functions, list):
         raise Dropped("bad_tools", "`tools` is not a list of tool descriptions")
+    if functions != [tools] and (others := unread(tools, {"functionDeclarations", "function_declarations"})):
+        reading.unread += [f"tools[].{key}" for key in others]
     return functions
 
 
@@ -73,6 +75,11 @@ def _vertex_turn(reading: Reading, role: str, parts: Any) -> list[Message]:
     if len(calls) + len(answers) + len(texts) + len(thoughts) < len(parts):
         raise Dropped("not_text", "`parts` has a part that is neither text nor a function's")
     said = [{"role": "tool", "content": _as_text(one.get("response")), "name": one.get("name")} for one in answers]
+    reading.unread += [
+        f"contents[].parts[].functionResponse.{key}" for one in answers for key in unread(one, {"name", "response"})
+    ]
+    if thoughts and not (texts or calls):
+        raise Dropped("cut_thought", "`contents` has a thought that is a message of its own, with no answer after it")
     if texts or calls:
         thought = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
         message = reading.message({"role": role, "content": texts, **thought}, "parts")

@@ -6,13 +6,24 @@ from collections.abc import Set
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from appliance.data.calls import tools_of
+from appliance.data.calls import MARKS_OF_CALLS, tools_of
 from appliance.data.dataset import Kind, Row
 from appliance.data.dropped import Dropped, from_json, kind_name
 from appliance.data.exports import read_calls, read_chat, read_transcript, read_vertex
-from appliance.data.fields import IN_ROWS, MEDIA, OTHER_SPLITS, REASONING, SPLIT, TRAIN_SPLITS, VERDICTS, number, unread
+from appliance.data.fields import (
+    IN_ROWS,
+    MEANING,
+    MEDIA,
+    OTHER_SPLITS,
+    REASONING,
+    SPLIT,
+    TRAIN_SPLITS,
+    VERDICTS,
+    number,
+    unread,
+)
 from appliance.data.json_text import RepeatedKey
-from appliance.data.messages import SPOKEN, Message, Reading, trimmed
+from appliance.data.messages import ROLES, SPOKEN, Message, Reading, first_said, trimmed
 from appliance.data.shapes import (
     ANSWERED,
     ASKED,
@@ -75,10 +86,13 @@ def to_canonical(value: Any, format: str | None = None, ignored: Set[str] = froz
     parts = shape.read(reading, value)
     name, judged_by = shape.format, ""
     if "messages" in parts and not _JUDGES.isdisjoint(value):
-        judged = format == "unpaired" or name in _JUDGED or isinstance(value.get("label"), bool)
+        judged = format == "unpaired" or name in _JUDGED or str(value.get("label")).lower() in ("true", "false")
         may_judge = VERDICTS if judged else VERDICTS[1:]
         judged_by = next((key for key in may_judge if _verdict(value.get(key)) is not None), "")
     if judged_by:
+        if "unanswered" in reading.odd:
+            why = f"the last message is the user's, so that `{judged_by}` judges no answer to it"
+            raise Dropped("roles_out_of_order", why)
         name, parts = "unpaired", _judged(parts["messages"])
         if parts["completion"][-1].get("weight") == 0:
             raise Dropped("nothing_to_train", "the answer that is judged has the weight 0")
@@ -98,27 +112,61 @@ def to_canonical(value: Any, format: str | None = None, ignored: Set[str] = froz
             value = {key: item for key, item in value.items() if key != "functions"}
     if (split := value.get(SPLIT)) and str(split).lower() not in TRAIN_SPLITS:
         reading.unread.append(SPLIT)
+    if reading.has_marks and _calls_left(row):
+        reading.odd.append("call_in_text")
     if not judged_by and value.keys() <= shape.reads and not reading.unread and not reading.odd:
         return Canonical(name, row, was_trimmed)
     if judged_by == "label" and not isinstance(value["label"], bool):
         reading.odd.append("label_of_numbers")
-    rest = [key for key in unread(value, shape.reads) if key != judged_by and not _says_again(value[key], row)]
+    rest = [key for key in unread(value, shape.reads) if key != judged_by and not _says_again(key, value[key], row)]
+    if any(key in VERDICTS and _verdict(value[key]) is not None for key in rest):
+        reading.odd.append("judgement_not_used")
     told = dict.fromkeys(key for key in rest + reading.unread if not {key, key.rpartition(".")[2]} & ignored)
     return Canonical(name, row, was_trimmed, tuple(told), tuple(dict.fromkeys(reading.odd)))
 
 
-def _says_again(given: Any, row: Row) -> bool:
-    """Whether a text or messages hold only texts that the row has, as files have a prompt beside its conversation."""
+def _calls_left(row: Row) -> bool:
+    """Whether an answer has a call in its text, in marks that chat templates take for text."""
+    return any(
+        [
+            mark in message["content"]
+            for part in ("messages", "completion", "chosen", "rejected")
+            for message in row.get(part, ())
+            if message["role"] == "assistant" and "<" in message["content"]
+            for mark in MARKS_OF_CALLS
+        ]
+    )
+
+
+def _says_again(key: str, given: Any, row: Row) -> bool:
+    """Whether a text or messages under `key` hold only what the row says, as a prompt does beside its conversation."""
+    meaning = MEANING.get(key.lower(), "")
+    if meaning == _TRAINED or (meaning == _ANSWER and key.lower().startswith(("reject", "non_"))):
+        return False
+    system = key.lower().startswith("system")
+    roles = ("system",) if system else ("assistant",) if meaning == _ANSWER else ("system", "user", "assistant", "tool")
     said = {
-        message["content"].strip()
+        (message["role"], message["content"].strip())
         for part in row.values()
         if isinstance(part, list)
         for message in part
         if isinstance(message, dict) and isinstance(message.get("content"), str)
     }
     items = given if isinstance(given, list) else [given]
-    texts = [item.get("content") if isinstance(item, dict) and item.keys() <= SPOKEN else item for item in items]
-    return bool(texts) and all(isinstance(text, str) and len(text) > 1 and text.strip() in said for text in texts)
+    if not items or not all(
+        [isinstance(one, str) or (isinstance(one, dict) and one.keys() <= SPOKEN) for one in items]
+    ):
+        return False
+    for item in items:
+        text = first_said(item, ("content", "value", "text")) if isinstance(item, dict) else item
+        named = (
+            ROLES.get(str(first_said(item, ("role", "from", "speaker"))).lower()) if isinstance(item, dict) else None
+        )
+        if not isinstance(text, str) or len(text) < 2:
+            return False
+        if not any((role, text.strip()) in said for role in ((named,) if named else roles)):
+            return False
+    return bool(items)
 
 
 def _without(value: Value, ignored: Set[str]) -> Value:
@@ -214,6 +262,7 @@ _AROUND = frozenset({"data", "fields", "record", "row"})
 _MAY_REFUSE = frozenset({*MEDIA, SPLIT, "weight"})
 """Keys by which a row may say that it is not to be trained."""
 _JUDGES = frozenset(VERDICTS)
+_TRAINED, _ANSWER = MEANING["mask"], MEANING["rejected"]
 _JUDGED = frozenset({"openai", "completion"})
 """Formats in which `label` may be a judgement; in others it is a class. `kto_tag` is one everywhere."""
 FORMATS = (*dict.fromkeys(shape.format for shape in SHAPES), "unpaired")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from appliance.data.calls import tool_calls
 from appliance.data.dropped import Dropped, from_json, kind_name
 from appliance.data.fields import IN_MESSAGES, REASONING, WEIGHTS, number, unread
-from appliance.data.thoughts import THOUGHT, CutThought, marked, other_marks
+from appliance.data.thoughts import OPEN, THOUGHT, CutThought, marked, other_marks
 
 Message = dict[str, Any]
 
@@ -37,7 +37,7 @@ _SAID = {
     **dict.fromkeys(("reasoning", "thinking", "think"), "reasoning_content"),
     **dict.fromkeys(("tool_call", "tool_calls", "tool_use"), "tool_calls"),
 }
-_IN_PARTS = frozenset({"type", "text", "value", "cache_control", "annotations", "citations", "signature"})
+_IN_PARTS = frozenset({"type", "text", "value", "cache_control", "signature"})
 """What is read of a part of a content, or says nothing of it."""
 """Types of parts that are no text of the answer, and the key under which a message has what they hold."""
 _NO_VALUE = frozenset({"nan", "none", "null", "<na>", "n/a", "#n/a", "#ref!", "undefined", "[deleted]", "[removed]"})
@@ -78,6 +78,8 @@ class Reading:
         """Keys that hold something and were not read; of a message as `messages[].KEY`."""
         self.odd: list[str] = []
         """Codes of what texts hold that is hardly meant."""
+        self.has_marks = False
+        """Whether a text may hold marks such as those of calls."""
         self.tools: Any = None
         """Descriptions of tools, where the row's own are not taken as they are."""
         self.other_tools = False
@@ -147,11 +149,14 @@ class Reading:
             item = {name: value for name, value in item.items() if name not in self.ignored}
         if not item.keys() <= IN_MESSAGES:
             self.unread += [f"messages[].{name}" for name in unread(item, IN_MESSAGES)]
-        speaker = next((item[name] for name in ("role", "from", "speaker") if item.get(name) is not None), None)
+        named = [name for name in ("role", "from", "speaker") if item.get(name) is not None]
+        speaker = item[named[0]] if named else None
+        if len(named) > 1:
+            self.unread += [f"messages[].{name}" for name in named[1:] if item[name] != speaker]
         speaker = speaker.strip() if isinstance(speaker, str) else speaker
         if speaker is None and isinstance(item.get("isCreatedByUser"), bool):
             speaker = "user" if item["isCreatedByUser"] else "assistant"
-        content = next((item[name] for name in _CONTENTS if item.get(name) is not None), None)
+        content = first_said(item, _CONTENTS)
         if isinstance(content, list) and any(isinstance(part, dict) and part.get("type") in _SAID for part in content):
             item, content = self._without_typed_parts(item, content)
         if not isinstance(speaker, str) or speaker.lower() not in ROLES:
@@ -188,13 +193,18 @@ class Reading:
         beside = (*REASONING, "tool_calls", "function_call", "name", "tool_call_id")
         self.unread += [f"messages[].{name}" for name in beside if item.get(name) and name not in read]
 
-    def spoken(self, role: str, value: Any, key: str) -> list[Message]:
-        """Messages given as a text that `role` says, or as messages, or as the JSON of messages."""
+    def spoken(self, role: str, value: Any, key: str, *, whole: bool = False) -> list[Message]:
+        """Messages given as a text that `role` says, or as messages, or as the JSON of messages.
+
+        JSON of more than an answer is one only where a `whole` conversation may stand there.
+        """
         if isinstance(value, str):
             if role == "user" and (turns := self.dialogue(value)):
                 return turns
             held = from_json(value, python=True) if value.lstrip().startswith(("[{", "{'role'", '{"role"')) else None
             held = [held] if isinstance(held, dict) else held
+            if isinstance(held, list) and not (whole or role == "user") and not _is_answer(held):
+                return [self.said(role, value, key)]  # an answer that is JSON
             if not isinstance(held, list) or not all(isinstance(item, dict) and item.keys() & SPEAKER for item in held):
                 if _WRITTEN_OUT.match(value) and (held is not None or value.lstrip().startswith("array(")):
                     raise Dropped(
@@ -214,21 +224,28 @@ class Reading:
             if kind not in _SAID:
                 rest.append(part)
                 continue
-            whole = False
+            names = ("value", "tool_calls", "tool_call") if _SAID[kind] == "tool_calls" else ("value", kind, "text")
+            named = [name for name in names if part.get(name)]
             if _SAID[kind] == "tool_calls":
-                held = from_json(part.get("value", part.get("tool_calls", part)))
-                whole = held is part  # whose keys are looked at as a call's
-                said.setdefault("tool_calls", []).extend(held if isinstance(held, list) else [held])
+                held = from_json(part[named[0]] if named else part)
+                if isinstance(held, dict) and held.get("output") is not None:
+                    raise Dropped("call_with_result", "a part of a message holds a call and its result in one")
             else:
-                held = part.get("value", part.get(kind, part.get("text")))
-                said.setdefault(_SAID[kind], []).extend(held if isinstance(held, list) else [held])
-            if not whole:
+                held = part[named[0]] if named else []
+            said.setdefault(_SAID[kind], []).extend(held if isinstance(held, list) else [held])
+            if held is not part:  # whose keys are looked at as a call's
                 self.unread += [
-                    f"messages[].content[].{name}" for name in unread(part, _IN_PARTS | {kind, "tool_calls"})
+                    f"messages[].content[].{name}" for name in unread(part, {"type", "signature", *named[:1]})
                 ]
         if thoughts := said.pop("reasoning_content", None):
             texts = [_text_of(thought) if isinstance(thought, dict) else thought for thought in thoughts]
-            item = {**item, "reasoning_content": "\n".join(map(str, texts))}
+            thought = "\n".join(map(str, texts))
+            self.unread += [f"messages[].{name}" for name in REASONING if item.get(name) not in (None, "", thought)]
+            item = {name: value for name, value in item.items() if name not in REASONING} | {
+                "reasoning_content": thought
+            }
+        if "tool_calls" in said:
+            self.unread += [f"messages[].{name}" for name in ("tool_calls", "function_call") if item.get(name)]
         return item | said, rest
 
     def said(self, role: str, content: Any, key: str) -> Message:
@@ -268,6 +285,7 @@ class Reading:
         elif "{{" in content and _PLACEHOLDER.search(content):
             self.odd.append("placeholder")
         if "<" in content:
+            self.has_marks = True
             if any([mark in content for mark in _CONTROL]):
                 self.odd.append("rendered")
             if _MEDIA_MARK.search(content):
@@ -365,7 +383,7 @@ def _order(roles: tuple[str, ...]) -> _Order:
 def think(message: Message, thought: str) -> None:
     """Give an answer its thought, which may stand in its text too. Raises Dropped where that is another."""
     if found := THOUGHT.match(message["content"]):
-        if found[1].strip() != thought.strip():
+        if found[1].strip() not in ("", thought.strip()):
             raise Dropped("two_thoughts", "an answer has a thought in its text and another beside it")
         message["content"] = found[2].lstrip()
     message["reasoning_content"] = thought
@@ -401,6 +419,22 @@ def _by_item(value: Message) -> list[Any]:
     return [dict(zip(value, item, strict=True)) for item in zip(*columns, strict=True)]
 
 
+def first_said(given: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What stands under the first of `names` that says something, else under the first that is there."""
+    said = next((given[name] for name in names if given.get(name)), None)
+    return said if said is not None else next((given[name] for name in names if given.get(name) is not None), None)
+
+
+def _is_answer(held: list[Any]) -> bool:
+    """Whether the items of a list are what an assistant says, as messages have it, and nothing else."""
+    return all(
+        isinstance(item, dict)
+        and ROLES.get(str(next((item[name] for name in SPEAKER if name in item), "")).lower()) in ("assistant", "tool")
+        and item.keys() <= SPOKEN | {"tool_calls", "function_call", "reasoning_content", "weight", "tool_call_id"}
+        for item in held
+    )
+
+
 def _is_call(message: Message) -> bool:
     return bool(message.get("tool_calls")) and not message["content"] and not message.get("reasoning_content")
 
@@ -413,7 +447,7 @@ def _text_of(part: Any) -> Any:
     """The text of a part of a content, or None."""
     if not isinstance(part, dict) or part.get("type", "text") not in ("text", "input_text", "output_text"):
         return None
-    text = part.get("text", part.get("value"))
+    text = first_said(part, ("text", "value"))
     return text.get("value") if isinstance(text, dict) else text
 
 
@@ -436,8 +470,12 @@ def _require_content(message: Message) -> None:
     said = message["content"].strip()
     if message["role"] == "user" and not said:
         raise Dropped("empty_prompt", "the user says nothing")
-    if message["role"] == "assistant" and not said and not message.get("tool_calls"):
+    if message["role"] != "assistant" or message.get("tool_calls"):
+        return
+    if not said:
         raise Dropped("empty_answer", "the assistant says nothing")
+    if said.startswith(OPEN) and (thought := THOUGHT.match(said)) and not thought[2].strip():
+        raise Dropped("empty_answer", "the assistant says nothing after its thought")
 
 
 def trimmed(messages: list[Message]) -> list[Message]:

@@ -79,7 +79,11 @@ def _answer(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> tuple[
     if absent := tools_absent(whole, messages, tools) or _unnamed(tokenizer, messages, tools):
         raise _tools_not_rendered(absent)
     for other, asked in enumerate(messages[:-1]):
-        if asked["role"] != "assistant" and not _is_in(prompt, str(asked.get("content") or "")):
+        said_before = str(asked.get("content") or "")
+        if asked["role"] == "assistant":
+            # Templates cut earlier thoughts, which is what the model that is served has before it too.
+            said_before = said_before.rpartition("</think>")[2]
+        if not _is_in(prompt, said_before):
             raise _text_not_rendered(other)
     if message.get("tool_calls"):
         said, end = _end_of_calls(tokenizer, messages, tools, whole)
@@ -275,7 +279,7 @@ def _reasoning_not_rendered(index: int) -> InvalidInput:
     return InvalidInput(
         "reasoning_not_rendered",
         f"the chat template leaves out the reasoning of message {index}",
-        "use a base model whose template has reasoning, or --ignore its key at the import",
+        "use a base model whose template has reasoning; or take the thoughts out of the texts, or --ignore their key",
     )
 
 

@@ -37,7 +37,7 @@ class Shape:
 
 def read_alpaca(reading: Reading, value: Value) -> Parts:
     messages = [*reading.system(value), *_history(reading, value), *_instructed(reading, value)]
-    answer = "output" if "output" in value else "response"
+    answer = _first(value, ("output", "response"))
     messages += _with_thought(reading, value, reading.spoken("assistant", value[answer], answer))
     return conversation(reading, messages)
 
@@ -47,11 +47,18 @@ def _with_thought(reading: Reading, value: Value, answer: list[Message]) -> list
     if _THOUGHTS.isdisjoint(value):
         return answer
     given = {key: reading.text(value[key], key) for key in REASONING if value.get(key)}
+    if flags := [key for key, thought in given.items() if thought.strip().lower() in _FLAGS]:
+        reading.odd.append("thought_is_a_flag")
+        given = {key: thought for key, thought in given.items() if key not in flags}
     if given and answer and answer[-1]["role"] == "assistant" and not answer[-1].get("reasoning_content"):
         think(answer[-1], next(iter(given.values())))
     said = answer[-1].get("reasoning_content") if answer else None
     reading.unread += [key for key, thought in given.items() if thought != said]
     return answer
+
+
+_FLAGS = frozenset({"on", "off", "true", "false", "yes", "no", "enabled", "disabled", "none", "low", "medium", "high"})
+"""What files say of whether there was a thought, under keys that have the thought elsewhere."""
 
 
 def _history(reading: Reading, value: Value) -> list[Message]:
@@ -110,6 +117,9 @@ def read_openai(reading: Reading, value: Value) -> Parts:
 def read_second_answer(reading: Reading, value: Value) -> Parts:
     """A conversation, and another answer in the place of its last."""
     messages = read_openai(reading, value)["messages"]
+    if "unanswered" in reading.odd:
+        why = "the last message is the user's, so that `rejected_response` stands beside no answer to it"
+        raise Dropped("roles_out_of_order", why)
     end = len(messages) - 1
     return _preference_row(reading, messages[:end], {"chosen": messages[end:], "rejected": value["rejected_response"]})
 
@@ -208,7 +218,7 @@ def _preference_row(reading: Reading, prompt: list[Message], value: Value) -> Pa
         raise Dropped("roles_out_of_order", "the prompt does not end with the user's turn")
     answers = {}
     for key in ("chosen", "rejected"):
-        answer = _after(prompt, reading.spoken("assistant", value[key], key))
+        answer = _after(prompt, _whole_answer(reading, value[key], key))
         if not answer:
             raise Dropped("empty_answer", f"`{key}` is empty")
         if len(answer) > 1 or answer[0]["role"] != "assistant":
@@ -223,6 +233,13 @@ def _preference_row(reading: Reading, prompt: list[Message], value: Value) -> Pa
     if trimmed(answers["chosen"]) == trimmed(answers["rejected"]):
         raise Dropped("chosen_equals_rejected", "the chosen answer is the rejected one")
     return {"prompt": whole[:-1], **answers}
+
+
+def _whole_answer(reading: Reading, value: Any, key: str) -> list[Message]:
+    """An answer, or a conversation that ends with it, as messages or as a transcript."""
+    turns = reading.transcript(value) if isinstance(value, str) else None
+    whole = turns is not None and len(turns) > 1 and [turns[0]["role"], turns[-1]["role"]] == ["user", "assistant"]
+    return turns if turns and whole else reading.spoken("assistant", value, key, whole=True)
 
 
 def _after(prompt: list[Message], messages: list[Message]) -> list[Message]:

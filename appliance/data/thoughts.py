@@ -13,6 +13,10 @@ _FOLDED = re.compile(r'\s*<details type="reasoning"[^>]*>(?:\s*<summary>.*?</sum
 _OTHER_MARKS = re.compile(r"\s*(<thinking>|<thought>|<reasoning>|\[THINK\]|<\|begin_of_thought\|>|<details type=)")
 
 
+_CLOSES_A_LINE = re.compile(rf"{CLOSE}[ \t]*(?:\n|\Z)|\n[ \t]*{CLOSE}")
+"""How the mark ends a thought, and not stands in a sentence about it."""
+
+
 class CutThought(Exception):
     """An answer that ends within its thought."""
 
@@ -26,13 +30,13 @@ def marked(text: str) -> str:
         lines = (line.removeprefix("> ").removeprefix(">") for line in html.unescape(folded[1]).strip().splitlines())
         return f"{OPEN}\n" + "\n".join(lines) + f"\n{CLOSE}\n\n{text[folded.end() :].lstrip()}"
     opened, closed = text.count(OPEN), text.count(CLOSE)
-    if closed == 1 and not opened:
+    if closed and not opened and _CLOSES_A_LINE.search(text):
         return f"{OPEN}\n{text.lstrip()}"
-    if opened == 1 and not closed and text.lstrip().startswith(OPEN):
+    if opened and not closed and text.lstrip().startswith(OPEN):
         raise CutThought
     return text
 
 
 def other_marks(text: str) -> bool:
     """Whether an answer begins with the mark of a thought that chat templates take for text."""
-    return bool(_OTHER_MARKS.match(text))
+    return bool(_OTHER_MARKS.match(text)) or '<details type="' in text
