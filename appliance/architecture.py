@@ -26,11 +26,25 @@ from appliance.models import stored_names
 _OF_TEXT: dict[str, str] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 """By type of model, the class that answers texts; of a type that has two, the one without images."""
 _NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_ASKED_WITH_MORE = {
+    **dict.fromkeys(("blip", "idefics", "kosmos-2", "kosmos-2.5", "pix2struct", "pp_formulanet"), "an image"),
+    "pi0": "images and the state of a robot",
+}
+"""Types of models that cannot be asked with texts alone, and with what: seen by `make bench-models`."""
 _CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
 
 
 def model_class(config: Any) -> Any:
     """The class of a model as it was published. Raises InvalidInput where Transformers has none that answers texts."""
+    needs = _ASKED_WITH_MORE.get(config.model_type)
+    if config.is_encoder_decoder or getattr(config, "is_decoder", None) is False:
+        needs = "an encoder"
+    if needs:
+        raise InvalidInput(
+            "unsupported_architecture",
+            f"a model of the type {config.model_type} does not go on with a text: it works with {needs}",
+            "use a model for chat",
+        )
     named = next((name for name in config.architectures or () if name in _CLASSES), None)
     name = named or _OF_TEXT.get(config.model_type)
     if name is None:

@@ -91,8 +91,9 @@ def _with_schema(tool: dict[str, Any]) -> dict[str, Any]:
     """The tool with its arguments as a JSON schema, where it has them by their names alone, as xLAM's files do."""
     about = tool.get("function", tool)
     named = about.get("parameters") if isinstance(about, dict) else None
-    plain = isinstance(named, dict) and named and all(isinstance(one, dict) for one in named.values())
-    if not plain or "properties" in named or "$ref" in named:
+    if not isinstance(named, dict) or not named or "properties" in named or "$ref" in named:
+        return tool
+    if not all(isinstance(one, dict) for one in named.values()):
         return tool
     about = {**about, "parameters": {"type": "object", "properties": named}}
     return {**tool, "function": about} if "function" in tool else about

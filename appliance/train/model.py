@@ -68,6 +68,8 @@ def load_model(folder: Path, *, quantised: bool = False) -> Any:
         raise InvalidInput(
             "bad_model", f"{folder} holds no usable model: {reason(error)}", "pull the base model again"
         ) from error
+    if not hasattr(model, model.base_model_prefix) and hasattr(model, "model"):
+        model.base_model_prefix = "model"  # where TRL looks for the layers: Llama 4 names another
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # as TRL's loss of routers calls them

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface
 
 from appliance.architecture import empty_model
+from appliance.errors import InvalidInput
 from appliance.train.head import TrainedLogProbs
 from appliance.train.model import DTYPE, add_adapter
 from appliance.train.recipe import Adapter
@@ -51,7 +52,10 @@ class Pass:
 def meta_model(base: Path, adapter: Adapter, *, checkpointing: bool = False) -> Any:
     """The base with a new adapter, on the meta device, where asked for with gradient checkpointing."""
     AttentionInterface.register(ATTENTION, _attention)
-    model = empty_model(base, dtype=DTYPE, attn_implementation=ATTENTION)
+    try:
+        model = empty_model(base, dtype=DTYPE, attn_implementation=ATTENTION)
+    except InvalidInput as error:
+        raise InvalidInput(error.code, "the model has an attention of its own kind", error.next) from error
     with torch.device("meta"):
         model = add_adapter(model.eval(), adapter, 0).train()
     if checkpointing:

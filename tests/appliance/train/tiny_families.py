@@ -46,6 +46,7 @@ _TINY: dict[str, Any] = {
     **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
     **{"qk_head_dim": 16, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 512},
     **{"image_size": 28, "patch_size": 14, "num_channels": 3, "sliding_window": 64, "initializer_range": 0.2},
+    "rotary_dim": 16,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"), 4096),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
@@ -72,7 +73,11 @@ _FIXES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qianfan_ocr": _TILES,
-    **{family: {"text_config.rope_parameters": _OF_IMAGES} for family in ("qwen2_vl", "qwen2_5_vl")},
+    **{
+        family: {"text_config.rope_parameters": _OF_IMAGES}
+        for family in ("qwen2_vl", "qwen2_5_vl", "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl")
+    },
+    "glm4v_moe": {"text_config.rope_parameters": {**_OF_IMAGES, "mrope_section": [1, 1, 2]}},
     **{family: {"rope_parameters": _OF_IMAGES} for family in ("qwen2_vl_text", "qwen2_5_vl_text")},
     "zaya": {"num_experts_per_tok": 1},
 }
