@@ -74,15 +74,24 @@ def _vertex_turn(reading: Reading, role: str, parts: Any) -> list[Message]:
     thoughts = [reading.text(part["text"], "parts") for part in parts if "text" in part and part.get("thought")]
     if len(calls) + len(answers) + len(texts) + len(thoughts) < len(parts):
         raise Dropped("not_text", "`parts` has a part that is neither text nor a function's")
-    said = [{"role": "tool", "content": _as_text(one.get("response")), "name": one.get("name")} for one in answers]
+    said: list[Message] = [
+        {"role": "tool", "content": _as_text(one.get("response")), "name": one.get("name")}
+        | ({"tool_call_id": str(one["id"])} if one.get("id") else {})
+        for one in answers
+    ]
     reading.unread += [
-        f"contents[].parts[].functionResponse.{key}" for one in answers for key in unread(one, {"name", "response"})
+        f"contents[].parts[].functionResponse.{key}"
+        for one in answers
+        for key in unread(one, {"id", "name", "response"})
     ]
     if thoughts and not (texts or calls):
         raise Dropped("cut_thought", "`contents` has a thought that is a message of its own, with no answer after it")
     if texts or calls:
         thought = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
-        message = reading.message({"role": role, "content": texts, **thought}, "parts")
+        plain = [{key: item for key, item in part.items() if key != "thought"} for part in texts]
+        message = reading.message({"role": role, "content": plain, **thought}, "parts")
+        if calls and message["role"] != "assistant":
+            raise Dropped("bad_tool_call", f"`functionCall` is the {message['role']}'s, who calls nothing")
         if calls:
             message["tool_calls"] = tool_calls(reading, [{"args": {}, **call} for call in calls])
         said.append(message)

@@ -48,7 +48,7 @@ _MEANT = {
     "that it is cut off": ("truncated_cells", "truncated"),
     "what was thought over": (*REASONING, "cot", "chain_of_thought", "rationale", "scratchpad"),
     "a judgement": (
-        *("kto_tag", "preference", "preferred", "winner", "thumbs_up", "annotation", "annotations"),
+        *("kto_tag", "desirable", "preference", "preferred", "winner", "thumbs_up", "annotation", "annotations"),
         *("feedback", "suggestions"),
     ),
     "another answer": (

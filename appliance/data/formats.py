@@ -46,7 +46,7 @@ from appliance.data.shapes import (
 
 _VERDICT = {
     **dict.fromkeys(("true", "1", "1.0", "good", "desirable"), True),
-    **dict.fromkeys(("false", "0", "0.0", "-1", "bad", "undesirable"), False),
+    **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "bad", "undesirable"), False),
 }
 
 

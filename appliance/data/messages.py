@@ -137,7 +137,7 @@ class Reading:
             for name in unread(part, {"type", "tool_use_id", "content", "cache_control"})
         ]
         rest = [part for part in content if part not in results]
-        if not rest:
+        if results and not rest:
             self.unread += [f"messages[].{name}" for name in unread(item, {"role", "content"})]
         return said + ([self.message({**item, "content": rest}, key)] if rest or not results else [])
 

@@ -12,22 +12,23 @@ _WORD = r"[0-9A-Za-z_-]"
 _KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     # What it is: marks without which it is not there, which are quick to look for, and its form.
     "e-mail address": (("@",), r"[0-9A-Za-z][\w.%+-]*@(?:[0-9A-Za-z-]+\.)+[A-Za-z]{2,}\b"),
-    "AWS key": (("AKIA", "ASIA"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "AWS key": (("AKIA", "ASIA"), r"(?<![0-9A-Za-z])(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
     "GitHub token": (
         ("ghp_", "gho_", "ghr_", "ghs_", "ghu_", "github_pat_"),
-        r"\b(?:gh[oprsu]_[0-9A-Za-z]{36}|github_pat_\w{22,})",
+        r"(?<![0-9A-Za-z])(?:gh[oprsu]_[0-9A-Za-z]{36}|github_pat_\w{22,})",
     ),
-    "GitLab token": (("glpat-",), rf"\bglpat-{_WORD}{{20,}}"),
-    "Google key": (("AIza",), rf"\bAIza{_WORD}{{35}}"),
-    "Hugging Face token": (("hf_",), r"\bhf_[0-9A-Za-z]{30,}"),
+    "GitLab token": (("glpat-",), rf"(?<![0-9A-Za-z])glpat-{_WORD}{{20,}}"),
+    "Google key": (("AIza",), rf"(?<![0-9A-Za-z])AIza{_WORD}{{35}}"),
+    "Hugging Face token": (("hf_",), r"(?<![0-9A-Za-z])hf_[0-9A-Za-z]{30,}"),
     "private key": (
         ("PRIVATE KEY",),
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----)?",
+        r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
+        r"(?:[\s\S]*?-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|[0-9A-Za-z+/=\s]*)",
     ),
-    "secret key": (("sk-",), rf"\bsk-{_WORD}{{20,}}"),
-    "Slack token": (("xox",), r"\bxox[abeoprs]-[0-9A-Za-z-]{10,}"),
-    "Stripe key": (("k_live_", "k_test_"), r"\b[prs]k_(?:live|test)_[0-9A-Za-z]{16,}"),
-    "web token": (("eyJ",), rf"\beyJ{_WORD}{{8,}}\.eyJ{_WORD}{{8,}}\.{_WORD}+"),
+    "secret key": (("sk-",), rf"(?<![0-9A-Za-z])sk-{_WORD}{{20,}}"),
+    "Slack token": (("xox",), r"(?<![0-9A-Za-z])xox[abeoprs]-[0-9A-Za-z-]{10,}"),
+    "Stripe key": (("k_live_", "k_test_"), r"(?<![0-9A-Za-z])[prs]k_(?:live|test)_[0-9A-Za-z]{16,}"),
+    "web token": (("eyJ",), rf"(?<![0-9A-Za-z])eyJ{_WORD}{{8,}}\.eyJ{_WORD}{{8,}}\.{_WORD}+"),
 }
 _FORMS = {kind: re.compile(form) for kind, (_, form) in _KINDS.items()}
 _MARKS = [(mark.encode(), kind) for kind, (marks, _) in _KINDS.items() for mark in marks if not mark.endswith("_")]

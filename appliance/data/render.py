@@ -76,14 +76,16 @@ def _answer(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> tuple[
     index, message = len(messages) - 1, messages[-1]
     prompt = render_text(tokenizer, messages[:-1], tools, add_generation_prompt=True)
     whole = render_text(tokenizer, messages, tools)
-    if absent := tools_absent(whole, messages, tools) or _unnamed(tokenizer, messages, tools):
+    if absent := tools_absent(whole, messages, tools_as_read(tokenizer, tools)) or _unnamed(tokenizer, messages, tools):
         raise _tools_not_rendered(absent)
     for other, asked in enumerate(messages[:-1]):
         said_before = str(asked.get("content") or "")
-        if asked["role"] == "assistant":
-            # Templates cut earlier thoughts, which is what the model that is served has before it too.
-            said_before = said_before.rpartition("</think>")[2]
-        if not _is_in(prompt, said_before):
+        if _is_in(prompt, said_before):
+            continue
+        # Templates cut earlier thoughts, as which some take what is said beside a call: then it was there in its turn.
+        if asked["role"] != "assistant" or not _is_in(
+            render_text(tokenizer, messages[: other + 1], tools), said_before
+        ):
             raise _text_not_rendered(other)
     if message.get("tool_calls"):
         said, end = _end_of_calls(tokenizer, messages, tools, whole)
@@ -109,7 +111,7 @@ def _continuation(tokenizer: Any, messages: Sequence[Message], tools: Tools, pro
     thought = _normal(message.get("reasoning_content") or "")
     if said.startswith(prompt):
         answer = said[len(prompt) :]
-        if thought in _normal(answer):
+        if _is_beside(thought, answer, message):
             return answer
     if thought and _CLOSED.search(prompt):
         raise _reasoning_not_rendered(index)
@@ -123,11 +125,18 @@ def _continuation(tokenizer: Any, messages: Sequence[Message], tools: Tools, pro
         return answer.removeprefix(f"<{opened[1]}>").lstrip()
     if opened:
         return f"{thought}\n</{opened[1]}>\n\n{answer}"
-    if not thought or thought in _normal(answer):
+    if _is_beside(thought, answer, message):
         return answer
     if "</think>" not in str(tokenizer.chat_template):
         raise _reasoning_not_rendered(index)
     return f"<think>\n{thought}\n</think>\n\n{_EMPTY_THOUGHT.sub('', answer)}"
+
+
+def _is_beside(thought: str, answer: str, message: Message) -> bool:
+    """Whether an answer as it is rendered has the thought of `message` beside its text, which may say the same."""
+    answer, said = _normal(answer), _normal(message.get("content") or "")
+    before, _, after = answer.rpartition(said) if said in answer and said else (answer, "", "")
+    return thought in before or thought in after
 
 
 def _begin(tokenizer: Any, messages: Sequence[Message], tools: Tools, before: str, said: str) -> int:
@@ -220,16 +229,18 @@ def _require_said(said: str, message: Message, index: int) -> None:
 def tools_absent(whole: str, messages: Sequence[Message], tools: Tools) -> str:
     """The first word of a tool's or a call's that is not in `whole`, the conversation as a text; empty: all are."""
     described = [tool.get("function") or tool for tool in tools or ()]
+    arguments = [name for one in described if isinstance(one, dict) for name in _named_in(one.get("parameters"))]
     called = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
     words = [str(one.get("name") or "") for one in (*described, *called) if isinstance(one, dict)]
-    words += [word for one in called for word in _words(one.get("arguments"))]
+    words += arguments + [word for one in called for word in _words(one.get("arguments"))]
     return next((word for word in words if not _is_in(whole, word)), "")
 
 
 def _unnamed(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> str:
-    """The first name of a tool or of a call that the template leaves out, whatever the texts say; empty: none.
+    """The first name of a tool or of a call, or the text beside the last, that the template leaves out; empty: none.
 
-    They are rendered under names that nothing else holds.
+    They are rendered under names, and with words, that nothing else holds: a text may say the name of a tool, and a
+    call what the text beside it says.
     """
     named: dict[str, str] = {}
 
@@ -240,8 +251,20 @@ def _unnamed(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> str:
 
     functions: list[Any] = [tool.get("function", tool) for tool in tools or ()]
     renamed = [other(one, 0) if isinstance(one, dict) and "name" in one else one for one in functions]
+
+    def beside(text: str) -> str:
+        if not text.strip():
+            return text
+        word = f"xbeside{len(named)}x"
+        named[word] = text
+        return f"{text} {word}"
+
     asked = [
-        {**message, "tool_calls": [{**call, "function": other(call["function"], at)} for call in calls]}
+        {
+            **message,
+            "content": beside(str(message.get("content") or "")) if at == len(messages) else message.get("content"),
+            "tool_calls": [{**call, "function": other(call["function"], at)} for call in calls],
+        }
         if (calls := message.get("tool_calls"))
         else message
         for at, message in enumerate(messages, 1)
@@ -250,6 +273,16 @@ def _unnamed(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> str:
         return ""
     whole = render_text(tokenizer, asked, renamed or None)
     return next((old for new, old in named.items() if new not in whole), "")
+
+
+def _named_in(schema: Any) -> list[str]:
+    """The names of all arguments in a JSON schema, those within others too."""
+    if isinstance(schema, list):
+        return [name for item in schema for name in _named_in(item)]
+    if not isinstance(schema, dict):
+        return []
+    own = schema.get("properties")
+    return [*(own if isinstance(own, dict) else ()), *(name for item in schema.values() for name in _named_in(item))]
 
 
 def _words(value: Any) -> list[str]:

@@ -10,6 +10,7 @@ THOUGHT = re.compile(rf"\s*{OPEN}(.*?){CLOSE}(.*)", re.DOTALL)
 """A thought before the text of an answer."""
 _FOLDED = re.compile(r'\s*<details type="reasoning"[^>]*>(?:\s*<summary>.*?</summary>)?(.*?)</details>', re.DOTALL)
 """As Open WebUI writes it, quoted line by line."""
+_QUOTED = re.compile(r"^> ?")
 _OTHER_MARKS = re.compile(r"\s*(<thinking>|<thought>|<reasoning>|\[THINK\]|<\|begin_of_thought\|>|<details type=)")
 
 
@@ -27,7 +28,7 @@ def marked(text: str) -> str:
     Some programs leave the first mark out, because the prompt has it. Raises CutThought.
     """
     if folded := _FOLDED.match(text):
-        lines = (line.removeprefix("> ").removeprefix(">") for line in html.unescape(folded[1]).strip().splitlines())
+        lines = (_QUOTED.sub("", line) for line in html.unescape(folded[1]).strip().splitlines())
         return f"{OPEN}\n" + "\n".join(lines) + f"\n{CLOSE}\n\n{text[folded.end() :].lstrip()}"
     opened, closed = text.count(OPEN), text.count(CLOSE)
     if closed and not opened and _CLOSES_A_LINE.search(text):

@@ -251,7 +251,11 @@ def test_vertex_has_no_thought_alone_and_no_key_lost() -> None:
     result = {"role": "user", "parts": [{"functionResponse": {"name": "f", "id": "7", "response": {"r": 1}}}]}
     tools = [{"functionDeclarations": [{"name": "f"}], "googleSearch": {"a": 1}}]
     found = read({"contents": [asked, call, result, said], "tools": tools})
-    assert {"contents[].parts[].functionResponse.id", "tools[].googleSearch"} <= {*found.unread}
+    assert found.unread == ("tools[].googleSearch",)
+    assert found.row["messages"][2]["tool_call_id"] == "7"
+    plain = {"role": "model", "parts": [{"text": "4", "thought": False}]}
+    assert read({"contents": [asked, plain]}).unread == ()
+    assert reason({"contents": [{**call, "role": "user"}, said]})[0] == "bad_tool_call"
 
 
 def test_whole_transcripts_beside_their_prompt_are_answers_to_it() -> None:
@@ -367,3 +371,41 @@ def test_a_part_that_holds_a_call_and_its_result_is_refused_for_that() -> None:
 def test_folds_that_stay_in_a_text_are_told() -> None:
     text = 'Well.\n<details type="tool_calls" done="true">\n<summary>x</summary>\n</details>\nDone.'
     assert read({"messages": [u("q"), a(text)]}).odd == ("thought_in_other_marks",)
+
+
+def test_an_empty_list_of_parts_beside_calls_is_no_fault() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    found = read({"messages": [u("q"), {"role": "assistant", "content": [], "tool_calls": [call]}]})
+    assert found.unread == ()
+    assert found.row["messages"][-1]["tool_calls"][0]["function"]["name"] == "f"
+
+
+def test_a_thought_or_a_text_that_says_what_stands_beside_it_is_looked_for_by_itself() -> None:
+    thinking = [u("askword"), a("Paris is it", reasoning_content="Paris")]
+    call = [{"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": {"place": "Rome"}}}]
+    for name in ("qwen2_5", "llama3", "gemma3"):
+        with pytest.raises(InvalidInput, match="leaves out the reasoning"):
+            render_conversation(tokenizer_of(templates()[name]), thinking)
+    with pytest.raises(InvalidInput):
+        render_conversation(tokenizer_of(templates()["llama3_1"]), [u("askword"), a("Rome", tool_calls=call)], [TOOL])
+    (found,) = render_conversation(tokenizer_of(templates()["qwen3"]), thinking)
+    assert tokenizer_of(templates()["qwen3"]).decode(found.input_ids).count("Paris") == 2
+
+
+def test_an_argument_that_a_template_leaves_out_of_a_tool_is_noticed() -> None:
+    inner = {"type": "object", "properties": {"deepname": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"place": inner}}
+    tool = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": schema}}
+    template = templates()["qwen3"]
+    assert render_conversation(tokenizer_of(template), [u("q"), a("x")], [tool])
+    shallow = template.replace("tool | tojson", "{'name': tool.function.name, 'arguments': ['place']} | tojson")
+    assert shallow != template
+    with pytest.raises(InvalidInput, match="deepname"):
+        render_conversation(tokenizer_of(shallow), [u("q"), a("x")], [tool])
+
+
+def test_quotes_within_a_folded_thought_stay() -> None:
+    lines = "<summary>x</summary>\n> &gt;&gt;&gt; print(1)\n> > quoted"
+    fold = f'<details type="reasoning" done="true">\n{lines}\n</details>\n4'
+    said = answer({"messages": [u("q"), a(fold)]})["content"]
+    assert ">>> print(1)\n> quoted" in said

@@ -7,6 +7,7 @@ import pytest
 from importing import Import
 
 from appliance.data.dataset import Dataset
+from appliance.data.private import find_private, private_kinds, redact
 from appliance.home import Home
 
 LETTERS = "0123456789abcdefghijABCDEFGHIJ0123456789"
@@ -44,6 +45,23 @@ def test_each_kind_is_found_named_and_replaced(imported: Import, home: Home, kin
     assert Dataset.open(home, redacted["id"]).rows[1]["messages"][1]["content"] == f"It is [{kind}], he said."
     assert SECRETS[kind][6:12] not in (home.datasets / redacted["id"] / "rows.jsonl").read_text()
     assert imported((home.datasets / redacted["id"] / "rows.jsonl").read_bytes())["private"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\nabc+/=", "private key"),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\nMIIEpAIBAAKCAQEA\n-----END PGP PRIVATE KEY BLOCK-----", "private key"),
+        ("MY_AKIAABCDEFGH01234567", "AWS key"),
+        ("my_" + SECRETS["GitHub token"], "GitHub token"),
+    ],
+)
+def test_keys_that_are_cut_off_or_named_are_taken_out_whole(text: str, kind: str) -> None:
+    assert find_private({"messages": [{"content": text}]}, private_kinds(text.encode())) == {kind: 1}
+    left = redact(text, [kind])
+    assert "MIIE" not in left
+    assert "ABCDEFGH" not in left
+    assert LETTERS[:20] not in left
 
 
 def test_harmless_texts_are_left_alone(imported: Import, home: Home) -> None:
