@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import InvalidInput, reason
-from appliance.gguf_words import SPLITTERS, pre_tokenizer
+from appliance.gguf_words import COMPOSED, SPLITTERS, WHOLE_WORDS, pre_tokenizer
 from appliance.home import write_json
 from appliance.models import context_length
 
@@ -21,6 +21,7 @@ def convert(gguf: Path, directory: Path) -> None:
     splitter = _splitter(gguf)
     print("de-quantising the weights", file=sys.stderr, flush=True)
     import torch
+    from tokenizers.normalizers import NFC
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
@@ -40,6 +41,10 @@ def convert(gguf: Path, directory: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(directory)
     # GGUF names the splitting without saying what it is, and Transformers' reader takes GPT-2's for any.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(splitter)
+    if splitter in COMPOSED:
+        tokenizer.backend_tokenizer.normalizer = NFC()
+    if splitter in WHOLE_WORDS:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
     tokenizer.model_max_length = context_length(directory)
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"

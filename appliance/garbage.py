@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import tomllib
@@ -109,7 +110,11 @@ def _names(folder: Path, oldest: float) -> list[str]:
 
 def _written_to(path: Path) -> float:
     """When a file, or the last of those below a directory, was written to: a download may take a day."""
-    return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+    found = [path.lstat().st_mtime]
+    for one in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(one.lstat().st_mtime)
+    return max(found)
 
 
 def _size(path: Path) -> int:

@@ -16,6 +16,12 @@ SPLITTERS: dict[str, list[Step]] = {
 }
 
 
+COMPOSED = {"qwen2"}
+"""Those that compose characters first (NFC)."""
+WHOLE_WORDS = {"llama-bpe"}
+"""Those that take a word that is a token as it is, whatever the merges make of it."""
+
+
 def name_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
     """llama.cpp's name of what a tokenizer.json has as its pre-tokenizer; None for one that is not known here."""
     described = pre_tokenizer or {}

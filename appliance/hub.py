@@ -66,7 +66,7 @@ def fetch(published: Published, names: Iterable[str], directory: Path) -> None:
 
     Each is compared with the hash that the Hub has of it. Raises Unreachable, and InvalidInput for another content.
     """
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -77,6 +77,12 @@ def fetch(published: Published, names: Iterable[str], directory: Path) -> None:
         final.unlink(missing_ok=True)
         part.touch()
         begun = part.stat().st_size
+        if about.size and about.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+            raise InvalidInput(
+                "file_too_large",
+                f"{name} of {published.repo} is larger than 50 GB, which the Hub does not send as one file",
+                "fetch it with the Hub's own client (hf download), then pull with --from",
+            )
         if about.size is None or begun < about.size:
             url = hf_hub_url(published.repo, name, revision=published.commit)
             with _said_plainly(published.repo), open(part, "r+b") as file:
@@ -115,6 +121,7 @@ def _said_plainly(repo: str) -> Iterator[None]:
     """The Hub's errors as ours."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: its HTTP client varies by version
         GatedRepoError,
+        HFValidationError,
         HTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -128,6 +135,9 @@ def _said_plainly(repo: str) -> Iterator[None]:
         ) from None
     except RepositoryNotFoundError:
         raise NotFound("no_such_model", f"the Hub has no model {repo}", "check the name, or set HF_TOKEN") from None
+    except HFValidationError:
+        advice = "write it as ORG/REPO; a folder, tar or GGUF is taken by --from"
+        raise InvalidInput("bad_name", f"{repo!r} is no name of a model on the Hub", advice) from None
     except OfflineModeIsEnabled:
         raise _unreachable("it does not ask the Hub (HF_HUB_OFFLINE is set)") from None
     except HTTPError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -41,6 +42,8 @@ from appliance.models import (
 )
 from appliance.release.card import CARD
 
+_FOR_NOW = ("wrong_hash", "gated_model")
+"""Refusals that the next try may not meet."""
 _PLAIN = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}]
 """What any chat template can render."""
 
@@ -72,7 +75,7 @@ def pull(name: str, home: Home, source: Path | None = None, *, serve_only: bool 
             f"name {smollm2.NAME}, a Hub id like ORG/REPO, or a folder, tar or GGUF of a model with --from",
         )
     try:
-        with _gathering(final, resumable=source is None) as directory:
+        with _gathering(final, f"{name} {source or ''}", resumable=source is None) as directory:
             if source is not None:
                 origin = _from_source(source, directory, serve_only)
             elif name == smollm2.NAME:
@@ -92,32 +95,40 @@ def pull(name: str, home: Home, source: Path | None = None, *, serve_only: bool 
 
 
 @contextmanager
-def _gathering(final: Path, *, resumable: bool) -> Iterator[Path]:
-    """Yield a directory beside `final` which becomes that; what a resumable pull had before it broke off is in it.
+def _gathering(final: Path, name: str, *, resumable: bool) -> Iterator[Path]:
+    """Yield a directory which becomes `final`; what a resumable pull of that `name` had before it broke off is in it.
 
-    One that is refused leaves nothing. Raises Conflict while another process gathers the same.
+    A model that is refused leaves nothing. Raises Conflict while another process gathers the same.
     """
-    directory = final.parent / ".pulling" / final.name
+    place = hashlib.sha256(name.encode()).hexdigest()[:12]
+    directory = final.parent / ".pulling" / place / final.name
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(directory, os.O_RDONLY)
+    lock = final.parent / ".pulling" / f"{final.name}.lock"
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise Conflict("being_pulled", f"{final.name} is being pulled already", "wait until that is done") from None
     try:
+        if final.is_dir():
+            raise Conflict("already_here", f"{final.name} has been pulled meanwhile", "use it, or remove it first")
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         yield directory
         fsync_tree(directory)
         os.rename(directory, final)
         fsync_directory(final.parent)
     except BaseException as error:
-        if not resumable or isinstance(error, InvalidInput | NotFound) or not any(directory.iterdir()):
+        refused = isinstance(error, InvalidInput) and error.code not in _FOR_NOW
+        if not resumable or refused or not any(directory.iterdir()):
             shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:
-        os.close(handle)
         with suppress(OSError):
             directory.parent.rmdir()
+            lock.unlink()
+            lock.parent.rmdir()
+        os.close(handle)
 
 
 def require_usable(directory: Path) -> None:
@@ -265,7 +276,7 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(error.exit)
     except KeyboardInterrupt:
-        _say("stopped; pull again to go on where it was")
+        _say("stopped; run it again, a download goes on where it was")
         sys.exit(Exit.FAILED)
 
 

@@ -38,6 +38,12 @@ def going_on(home: Home, recipe: Recipe, base: Path) -> Recipe:
             f"release {release} was trained on another base than {base.name}",
             _AS_A_BASE.format(release),
         )
+    if manifest["files"].get(f"adapter/{WEIGHTS}") not in (None, sha256(weights)) or manifest["state"] != "verified":
+        raise Conflict(
+            "unfit_release",
+            f"release {release} is {manifest['state']}, or its adapter is not the one that its manifest names",
+            "start from a verified release",
+        )
     start = recipe.start.model_copy(update={"sha256": sha256(weights), "nudges": made_by.only_nudges})
     return recipe.model_copy(update={"start": start, "adapter": made_by.adapter})
 
@@ -48,7 +54,11 @@ def copy_start(home: Home, recipe: Recipe, run: Path) -> None:
         return
     source = home.releases / recipe.start.release / "adapter"
     (run / "start").mkdir()
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(source / name, run / "start" / name)
-    if sha256(run / "start" / WEIGHTS) != recipe.start.sha256:
+    try:
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(source / name, run / "start" / name)
+        changed = sha256(run / "start" / WEIGHTS) != recipe.start.sha256
+    except FileNotFoundError:
+        changed = True
+    if changed:
         raise Conflict("release_changed", f"release {recipe.start.release} has changed meanwhile", "queue it again")

@@ -57,6 +57,7 @@ def plan_recheck(home: Home, release: str) -> Recipe:
             "name": name,
             "promote": False,
             "stages": (),
+            "start": None,
             "given": given,
             "rechecks": release,
             "clock": clock_of(manifest),

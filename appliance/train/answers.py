@@ -91,9 +91,13 @@ def figures_of(figures: Sequence[RowFigures]) -> dict[str, Any]:
     return found
 
 
+LEAST_DISPLACED = 0.01
+"""Of a reward, from which answers count as less likely: more than the rounding of bf16 makes."""
+
+
 def is_displaced(reward_chosen: Interval | None) -> bool:
     """Whether answers whose mean reward has that interval have become less likely than to the reference."""
-    return reward_chosen is not None and reward_chosen[1] < 0
+    return reward_chosen is not None and reward_chosen[1] < -LEAST_DISPLACED
 
 
 def _mean(sums: list[torch.Tensor], weights: list[torch.Tensor]) -> tuple[float, Interval | None] | None:

@@ -134,7 +134,8 @@ class SftStage(Stage):
     method: Literal["sft"]
     neftune_alpha: float = Field(0.0, ge=0, le=100)
     """NEFTune: noise on the embeddings while training, which may loosen the style of a model trained on few rows; its
-    paper takes 5 to 15. 0: none. Rows are then padded instead of packed."""
+    paper takes 5 to 15. 0: none. Rows are then padded instead of packed, and a step depends on how they are
+    divided into micro-batches, by whose width the noise is."""
 
 
 class DpoStage(Stage):
@@ -309,6 +310,8 @@ class Recipe(_Section):
         for index, stage in enumerate(self.stages):
             if stage.from_ not in ("", BASE, *names[:index]):
                 raise ValueError(f"stage {stage.name!r} is from {stage.from_!r}, and no stage before it has that name")
+        if self.start and self.stages and not self.goes_on(self.stages[-1].name):
+            raise ValueError("the last stage does not go back to what `start` names; take `start` out, or its `from`")
         return self
 
     @property
@@ -417,6 +420,10 @@ def _explain(error: ValidationError) -> tuple[str, str]:
         close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
         hint = f"did you mean `{close[0]}`?" if close else "take it out"
         return f"the recipe has an unknown key `{where}`", hint
+    if first["type"] == "value_error":
+        return f"the recipe is not valid: {first['msg'].removeprefix('Value error, ')}", "mend it, then try again"
+    if first["type"] == "missing" and isinstance(location[-1], int):
+        return f"the recipe's `{where.rpartition('[')[0]}` has too few items", "see docs/RECIPES.md"
     if first["type"] == "missing":
         return f"the recipe lacks `{where}`", f"add `{location[-1]} = ...`"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):

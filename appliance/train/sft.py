@@ -64,7 +64,7 @@ def trainer(stage: SftStage, arguments: dict[str, Any], given: TrainerInputs) ->
         neftune_noise_alpha=stage.neftune_alpha or None,
         **arguments,
     )
-    # The noise is by the length of a sequence, which is a row's.
+    # The noise is by the width of a pass, and of packed rows there would be next to none.
     packs = not stage.neftune_alpha and can_pack(given.model, given.limit.warn)
     built = build_trainer(_Trainer, stage, config, given)
     built.packs = packs

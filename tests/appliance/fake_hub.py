@@ -58,8 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith(f"/{REPO}/resolve/{COMMIT}/"):
             self._send(path.rpartition("/")[2])
         else:
-            code = {401: {"X-Error-Code": "GatedRepo"}, 404: {"X-Error-Code": "RepoNotFound"}}.get(hub.status)
-            self._answer(hub.status if hub.status != 200 else 404, b"{}", code)
+            status = hub.status if hub.status != 200 else 404
+            code = {401: {"X-Error-Code": "GatedRepo"}, 404: {"X-Error-Code": "RepoNotFound"}}.get(status)
+            self._answer(status, b"{}", code)
 
     def _send(self, name: str) -> None:
         hub = self.server

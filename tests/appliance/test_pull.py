@@ -208,7 +208,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(home: Home, source: Pat
 
 
 def test_a_file_that_is_not_what_the_hub_says_is_not_kept(home: Home, source: Path, hub: FakeHub) -> None:
-    for name in ("model.safetensors", "tokenizer.json"):
+    for name in ("tokenizer.json", "model.safetensors"):
         hub.spoilt = {name}
         with pytest.raises(InvalidInput, match=f"{name} did not come as {REPO} has it"):
             pull(REPO, home)
@@ -221,9 +221,43 @@ def test_what_is_damaged_between_two_tries_comes_anew(home: Home, source: Path, 
     with pytest.raises(Unreachable):
         pull(REPO, home)
     hub.cut = {}
-    (home.models / ".pulling" / "model" / "tokenizer.json").write_text("{}")
-    (home.models / ".pulling" / "model" / "left.json").write_text("of another commit")
+    (gathered,) = home.models.glob(".pulling/*/model")
+    (gathered / "tokenizer.json").write_text("{}")
+    (gathered / "left.json").write_text("of another commit")
     assert contents(pull(REPO, home)) == contents(source)
+
+
+def test_what_another_try_may_mend_costs_nothing_that_is_here(home: Home, source: Path, hub: FakeHub) -> None:
+    hub.spoilt = {"model.safetensors"}
+    with pytest.raises(InvalidInput, match="did not come"):
+        pull(REPO, home)
+    hub.spoilt, hub.status = set(), 401
+    with pytest.raises(InvalidInput, match="terms"):
+        pull(REPO, home)
+    hub.status = 200
+    with pytest.raises(NotFound):
+        pull("other/Model", home)
+    with pytest.raises(InvalidInput):
+        pull("model", home, home.root / "nowhere")
+    before = len(hub.sent)
+    pull(REPO, home)
+    assert hub.sent[before:] == [("model.safetensors", 0)]
+    assert [path.name for path in home.models.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["./model", "-bad/model", "org/model--x", "my org/model"])
+def test_a_name_that_the_hub_cannot_have_is_refused_in_a_line(home: Home, hub: FakeHub, name: str) -> None:
+    with pytest.raises(InvalidInput, match=r"is no name of a model on the Hub|cannot be called"):
+        pull(name, home)
+    assert list(home.models.iterdir()) == []
+
+
+def test_a_file_that_is_too_large_to_come_is_refused(
+    home: Home, source: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 50_000)
+    with pytest.raises(InvalidInput, match="larger than 50 GB"):
+        pull(REPO, home)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +365,8 @@ def test_a_tar_of_something_else_is_refused(home: Home, source: Path, tmp_path: 
     assert list(home.models.iterdir()) == []
 
 
-def test_a_model_comes_from_its_gguf(home: Home, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("splitter", ["qwen2", "llama-bpe"])
+def test_a_model_comes_from_its_gguf(home: Home, source: Path, tmp_path: Path, splitter: str) -> None:
     """And says, splits and computes what the folder does from which the file was written."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -340,17 +375,21 @@ def test_a_model_comes_from_its_gguf(home: Home, source: Path, tmp_path: Path) -
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     file = json.loads((source / "tokenizer.json").read_bytes())
-    file["pre_tokenizer"] = json.loads(pre_tokenizer("qwen2").__getstate__())
+    file["pre_tokenizer"] = json.loads(pre_tokenizer(splitter).__getstate__())
+    file["normalizer"] = {"type": "NFC"} if splitter == "qwen2" else None
+    file["model"]["ignore_merges"] = splitter == "llama-bpe"
     (source / "tokenizer.json").write_text(json.dumps(file))
     write_gguf(source, tmp_path / "model.gguf")
     final = pull("mine", home, tmp_path / "model.gguf")
     made, given = AutoTokenizer.from_pretrained(final), AutoTokenizer.from_pretrained(source)
-    text = "It's 1683:\n\n\n 47,5 MINUTES'LL"
+    text = "cafe\u0301 It's 1683:\n\n\n 47,5 MINUTES'LL"
     assert made(text)["input_ids"] == given(text)["input_ids"]
     split, as_given, as_gpt2 = (
         one.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) for one in (made, given, tokenizer)
     )
     assert split == as_given != as_gpt2
+    both = (json.loads(one.backend_tokenizer.to_str()) for one in (made, given))
+    assert len({json.dumps([one["normalizer"], one["model"]["ignore_merges"]]) for one in both}) == 1
     assert made.chat_template == given.chat_template
     ids = torch.tensor([[1, 40, 60, 80]])
     with torch.no_grad():

@@ -130,7 +130,7 @@ FAULTS: dict[str, Callable[[Merged], Changes]] = {
 def merged(home: Home, run: Path, recipe: Recipe, kept: str) -> Merged:
     """What is needed to plant a fault in a run."""
     base = model_path(home, recipe.base)
-    previous = recipe.previous(recipe.stages[-1].name)
+    previous = recipe.parent(recipe.stages[-1].name)
 
     def changes(adapter: Path) -> Changes:
         found = read_changes(adapter, base)

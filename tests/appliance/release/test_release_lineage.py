@@ -34,8 +34,8 @@ def release(home: Home, made_by: str, **changed: Any) -> None:
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
     (folder / "adapter" / "adapter_config.json").write_text('{"r": 3}')
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    parts = ("datasets", "dataset_rows", "merge", "stages", "versions", "gates", "files")
-    manifest: dict[str, Any] = {part: {} for part in parts}
+    parts = ("datasets", "dataset_rows", "merge", "stages", "versions", "gates")
+    manifest: dict[str, Any] = {part: {} for part in parts} | {"files": hashes(folder)}
     manifest |= {"release": "r-1", "state": "verified", "reason": "", "created": 1.0, "base": "b", "recipe_sha256": ""}
     manifest |= {"base_files": hashes(home.models / "b"), "recipe": tomllib.loads(made_by), **changed}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -64,6 +64,23 @@ def test_a_recipe_that_starts_from_its_base_stays_as_it_is(home: Home) -> None:
 def test_the_run_gets_its_own_copy(home: Home) -> None:
     copy_start(home, start(home), home.runs)
     assert hashes(home.runs / "start") == hashes(home.releases / "r-1" / "adapter")
+
+
+def test_a_release_that_is_not_what_was_proven_is_no_start(home: Home) -> None:
+    release(home, MADE_BY, state="refused")
+    with pytest.raises(Conflict, match="is refused"):
+        start(home)
+    release(home, MADE_BY)
+    (home.releases / "r-1" / "adapter" / "adapter_model.safetensors").write_bytes(b"others")
+    with pytest.raises(Conflict, match="not the one that its manifest names"):
+        start(home)
+
+
+def test_a_release_that_is_removed_meanwhile_is_said_to_be(home: Home) -> None:
+    recipe = start(home)
+    (home.releases / "r-1" / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(Conflict, match="has changed meanwhile"):
+        copy_start(home, recipe, home.runs)
 
 
 def test_an_adapter_that_changes_meanwhile_is_not_taken(home: Home) -> None:

@@ -16,6 +16,7 @@ from appliance.home import Home, hashes
 from appliance.release.gates import Gate
 from appliance.release.manifest import finalise, judge, read_manifest
 from appliance.release.recheck import plan_recheck, write_recheck
+from appliance.train.recipe import dump_recipe, parse_recipe
 
 PASSED = {"parity": Gate(True), "stopping": Gate(True)}
 
@@ -108,6 +109,15 @@ def test_without_its_dataset_plain_conversations_are_what_it_is_judged_on(home: 
     assert "no dataset of lora is on this box" in events(run, "warning")[0]["message"]
     assert work(run, "merge", "verify") == Exit.OK
     assert all(gates(run).values())
+
+
+def test_a_release_that_went_on_from_another_can_be_rechecked(home: Home) -> None:
+    folder = release(home, "lora")
+    recipe = json.loads((folder / "manifest.json").read_bytes())["recipe"]
+    change_manifest(folder, recipe={**recipe, "start": {"release": "before", "sha256": "x"}})
+    planned = plan_recheck(home, "lora")
+    assert parse_recipe(dump_recipe(planned)) == planned
+    assert planned.start is None
 
 
 def test_killed_after_the_exchange_the_stage_is_done_again(home: Home) -> None:

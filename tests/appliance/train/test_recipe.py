@@ -58,6 +58,16 @@ dataset = "preferences"
 """
 
 
+LEADS_NOWHERE = """name = "a"
+base = "b"
+start = "r"
+[[stages]]
+method = "sft"
+dataset = "d"
+from = "base"
+"""
+
+
 def test_stages_go_on_with_whichever_they_name(tmp_path: Path) -> None:
     recipe = parse_recipe(GRAPH)
     assert [recipe.parent(name) for name in ("sft", "other", "dpo")] == [None, None, "sft"]
@@ -81,7 +91,7 @@ def test_a_run_that_starts_from_a_release_goes_on_with_its_adapter(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("start", "origin", "nudges"),
-    [("", "", True), ("{release = 'r', nudges = true}", "", True), ("'r'", "", False), ("'r'", "base", True)],
+    [("", "", True), ("{release = 'r', nudges = true}", "", True), ("'r'", "", False)],
 )
 def test_what_only_nudges_depends_on_what_it_goes_on_with(start: str, origin: str, nudges: bool) -> None:
     head = f"start = {start}\n" if start else ""
@@ -103,6 +113,9 @@ def test_a_run_can_end_in_its_adapter() -> None:
         ('base = "tiny"', 'base = "tiny"\nend = "adapter"\npromote = true', "makes no release to promote"),
         (GRAPH, 'name = "a"\nbase = "b"\nstart = "r"', "there is nothing to start"),
         (GRAPH, 'name = "a"\nbase = "b"\nend = "adapter"', "nothing to start or to end"),
+        (GRAPH, LEADS_NOWHERE, "does not go back to what `start` names"),
+        ('from = "sft"', 'loss_type = "ipo"\nlabel_smoothing = 0.1', "^the recipe is not valid: label_smoothing is of"),
+        ('from = "sft"', "adam_betas = [0.9]", "`stages.2..adam_betas` has too few items"),
     ],
 )
 def test_a_graph_that_cannot_be_is_refused(before: str, after: str, says: str) -> None:

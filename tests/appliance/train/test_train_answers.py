@@ -69,7 +69,7 @@ def test_rewards_are_told_over_all_micro_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "displaced"), [(None, False), ((-2.0, -0.1), True), ((-2.0, 0.1), False), ((0.1, 2.0), False)]
+    ("interval", "displaced"), [(None, False), ((-2.0, -0.1), True), ((-2.0, 0.1), False), ((-1e-5, -1e-6), False)]
 )
 def test_answers_are_displaced_where_the_whole_interval_says_so(interval: Any, displaced: bool) -> None:
     assert is_displaced(interval) is displaced

@@ -118,6 +118,17 @@ def test_the_head_sees_the_trained_tokens_only(trainer: MicroBatchTrainer, monke
     assert not {"entropy", "mean_token_accuracy", "logits/chosen"} & trainer.state.log_history[-1].keys()
 
 
+def test_gradients_are_those_of_the_loss(trainer: MicroBatchTrainer) -> None:
+    """Adam would hide a factor, which clipping and what is told of the norm would not."""
+    _, gradients = step(trainer)
+    (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    trainer.model.zero_grad()
+    for loss in trainer._losses(trainer.model, batch, items):
+        loss.backward()
+    plain = [weight.grad for weight in trainer.model.parameters() if weight.grad is not None]
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(gradients, plain, strict=True))
+
+
 def test_no_two_seeds_have_a_step_of_dropout_in_common(trainer: MicroBatchTrainer) -> None:
     trainer.create_optimizer_and_scheduler(1)
     (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
