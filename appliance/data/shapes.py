@@ -37,7 +37,7 @@ class Shape:
 
 def read_alpaca(reading: Reading, value: Value) -> Parts:
     messages = [*reading.system(value), *_history(reading, value), *_instructed(reading, value)]
-    answer = _first(value, ("output", "response"))
+    answer = "response" if value.get("output") is None and "response" in value else "output"
     messages += _with_thought(reading, value, reading.spoken("assistant", value[answer], answer))
     return conversation(reading, messages)
 

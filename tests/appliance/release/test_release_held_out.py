@@ -9,8 +9,8 @@ from tiny import JUDGEMENTS, PREFERENCES, add_dataset, add_run, make_model, read
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home
-from appliance.release.held_out import held_out_set, last_stage_rows
-from appliance.train.recipe import Given, Recipe
+from appliance.release.held_out import held_out_set, judged_on, last_stage_rows
+from appliance.train.recipe import Given, Recipe, parse_recipe
 
 
 def test_a_run_that_learnt_from_judgements_is_scored_on_the_good_answers(tmp_path: Path) -> None:
@@ -99,3 +99,13 @@ def test_a_held_out_set_has_as_many_rows_as_its_figures_need(tmp_path: Path) -> 
         home = Home(tmp_path / name)
         recipe = many(home, 400, length)
         assert len(held_out_set(home, recipe, load_tokenizer(home.models / "tiny")).conversations) in rows
+
+
+def test_a_run_is_judged_on_what_its_last_stage_goes_back_to() -> None:
+    stages = [("other", "sft", "others", "base"), ("sft", "sft", "facts", "base"), ("dpo", "dpo", "pairs", "sft")]
+    text = 'name = "a"\nbase = "b"\n' + "".join(
+        f'[[stages]]\nname = "{name}"\nmethod = "{method}"\ndataset = "{dataset}"\nfrom = "{origin}"\n'
+        for name, method, dataset, origin in stages
+    )
+    assert judged_on(parse_recipe(text)) == ("facts", 1024)
+    assert judged_on(parse_recipe(text.replace('from = "sft"', 'from = "other"'))) == ("others", 1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -10,6 +11,7 @@ import pkgutil
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +22,14 @@ from tiny import add_run, failure, make_model, result, stage, work
 from appliance.adapters import WEIGHTS
 from appliance.errors import Exit, InvalidInput
 from appliance.home import Home, hashes
+from appliance.release import merge
 from appliance.release.adapter import LowRank, read_changes, rounded_changes
 from appliance.release.rounding import Rounding
 from appliance.release.scores import Scores
 from appliance.release.weights import layout, write_weights
 from appliance.train.interruption import INTERRUPTED
 from appliance.train.model import load_adapter, load_model, nf4_round_trip
-from appliance.train.recipe import Recipe
+from appliance.train.recipe import Recipe, parse_recipe
 
 IDS = torch.tensor([[1, 40, 60, 80, 100, 2], [1, 5, 15, 25, 35, 45]])
 
@@ -236,3 +239,25 @@ def test_an_adapter_that_the_last_stage_has_not_left_is_not_merged(home: Home, m
     shutil.copyfile(run / "sft" / "adapter" / WEIGHTS, run / "merge" / "model" / "adapter" / WEIGHTS)
     assert work(run, "verify") == Exit.FAILED, "what is released with the weights is judged, too"
     assert failure(run, "verify")["reason"] == "the adapter is not the one that dpo has left"
+
+
+@pytest.mark.parametrize(
+    ("start", "origin", "loaded"),
+    [("", "", None), ('start = "r"\n', "", "start"), ("", "sft", "sft/adapter"), ("", "base", None)],
+)
+def test_the_margin_is_measured_from_what_the_last_stage_went_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, origin: str, loaded: str | None
+) -> None:
+    sft = '[[stages]]\nmethod = "sft"\ndataset = "d"\n' if origin == "sft" else ""
+    last = f'[[stages]]\nmethod = "dpo"\ndataset = "e"\nfrom = "{origin}"\n'
+    recipe = parse_recipe(f'{start}name = "a"\nbase = "b"\n{sft}{last}')
+    seen: list[Any] = []
+
+    class Model:
+        disable_adapter = staticmethod(lambda: contextlib.nullcontext(seen.append(None)))
+        load_adapter = staticmethod(lambda path, name, **_: seen.append(path))
+        set_adapter = staticmethod(lambda name: None)
+
+    monkeypatch.setattr(merge, "score", lambda *_: SimpleNamespace(logps=torch.zeros(1)))
+    merge._before_last_stage(Model(), tmp_path, recipe, [object()])  # type: ignore[list-item]
+    assert seen == [tmp_path / loaded if loaded else None]
