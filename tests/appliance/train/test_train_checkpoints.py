@@ -135,7 +135,10 @@ from = "base"
     more = origin(parse_recipe(text), "more")
     assert origin(parse_recipe(text.replace("[[stages]]", "[[stages]]\nepochs = 2", 1)), "more") == more
     assert origin(parse_recipe(text.replace('from = "base"', 'from = "sft"')), "more") != more
-    started = [origin(parse_recipe(f'start = {{release = "r", sha256 = "{hash}"}}\n{text}'), "sft") for hash in "xy"]
+    going_on = text.replace('from = "base"', 'from = "sft"')
+    started = [
+        origin(parse_recipe(f'start = {{release = "r", sha256 = "{hash}"}}\n{going_on}'), "more") for hash in "xy"
+    ]
     assert started[0] != started[1]
 
 
