@@ -57,6 +57,8 @@ def tool_calls(reading: Reading, value: Any) -> list[dict[str, Any]]:
             one[key] for one in (item, call) for key in ("id", "tool_call_id") if isinstance(one.get(key), str | int)
         ]
         id = str(ids[0]) if ids else None
+        if any(str(one) != id for one in ids):
+            reading.unread.append("messages[].tool_calls[].tool_call_id")
         calls.append(
             {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
             | ({"id": id} if id else {})
@@ -141,13 +143,14 @@ def _calls_in(message: Message) -> str:
 
 def _described(system: str) -> list[dict[str, Any]]:
     """The tools that a system prompt describes in Hermes' marks; none where it describes none."""
+    found: list[dict[str, Any]] = []
     for described in _TOOLS.findall(system):
         tools = from_json(described, python=True)
         if not isinstance(tools, list):
             tools = [from_json(line, python=True) for line in described.splitlines() if line.strip()]
-        if tools and all(isinstance(tool, dict) for tool in tools):
-            return tools
-    return []
+        if all(isinstance(tool, dict) for tool in tools):
+            found += tools
+    return found
 
 
 def _without_tools(system: str) -> str:

@@ -37,9 +37,9 @@ _SAID = {
     **dict.fromkeys(("reasoning", "thinking", "think"), "reasoning_content"),
     **dict.fromkeys(("tool_call", "tool_calls", "tool_use"), "tool_calls"),
 }
+"""Types of parts that are no text of the answer, and the key under which a message has what they hold."""
 _IN_PARTS = frozenset({"type", "text", "value", "cache_control", "signature"})
 """What is read of a part of a content, or says nothing of it."""
-"""Types of parts that are no text of the answer, and the key under which a message has what they hold."""
 _NO_VALUE = frozenset({"nan", "none", "null", "<na>", "n/a", "#n/a", "#ref!", "undefined", "[deleted]", "[removed]"})
 """What programs write where there is nothing, in small letters."""
 _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_][\w. ]*\}\}")
@@ -164,6 +164,7 @@ class Reading:
             raise Dropped("bad_role", f"`{key}` has a message by {shown}, which is no known role")
         role = ROLES[speaker.lower()]
         if speaker.lower() in _CALLERS:
+            self.unread += [f"messages[].{name}" for name in ("tool_calls", "function_call") if item.get(name)]
             item = {name: value for name, value in item.items() if name not in _CONTENTS} | {"tool_calls": content}
             content = None
         message = self.said(role, content, key)

@@ -362,9 +362,10 @@ def test_good_rows_are_read() -> None:
 
 
 def test_a_part_that_holds_a_call_and_its_result_is_refused_for_that() -> None:
-    part = {"type": "tool_call", "tool_call": {"id": "c", "name": "f", "args": "{}", "output": "7"}}
+    call = {"id": "c", "name": "f", "args": "{}"}
+    part = {"type": "tool_call", "tool_call": {**call, "output": "7"}}
     assert reason({"messages": [u("q"), {"role": "assistant", "content": [part]}]})[0] == "call_with_result"
-    del part["tool_call"]["output"]  # type: ignore[attr-defined]
+    part = {"type": "tool_call", "tool_call": call}
     assert answer({"messages": [u("q"), {"role": "assistant", "content": [part]}]})["tool_calls"][0]["id"] == "c"
 
 
@@ -409,3 +410,17 @@ def test_quotes_within_a_folded_thought_stay() -> None:
     fold = f'<details type="reasoning" done="true">\n{lines}\n</details>\n4'
     said = answer({"messages": [u("q"), a(fold)]})["content"]
     assert ">>> print(1)\n> quoted" in said
+
+
+def test_all_tools_of_a_system_prompt_are_read() -> None:
+    other = {"type": "function", "function": {"name": "other"}}
+    system = "".join(f"<tools>{json.dumps([tool])}</tools>" for tool in (TOOL, other))
+    assert read({"messages": [s(system), u("q"), a(CALL)]}).row["tools"] == [TOOL, other]
+
+
+def test_a_second_call_or_id_of_a_call_is_told() -> None:
+    turn = {"role": "function_call", "content": '{"name": "f", "arguments": {}}', "tool_calls": [{"name": "g"}]}
+    assert "messages[].tool_calls" in read({"messages": [u("q"), turn]}).unread
+    call = {"id": "A", "tool_call_id": "B", "name": "f", "arguments": {}}
+    found = read({"messages": [u("q"), a("", tool_calls=[call])]})
+    assert found.unread == ("messages[].tool_calls[].tool_call_id",)
