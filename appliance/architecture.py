@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 import transformers
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -96,6 +104,17 @@ def linear_modules(model: Any) -> list[str]:
     ]
 
 
+def expert_parameters(model: Any) -> list[str]:
+    """Names of the parameters of the text's experts that are one tensor with a matrix for each of them."""
+    decoder = model.get_decoder()
+    inside = {id(parameter) for parameter in (model if decoder is None else decoder).parameters()}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "experts" in name.split(".") and id(parameter) in inside
+    ]
+
+
 def trainable_modules(model: Any) -> set[str]:
     """Names of the linear layers that `all-linear` gives an adapter."""
     return set(linear_modules(model)) - taken_for_experts(model)
@@ -157,6 +176,23 @@ def named_together(model: Any, modules: set[str]) -> list[str] | str:
     return pattern if {name for name in every if re.fullmatch(pattern, name)} == modules else sorted(modules)
 
 
+@dataclass(frozen=True)
+class OfExperts:
+    """What the stored tensor `name` holds of a parameter with a matrix (outputs, inputs) for each expert.
+
+    All of it, or where `expert` is a number, the `part`th of `parts` of this expert's outputs.
+    """
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+    def within(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A view of the parameter: what this tensor holds of it."""
+        return parameter if self.expert is None else parameter[self.expert].chunk(self.parts)[self.part]
+
+
 class Architecture:
     """A base model without values, and the names under which its files hold its parameters."""
 
@@ -164,18 +200,20 @@ class Architecture:
         self.skeleton = empty_model(base)
         self.names = frozenset(stored_names(base))
         """Of the tensors in the files."""
+        self._experts = {name: one.shape[0] for name, one in self.skeleton.named_parameters() if one.ndim == 3}
         self._stored = self._parts()
-        """By parameter the tensors in the files that it is made of, and whether each is made over for that."""
+        """By parameter the tensors in the files that it is made of, and the converter's pattern of each, if any."""
 
-    def _parts(self) -> dict[str, list[tuple[str, bool]]]:
+    def _parts(self) -> dict[str, list[tuple[str, str | None]]]:
         transforms = get_model_conversion_mapping(self.skeleton)
         renamed = [one for one in transforms if isinstance(one, WeightRenaming)]
         converted = [one for one in transforms if isinstance(one, WeightConverter)]
+        self._converters = {pattern: one for one in converted for pattern in one.source_patterns}
         state, prefix = self.skeleton.state_dict(), self.skeleton.base_model_prefix
-        found: dict[str, list[tuple[str, bool]]] = {}
+        found: dict[str, list[tuple[str, str | None]]] = {}
         for name in sorted(self.names):
-            parameter, how = rename_source_key(name, renamed, converted, prefix, state)
-            found.setdefault(parameter, []).append((name, how is not None))
+            parameter, pattern = rename_source_key(name, renamed, converted, prefix, state)
+            found.setdefault(parameter, []).append((name, pattern))
         return found
 
     def tied(self, parameter: str) -> set[str]:
@@ -191,10 +229,46 @@ class Architecture:
         """
         parameters = sorted(parameters)
         found = [tensor for name in parameters for tensor in self._stored.get(name, ())]
-        if made_over := [name for name, converted in found if converted]:
-            raise InvalidInput(
-                "not_mergeable",
-                f"{parameters[0]} is made of other tensors in the files, such as {made_over[0]}, and cannot be merged",
-                "take it out of the adapter's targets",
-            )
+        if made_over := [name for name, pattern in found if pattern]:
+            raise _made_over(parameters[0], made_over[0])
         return [name for name, _ in found] or parameters[:1]
+
+    def of_experts(self, parameter: str) -> list[OfExperts]:
+        """The stored tensors of a parameter that has a matrix for each expert.
+
+        Raises InvalidInput where the files have none, or more than stacking and joining makes the parameter of them.
+        """
+        found = sorted(self._stored.get(parameter, ()), key=lambda one: dot_natural_key(one[0]))
+        if not found:
+            raise InvalidInput(
+                "not_mergeable", f"the base model's files hold no tensor {parameter}", "take it out of the targets"
+            )
+        if len(found) == 1 and found[0][1] is None:
+            return [OfExperts(found[0][0])]
+        converter = self._converters.get(found[0][1])
+        patterns = [] if converter is None else list(converter.source_patterns)
+        by_part = [[name for name, pattern in found if pattern == part] for part in patterns]
+        if not _stacks(converter) or any(len(names) != self._experts[parameter] for names in by_part):
+            raise _made_over(parameter, found[0][0])
+        return [
+            OfExperts(name, expert, part, len(by_part))
+            for part, names in enumerate(by_part)
+            for expert, name in enumerate(names)
+        ]
+
+
+def _stacks(converter: WeightConverter | None) -> bool:
+    """Whether all it does is to stack the experts' matrices, and to join the outputs of those that belong together."""
+    if converter is None:
+        return False
+    done = [(type(one), one.dim) for one in converter.operations if isinstance(one, MergeModulelist | Concatenate)]
+    stacked = [(MergeModulelist, 0), (Concatenate, 1)][: min(len(converter.source_patterns), 2)]
+    return done == stacked and len(done) == len(converter.operations)
+
+
+def _made_over(parameter: str, tensor: str) -> InvalidInput:
+    return InvalidInput(
+        "not_mergeable",
+        f"{parameter} is made of other tensors in the files, such as {tensor}, and cannot be merged",
+        "take it out of the adapter's targets",
+    )

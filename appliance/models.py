@@ -16,7 +16,7 @@ from appliance.home import NAME_PATTERN, Home, hashes
 SOURCE = "source.json"
 UNTRAINABLE = "untrainable"
 """The key of SOURCE that says why no adapter can be trained on a model that was pulled to be served only."""
-MXFP4 = "mxfp4"
+_MXFP4 = "mxfp4"
 """How gpt-oss has its experts, which stay so; what is trained of it is in 16 bits."""
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = (
@@ -102,18 +102,33 @@ def check_description(directory: Path) -> None:
         raise _lacking(directory, "a chat template", "use an instruct model, or put its chat_template.jinja there")
 
 
-def require_trainable(directory: Path) -> None:
-    """Raise InvalidInput where no adapter can be trained on the model in `directory` and merged into it."""
+def in_mxfp4(directory: Path) -> bool:
+    """Whether the experts of the model in `directory` are stored in MXFP4, which training de-quantises."""
+    quantised = _read_json(directory / "config.json").get("quantization_config")
+    return isinstance(quantised, dict) and quantised.get("quant_method") == _MXFP4
+
+
+def require_trainable(directory: Path, *, quantised: bool = False) -> None:
+    """Raise InvalidInput where no adapter can be trained on the model in `directory` and merged into it.
+
+    `quantised`: with the model in NF4.
+    """
     if fault := _read_json(directory / SOURCE).get(UNTRAINABLE):
         raise InvalidInput(fault["code"], fault["message"], fault["next"])
     config = _read_json(directory / "config.json")
-    quantised = config.get("quantization_config")
-    if quantised and (not isinstance(quantised, dict) or quantised.get("quant_method") != MXFP4):
-        how = f" ({quantised.get('quant_method')})" if isinstance(quantised, dict) else ""
+    stored = config.get("quantization_config")
+    if stored and not in_mxfp4(directory):
+        how = f" ({stored.get('quant_method')})" if isinstance(stored, dict) else ""
         raise InvalidInput(
             "quantised_base",
             f"the base {directory.name} is quantised already{how}: no adapter can be merged into it",
             'pull the same model in 16 bits; kind = "qlora" quantises it for training by itself',
+        )
+    if stored and quantised:
+        raise InvalidInput(
+            "quantised_base",
+            f"the experts of {directory.name} are in MXFP4, which is de-quantised for training, not turned into NF4",
+            'say kind = "lora" under [adapter]',
         )
     rows = _embedded_tokens(directory)
     if rows and (unknown := _used_beyond(directory, rows)):

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from appliance.adapters import CONFIG, WEIGHTS
-from appliance.architecture import Architecture, quantised_modules
+from appliance.architecture import Architecture, empty_model, quantised_modules
 from appliance.home import sha256
 from appliance.models import tensor_names
 from appliance.release.peft_format import ADAPTER_SHA256, PREFIX, lora_scale, not_mergeable, read_config, unusable
@@ -58,6 +58,22 @@ class LowRank:
         if self.by_column:
             return value.mul_(self.magnitude / torch.linalg.vector_norm(value, dim=0))
         return value.mul_((self.magnitude[rows] / torch.linalg.vector_norm(value, dim=1))[:, None])
+
+
+@dataclass(frozen=True)
+class LowRankOfExperts:
+    """`scale` * left[e] @ right[e] is added to the matrix of each expert e of a tensor with those of all."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+    whole: bool = False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return shape == (*self.left.shape[:2], self.right.shape[2])
+
+    def __call__(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        return weight.baddbmm_(self.left[rows], self.right[rows], alpha=self.scale)
 
 
 @dataclass(frozen=True)
@@ -109,17 +125,20 @@ def read_changes(adapter: Path, base: Path) -> dict[str, Change]:
     config, tensors = _read(adapter)
     architecture = Architecture(base)
     modules = dict(architecture.skeleton.named_modules())
+    wrapped = _wrapped_parameters(adapter, base) if config.get("target_parameters") else {}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         module, part = _split(name.removeprefix(PREFIX))
         parts.setdefault(module, {})[part] = tensor
+    changes: dict[str, Change] = {}
     by_parameter: dict[str, Change] = {}
     for module, found in parts.items():
-        if any(part in _FACTORS for part in found):
+        if module in wrapped:
+            changes |= _of_experts(architecture, config, wrapped[module], modules, found)
+        elif any(part in _FACTORS for part in found):
             by_parameter[f"{module}.weight"] = _low_rank(modules.get(module), config, module, found)
         else:
             by_parameter |= {f"{module}.{part}": Replaced(tensor) for part, tensor in found.items()}
-    changes: dict[str, Change] = {}
     for parameter, change in by_parameter.items():
         group = architecture.tied(parameter)
         if any(not _same(change, by_parameter.get(member)) for member in group):
@@ -160,10 +179,12 @@ def rounded_changes(base: Path, changes: dict[str, Change]) -> dict[str, Change]
     return changes | rounded
 
 
-def require_present(base: Path, parameters: set[str]) -> None:
+def require_present(base: Path, parameters: set[str], of_experts: set[str]) -> None:
     """Raise InvalidInput where a weight that training is to change is not in the base's files."""
     architecture, present = Architecture(base), layout(base)
     missing = sorted(name for name in parameters if architecture.stored([name])[0] not in present)
+    for name in sorted(of_experts):
+        architecture.of_experts(name)
     if missing:
         raise not_mergeable(
             f"the base model's files hold no tensor {missing[0]}",
@@ -219,6 +240,46 @@ def _low_rank(module: Any, config: dict[str, Any], name: str, parts: dict[str, t
     left, right = (a.T.contiguous(), b.T.contiguous()) if transposed else (b, a)
     scale = lora_scale(config, name, len(a))
     return LowRank(left, right, scale, None if magnitude is None else magnitude.float(), transposed, start)
+
+
+def _wrapped_parameters(adapter: Path, base: Path) -> dict[str, str]:
+    """By the name of PEFT's layer the parameter that it adapts; those of one module are wrapped in each other."""
+    model = inject_adapter_in_model(LoraConfig.from_pretrained(adapter), empty_model(base), low_cpu_mem_usage=True)
+    return {
+        name: f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+
+
+def _of_experts(
+    architecture: Architecture,
+    config: dict[str, Any],
+    parameter: str,
+    modules: dict[str, Any],
+    parts: dict[str, torch.Tensor],
+) -> dict[str, Change]:
+    """The changes of the stored tensors of a parameter with a matrix for each expert, by their names."""
+    module, _, name = parameter.rpartition(".")
+    a, b = parts.get("lora_A.weight"), parts.get("lora_B.weight")
+    weight = getattr(modules[module], name)
+    if a is None or b is None or len(parts) > 2 or weight.ndim != 3 or len(a) % len(weight):
+        raise not_mergeable(
+            f"{parameter} has an adapter that is not of two factors for each of its experts", "train it without"
+        )
+    experts, rank = len(weight), len(a) // len(weight)
+    right = a.float().view(experts, rank, -1)
+    left = b.float().view(len(b), rank, experts).permute(2, 0, 1)  # PEFT lets the experts' numbers change fastest
+    scale = lora_scale(config, parameter, rank)
+    if getattr(modules[module], "is_transposed", False):
+        left, right = right.transpose(1, 2), left.transpose(1, 2)
+    found: dict[str, Change] = {}
+    for stored in architecture.of_experts(parameter):
+        if stored.expert is None:
+            found[stored.name] = LowRankOfExperts(left.contiguous(), right.contiguous(), scale)
+        else:
+            found[stored.name] = LowRank(stored.within(left).contiguous(), right[stored.expert], scale)
+    return found
 
 
 def _same(one: Change, other: Change | None) -> bool:

@@ -286,7 +286,7 @@ def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manife
         datasets=recipe.datasets,
         dataset_rows=merge["dataset_rows"],
         gates=gates,
-        merge={name: merge[name] for name in ("kept", "on", "losses", "rows", "tokens") if name in merge},
+        merge={name: merge[name] for name in ("kept", "trained_on", "on", "losses", "rows", "tokens") if name in merge},
         stages={stage.name: _read(run / stage.name / "result.json") for stage in recipe.chain()},
         files=merge["files"],
         base_files=merge["base_files"],

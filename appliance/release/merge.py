@@ -14,7 +14,7 @@ from appliance.data.dataset import ROWS
 from appliance.data.render import Conversation
 from appliance.data.tokenizer import load_tokenizer
 from appliance.home import Home, building, copy_file, hashes, require_space, sha256, write_json
-from appliance.models import SOURCE, model_path
+from appliance.models import SOURCE, in_mxfp4, model_path
 from appliance.release.adapter import read_changes, require_complete, require_trained, rounded_changes
 from appliance.release.fidelity import Measured
 from appliance.release.held_out import held_out_set, last_stage_rows, render, render_answered
@@ -23,6 +23,8 @@ from appliance.release.scores import score
 from appliance.release.weights import write_weights
 from appliance.train.model import ON_GPU, load_adapter, load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
+
+_EXPERTS_DEQUANTISED = "the de-quantised values of experts that are in MXFP4, here as in the base"
 
 OURS = frozenset({"source.json", "generation_config.json", "README.md", "manifest.json"})
 """Files of the base that a release has not, or has of its own."""
@@ -50,6 +52,7 @@ def merge_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:
             if recipe.changes_weights:
                 _copy_adapter(recipe.last_adapter(run), folder / "adapter", base)
                 figures, measured = _merge(home, run, recipe, base, folder)
+                figures |= {"trained_on": _EXPERTS_DEQUANTISED} if in_mxfp4(base) else {}
                 measured.save(scores)
             figures["files"] = hashes(folder)
     except BaseException:

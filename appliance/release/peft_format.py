@@ -18,7 +18,6 @@ PREFIX = "base_model.model."
 _REFUSED = {
     "lora_bias": "biases of its own (lora_bias)",
     "trainable_token_indices": "single trained tokens (trainable_token_indices)",
-    "target_parameters": "adapters on bare parameters (target_parameters)",
     "layer_replication": "replicated layers (layer_replication)",
     "use_qalora": "QA-LoRA (use_qalora)",
     "use_bdlora": "block-diagonal LoRA (use_bdlora)",

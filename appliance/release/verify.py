@@ -104,7 +104,7 @@ def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, 
     own = score(model, conversations, measured.merged_into.ids)
     own_of_live = score(model, lived) if lived else None
     own_of_answers = [score(model, render(tokenizer, rows)) for rows in answers]
-    structure = judge_weights(base, folder, oracle, partial(_round_again, model, oracle.parameters, _coarser(folder)))
+    structure = judge_weights(base, folder, oracle, partial(_round_again, model, oracle, _coarser(folder)))
     if not structure.passed:
         return {"structure": structure}
     noisy = score(model, conversations, own.ids)
@@ -141,11 +141,11 @@ def _least_worse(recipe: Recipe, *, plain: bool) -> float:
 
 
 @torch.no_grad()
-def _round_again(model: Any, parameters: dict[str, str], dtype: torch.dtype, name: str, exact: torch.Tensor) -> None:
+def _round_again(model: Any, oracle: Oracle, dtype: torch.dtype, name: str, exact: torch.Tensor) -> None:
     """Give the loaded model the values of a stored tensor as other draws would have rounded them."""
     rounding = Rounding(f"{name} again", tuple(exact.shape), dtype)
     again = torch.empty_like(exact, dtype=dtype)
-    model.get_parameter(parameters[name]).copy_(rounding(exact.clone(), slice(0, len(exact)), out=again))
+    oracle.values(model, name).copy_(rounding(exact.clone(), slice(0, len(exact)), out=again))
 
 
 def _served(conversations: list[Conversation], adapter: Scores, noisy: Scores) -> Served:

@@ -12,17 +12,19 @@ import bitsandbytes.functional as nf4
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, set_seed
+from transformers import BitsAndBytesConfig, Mxfp4Config, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from appliance.architecture import (
     empty_model,
+    expert_parameters,
     named_together,
     quantised_modules,
     trainable_modules,
 )
 from appliance.data.render import render_conversation
 from appliance.errors import InvalidInput, reason
+from appliance.models import in_mxfp4
 from appliance.train.recipe import Adapter
 
 ON_GPU = torch.cuda.is_available()
@@ -45,7 +47,9 @@ def load_model(folder: Path, *, quantised: bool = False) -> Any:
             "no_linear_layer", f"{folder.name} has no linear layer that NF4 can hold", 'train it with kind = "lora"'
         )
     options: dict[str, Any] = {"device_map": {"": 0}} if ON_GPU else {}
-    if quantised and ON_GPU:
+    if in_mxfp4(folder):  # its kernels have no gradients
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    elif quantised and ON_GPU:
         others = [
             f"{re.escape(name)}$"
             for name, module in skeleton.named_modules()
@@ -125,6 +129,38 @@ def targeted_modules(model: Any, targets: tuple[str, ...], layers: tuple[int, ..
     return meant
 
 
+def targeted_parameters(model: Any, targets: tuple[str, ...], layers: tuple[int, ...] = ()) -> set[str]:
+    """Names of the experts' parameters that a recipe's `target_parameters` mean in the base's `layers`.
+
+    Raises InvalidInput where a target or a layer fits none.
+    """
+    if not targets:
+        return set()
+    known = set(expert_parameters(model))
+    if not known:
+        raise InvalidInput(
+            "no_experts",
+            "the base model has no parameter with a matrix for each of several experts",
+            "take target_parameters out",
+        )
+    if layers:
+        known = _of_layers(known, layers)
+    if targets == ("all-experts",):
+        return known
+    meant: set[str] = set()
+    for target in targets:
+        matched = {name for name in known if name == target or name.endswith(f".{target}")}
+        if not matched:
+            ends = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in known}))
+            raise InvalidInput(
+                "no_such_parameter",
+                f"the adapter's target {target!r} matches no parameter of experts",
+                f"choose from {ends}",
+            )
+        meant |= matched
+    return meant
+
+
 def _of_layers(modules: set[str], layers: tuple[int, ...]) -> set[str]:
     """Those of `modules` that are in the layers of these numbers, from -1 for the last. Raises InvalidInput."""
     by_layer: dict[int, set[str]] = {}
@@ -143,20 +179,21 @@ def _of_layers(modules: set[str], layers: tuple[int, ...]) -> set[str]:
 
 
 def require_covered(model: Any, meant: set[str]) -> None:
-    """Raise InvalidInput unless the adapter on `model` covers each module that its recipe means."""
-    missing = sorted(meant - set(model.targeted_module_names))
+    """Raise InvalidInput unless the adapter on `model` covers each module or parameter that its recipe means."""
+    missing = sorted(meant - {*model.targeted_module_names, *model.targeted_parameter_names})
     if missing:
         raise InvalidInput(
             "adapter_incomplete",
-            f"the adapter covers {len(meant) - len(missing)} of the {len(meant)} modules that its recipe names; "
+            f"the adapter covers {len(meant) - len(missing)} of the {len(meant)} layers that its recipe names; "
             f"{missing[0]} has none",
-            "name the modules in targets, or train the stages anew",
+            "name them in targets and target_parameters, or train the stages anew",
         )
 
 
 def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
     """`model` with a new LoRA adapter that changes nothing yet. Raises InvalidInput for targets that do not fit."""
     meant = targeted_modules(model, adapter.targets, adapter.layers)
+    of_experts = targeted_parameters(model, adapter.target_parameters, adapter.layers)
     set_seed(seed)
     config = LoraConfig(
         r=adapter.rank,
@@ -165,6 +202,7 @@ def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
         use_rslora=adapter.kind == "rslora",
         use_dora=adapter.kind == "dora",
         target_modules=named_together(model, meant),
+        target_parameters=sorted(of_experts) or None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)

@@ -45,6 +45,10 @@ class Adapter(_Section):
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the modules that get an adapter. all-linear, every linear layer but the output head: attention alone
     learns less at the same number of weights."""
+    target_parameters: tuple[str, ...] = ()
+    """Of a mixture of experts, names of the parameters with a matrix for each expert that get an adapter, such as
+    experts.down_proj. all-experts: all of them; empty: none, because what is beside the experts learns most tasks, and
+    each expert has factors of its own. They stay in 16 bits, also for qlora."""
     layers: tuple[int, ...] = ()
     """Numbers of the layers that get an adapter, from 0, or from -1 for the last; empty: all of them."""
 
@@ -58,6 +62,13 @@ class Adapter(_Section):
             return values
         scaled_by = math.sqrt(rank) if values.get("kind") == "rslora" else rank
         return {**values, "alpha": max(round(2 * scaled_by), 1)}
+
+    @model_validator(mode="after")
+    def _experts_take(self) -> Adapter:
+        if self.target_parameters and (self.kind == "dora" or self.dropout):
+            other = 'kind = "dora"' if self.kind == "dora" else "dropout"
+            raise ValueError(f"experts take no {other}; take it or target_parameters out")
+        return self
 
 
 class Stage(_Section):

@@ -40,6 +40,7 @@ from appliance.train.model import (
     require_covered,
     stop_token_ids,
     targeted_modules,
+    targeted_parameters,
 )
 from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.rows import HELD_OUT_ROWS
@@ -223,12 +224,14 @@ def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> An
     model = load_model(base, quantised=recipe.adapter.kind == "qlora")
     changed = quantised_modules(model) if recipe.adapter.kind == "qlora" else []
     meant = targeted_modules(model, recipe.adapter.targets, recipe.adapter.layers)
+    of_experts = targeted_parameters(model, recipe.adapter.target_parameters, recipe.adapter.layers)
     if origin := recipe.starting_adapter(run, stage.name):
         model = load_adapter(model, origin, trainable=True)
     else:
         model = add_adapter(model, recipe.adapter, recipe.seed)
-    require_covered(model, meant)
-    require_present(base, {f"{module}.weight" for module in (*changed, *model.targeted_module_names)})
+    require_covered(model, meant | of_experts)
+    linear = {f"{module}.weight" for module in (*changed, *model.targeted_module_names)}
+    require_present(base, linear, set(model.targeted_parameter_names))
     return model
 
 

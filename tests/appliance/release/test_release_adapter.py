@@ -14,6 +14,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import make_model
+from tiny_families import make_family
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from appliance.adapters import CONFIG, WEIGHTS
@@ -25,13 +26,15 @@ from appliance.train.model import nf4_round_trip
 
 IDS = torch.tensor([[1, 40, 60, 80, 100, 2], [1, 5, 15, 25, 35, 45]])
 TIED = "model.embed_tokens.weight"
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tied` and `untied`, Llamas; `sharded`, the tied one in several files; `gpt2`, whose layers are Conv1D.
 
-    `gpt2 as published` has the names of its publisher's files, without that of the body.
+    `gpt2 as published` has the names of its publisher's files, without that of the body. Of mixtures of experts,
+    `qwen3_moe` and `mixtral` have tensors of each expert in their files, `gpt_oss` one of all, as (inputs, outputs).
     """
     folder = tmp_path_factory.mktemp("bases")
     make_model(folder / "tied")
@@ -45,6 +48,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "gpt2 as published" / "model.safetensors"
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    for family in ("qwen3_moe", "mixtral", "gpt_oss"):
+        make_family(folder / family, family)
     return folder
 
 
@@ -88,6 +93,18 @@ MERGEABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "dora embedding": ("untied", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
     "fan in fan out": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "names without the body's": ("gpt2 as published", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "each expert's": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "one of the experts'": ("mixtral", {"target_modules": [], "target_parameters": [EXPERTS[0]], "use_rslora": True}),
+    "all experts'": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "patterns of experts": (
+        "qwen3_moe",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": EXPERTS,
+            "rank_pattern": {"experts.down_proj": 2},
+            "alpha_pattern": {"layers.1.mlp.experts.gate_up_proj": 3},
+        },
+    ),
     "dora fan in": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
 }
 

@@ -247,8 +247,8 @@ def test_the_noise_is_that_of_other_draws(home: Home) -> None:
     for name, before, after in pairs(base, folder):
         if name in oracle.changed:
             exact = oracle.merged(name, oracle.start(name, before))
-            _round_again(model, oracle.parameters, torch.bfloat16, name, exact)
-            again = model.get_parameter(oracle.parameters[name]).detach()
+            _round_again(model, oracle, torch.bfloat16, name, exact)
+            again = oracle.values(model, name).detach()
             step = torch.finfo(torch.bfloat16).eps * exact.abs()
             assert not torch.equal(again, after.float())
             assert bool(((again - exact).abs() <= step).all()), "and as near"

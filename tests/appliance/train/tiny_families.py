@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -177,4 +179,24 @@ def make_family(folder: Path, family: str) -> Path:
         raise ValueError(f"{len(tokenizer)} tokens")
     tokenizer.save_pretrained(folder)
     (folder / "source.json").write_text('{"source": "made here"}')
+    return folder
+
+
+def in_mxfp4(folder: Path) -> Path:
+    """The gpt_oss model in `folder` with experts of random blocks and scales, as its publisher stores them."""
+    path = folder / "model.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(path).items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor.bfloat16()
+            continue
+        experts, inputs, outputs = tensor.shape
+        blocks = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*blocks, 16), dtype=torch.uint8, generator=generator)
+        tensors[f"{name}_scales"] = torch.randint(121, 124, blocks, dtype=torch.uint8, generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_bytes())
+    config |= {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

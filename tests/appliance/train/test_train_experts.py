@@ -1,0 +1,105 @@
+"""Mixtures of experts: adapters on the experts themselves, and experts that are stored in MXFP4."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from tiny import add_run, failure, losses, result, stage, work
+from tiny_families import in_mxfp4, make_family
+
+from appliance.adapters import CONFIG, WEIGHTS
+from appliance.errors import InvalidInput
+from appliance.home import Home
+from appliance.models import require_trainable
+from appliance.pull import require_usable
+from appliance.train.recipe import parse_recipe
+
+ALL = 'target_parameters = ["all-experts"]\n'
+SFT = stage("sft", "FACTS", epochs=2, max_length=4096)
+DPO = stage("dpo", "PREFERENCES", epochs=1, max_length=4096)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_trained_merged_and_proven(home: Home, family: str) -> None:
+    base = make_family(home.models / "experts", family)
+    run = add_run(home, "r", ALL + SFT + DPO, base="experts")
+    assert work(run, "sft", "dpo", "merge", "verify") == 0
+    assert losses(run, "sft")[6] < losses(run, "sft")[1]
+    assert {name: gate["passed"] for name, gate in result(run, "verify")["gates"].items()} == {
+        **{"structure": True, "fidelity": True, "quality": True}
+    }
+    saved = load_file(run / "dpo" / "adapter" / WEIGHTS)
+    assert all(tensor.any() for name, tensor in saved.items() if "experts" in name)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, run / "merge" / "model"))
+    of_experts = [name for name in before if ".experts." in name and "bias" not in name]
+    assert of_experts
+    assert all(not before[name].equal(after[name]) for name in of_experts)
+
+
+def test_experts_of_named_layers_and_parameters_alone_are_trained(home: Home) -> None:
+    make_family(home.models / "experts", "qwen3_moe")
+    some = 'target_parameters = ["experts.down_proj"]\nlayers = [-1]\n'
+    run = add_run(home, "r", some + SFT, base="experts")
+    assert work(run, "sft") == 0
+    names = load_file(run / "sft" / "adapter" / WEIGHTS)
+    assert {name.partition(".experts.")[0] for name in names if "experts" in name} == {
+        "base_model.model.model.layers.1.mlp"
+    }
+    config = json.loads((run / "sft" / "adapter" / CONFIG).read_bytes())
+    assert config["target_parameters"] == ["model.layers.1.mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "said"),
+    [
+        ("tiny", ALL, "the base model has no parameter with a matrix for each of several experts"),
+        ("experts", 'target_parameters = ["w1"]\n', "the adapter's target 'w1' matches no parameter of experts"),
+    ],
+)
+def test_what_is_no_parameter_of_experts_is_refused(home: Home, base: str, settings: str, said: str) -> None:
+    make_family(home.models / "experts", "qwen3_moe")
+    run = add_run(home, "r", settings + SFT, base=base)
+    assert work(run, "sft") != 0
+    assert failure(run, "sft")["reason"] == said
+
+
+def test_experts_that_are_made_over_when_they_are_loaded_are_refused_before_training(home: Home) -> None:
+    make_family(home.models / "experts", "qwen3_vl_moe")
+    run = add_run(home, "r", ALL + SFT, base="experts")
+    assert work(run, "sft") != 0
+    assert failure(run, "sft")["code"] == "not_mergeable"
+    assert "experts" in failure(run, "sft")["reason"]
+    assert not losses(run, "sft")
+
+
+@pytest.mark.parametrize("other", ['kind = "dora"', "dropout = 0.1"])
+def test_experts_take_no_dora_and_no_dropout(other: str) -> None:
+    text = f'name = "r"\nbase = "b"\n[adapter]\n{other}\n{ALL}{SFT.replace("FACTS", repr("facts"))}'
+    with pytest.raises(InvalidInput, match="experts take no"):
+        parse_recipe(text)
+
+
+def test_experts_in_mxfp4_stay_as_they_are_and_the_release_says_so(home: Home) -> None:
+    base = in_mxfp4(make_family(home.models / "mxfp4", "gpt_oss"))
+    require_usable(base)
+    run = add_run(home, "r", SFT + DPO, base="mxfp4")
+    assert work(run, "sft", "dpo", "merge", "verify") == 0
+    assert losses(run, "sft")[6] < losses(run, "sft")[1]
+    assert all(gate["passed"] for gate in result(run, "verify")["gates"].values())
+    assert "MXFP4" in result(run, "merge")["trained_on"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, run / "merge" / "model"))
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert {name.rpartition(".self_attn.")[2] for name in changed} == {f"{x}_proj.weight" for x in "qkvo"}
+    assert json.loads((run / "merge" / "model" / "config.json").read_bytes())["quantization_config"]
+
+
+def test_experts_in_mxfp4_are_not_trained_themselves_nor_turned_into_nf4(home: Home) -> None:
+    base = in_mxfp4(make_family(home.models / "mxfp4", "gpt_oss"))
+    run = add_run(home, "r", ALL + SFT, base="mxfp4")
+    assert work(run, "sft") != 0
+    assert failure(run, "sft")["code"] == "not_mergeable"
+    require_trainable(base)
+    with pytest.raises(InvalidInput, match=r'in MXFP4, .* say kind = "lora"'):
+        require_trainable(base, quantised=True)
