@@ -39,13 +39,16 @@ _ASKED_WITH_MORE = {
     "pi0": "images and the state of a robot",
 }
 """Types of models that cannot be asked with texts alone, and with what: seen by `make bench-models`."""
+_CAUSAL_ANYHOW = ("gpt_neox", "gpt_neox_japanese")
+"""Types whose configs say that they are no decoders, which the models take no notice of."""
 _CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
 
 
 def model_class(config: Any) -> Any:
     """The class of a model as it was published. Raises InvalidInput where Transformers has none that answers texts."""
     needs = _ASKED_WITH_MORE.get(config.model_type)
-    if config.is_encoder_decoder or getattr(config, "is_decoder", None) is False:
+    reads_both_ways = getattr(config, "is_decoder", None) is False and config.model_type not in _CAUSAL_ANYHOW
+    if config.is_encoder_decoder or reads_both_ways:
         needs = "an encoder"
     if needs:
         raise InvalidInput(
@@ -83,7 +86,7 @@ def linear_modules(model: Any) -> list[str]:
     """Names of the linear layers by which the model reads and writes text: those that can have an adapter.
 
     They are not the output head, not what sees images or hears, not what Mamba's kernels take the weights of, and no
-    routers, some of which answer more than a product.
+    routers or other layers that answer more than a product.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     of_text = decoder if decoder is not None and not isinstance(decoder, torch.nn.Linear) else model
@@ -97,6 +100,7 @@ def linear_modules(model: Any) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
+        and not type(module).forward.__module__.startswith("transformers.models.")
         and "router" not in name.split(".")
         and module is not head
         and id(module) in inside

@@ -15,9 +15,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runs import machine
+
+if TYPE_CHECKING:
+    from appliance.home import Home
 
 PAGE = Path(__file__).parent.parent / "docs" / "MODELS.md"
 PATIENCE = 300
@@ -38,13 +41,14 @@ _PAGE = """# Models
 
 Every family of models that Transformers {version} has for texts, or for texts and images, as a tiny random model with a
 chat template such as its own, through `sft`, `dpo`, merge and gates on a CPU. Of models with images or sound the text
-is trained, and the rest stays byte for byte; of experts that are one tensor, what is beside them.
+is trained, and the rest stays byte for byte. A mixture of experts goes through twice: with adapters beside the experts,
+as by default, and on them too (`target_parameters`).
 
 {trained} of {made} are trained, {refused} refused before training, {failed} fail.
 Of {others} no tiny model could be made: {names}.
 
-| family | chat template | outcome |
-|---|---|---|
+| family | chat template | outcome | on experts |
+|---|---|---|---|
 {rows}
 """
 
@@ -58,10 +62,9 @@ def trial(family: str, folder: Path, result: Path) -> None:
 
 def try_family(family: str, folder: Path) -> dict[str, Any]:
     """How far the family came in a home of its own, and why no further."""
-    from tiny import add_run, events, stage, work
-    from tiny import result as result_of
     from tiny_families import make_family, template_of
 
+    from appliance.architecture import empty_model, expert_parameters
     from appliance.errors import InvalidInput
     from appliance.home import Home
     from appliance.models import check_model
@@ -79,21 +82,33 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
         require_usable(base)
     except InvalidInput as error:
         return found | {"outcome": "refused", "why": error.message}
+    found |= _run(home, "beside", "")
+    if found["outcome"] == "trained" and expert_parameters(empty_model(base)):
+        experts = _run(home, "experts", 'target_parameters = ["all-experts"]\n')
+        if experts["outcome"] == "failed":
+            return found | experts
+        found["experts"] = experts["outcome"]
+    return found
+
+
+def _run(home: Home, name: str, adapter: str) -> dict[str, Any]:
+    """How far a run with such settings of its adapter came."""
+    from tiny import add_run, events, stage, work
+    from tiny import result as result_of
+
     stages = stage("sft", "FACTS", epochs=2, max_length=4096)
     stages += stage("dpo", "PREFERENCES", epochs=1, max_length=4096)
-    run = add_run(home, "r", stages, base="base")
-    for name in ("sft", "dpo", "merge", "verify"):
-        if work(run, name) != 0:
-            problem = json.loads((run / name / "failure.json").read_bytes())
-            return found | {"outcome": "failed", "stage": name, "why": problem["reason"]}
+    run = add_run(home, name, adapter + stages, base="base")
+    for step in ("sft", "dpo", "merge", "verify"):
+        if work(run, step) != 0:
+            problem = json.loads((run / step / "failure.json").read_bytes())
+            early = problem["code"] == "not_mergeable" and not events(run, "step")
+            return {"outcome": "refused" if early else "failed", "stage": step, "why": problem["reason"]}
     gates = result_of(run, "verify")["gates"]
-    failed = [name for name, gate in gates.items() if not gate["passed"]]
-    found["without"] = [
-        what for what, kind in (("forecast", "forecast"), ("sample answers", "sample")) if not events(run, kind)
-    ]
-    if failed:
-        return found | {"outcome": "failed", "stage": "verify", "why": f"gates {', '.join(failed)}"}
-    return found | {"outcome": "trained"}
+    without = [what for what, kind in (("forecast", "forecast"), ("sample answers", "sample")) if not events(run, kind)]
+    if failed := [gate for gate, found in gates.items() if not found["passed"]]:
+        return {"outcome": "failed", "without": without, "stage": "verify", "why": f"gates {', '.join(failed)}"}
+    return {"outcome": "trained", "without": without}
 
 
 def _line(error: Exception) -> str:
@@ -137,7 +152,7 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
     count = Counter(one["outcome"] for one in outcomes.values())
     others = sorted(family for family, one in outcomes.items() if one["outcome"] == "not made")
     rows = [
-        f"| {family} | {one['template']} | {_said(one)} |"
+        f"| {family} | {one['template']} | {_said(one)} | {one.get('experts', '')} |"
         for family, one in sorted(outcomes.items())
         if one["outcome"] != "not made"
     ]

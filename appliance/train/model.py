@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import re
@@ -72,11 +73,10 @@ def load_model(folder: Path, *, quantised: bool = False) -> Any:
         raise InvalidInput(
             "bad_model", f"{folder} holds no usable model: {reason(error)}", "pull the base model again"
         ) from error
-    if not hasattr(model, model.base_model_prefix) and hasattr(model, "model"):
-        model.base_model_prefix = "model"  # where TRL looks for the layers: Llama 4 names another
-    text = model.config.get_text_config()
-    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
-        text.num_experts = text.num_local_experts  # as TRL's loss of routers calls them
+    if not hasattr(model, model.base_model_prefix):
+        # Where TRL looks for the layers, which are elsewhere in Llama 4: there too, without being its part twice.
+        decoder = model.get_decoder()
+        object.__setattr__(model, model.base_model_prefix, getattr(decoder, "model", decoder))
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InvalidInput("bad_model", f"{folder} lacks the weights {missing[0]}", "pull the base model again")
@@ -86,6 +86,21 @@ def load_model(folder: Path, *, quantised: bool = False) -> Any:
                 weight = model.get_submodule(name).weight
                 weight.copy_(nf4_round_trip(weight))
     return model.eval()
+
+
+def settle_router_loss(model: Any) -> None:
+    """Make a mixture of experts ready for TRL's loss of routers, or leave that out where the model gives none."""
+    text = model.config.get_text_config()
+    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
+        text.num_experts = text.num_local_experts  # TRL's name for them
+    if not getattr(text, "router_aux_loss_coef", 0):
+        return
+    given = None
+    with torch.no_grad(), contextlib.suppress(IndexError, AttributeError, TypeError):
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        given = getattr(model(input_ids=ids, output_router_logits=True, use_cache=False), "aux_loss", None)
+    if not isinstance(given, torch.Tensor):
+        text.router_aux_loss_coef = 0.0
 
 
 def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ from appliance.train.model import (
     load_adapter,
     load_model,
     require_covered,
+    settle_router_loss,
     stop_token_ids,
     targeted_modules,
     targeted_parameters,
@@ -222,6 +223,7 @@ def _adapted_model(run: Path, recipe: Recipe, stage: AnyStage, base: Path) -> An
     Raises InvalidInput for an adapter that does not cover what its recipe says, or could not be merged.
     """
     model = load_model(base, quantised=recipe.adapter.kind == "qlora")
+    settle_router_loss(model)
     changed = quantised_modules(model) if recipe.adapter.kind == "qlora" else []
     meant = targeted_modules(model, recipe.adapter.targets, recipe.adapter.layers)
     of_experts = targeted_parameters(model, recipe.adapter.target_parameters, recipe.adapter.layers)

@@ -15,6 +15,7 @@ DOZEN = (
     *("gemma4", "qwen3_5", "mistral3", "qwen2_5_vl", "mixtral", "glm4_moe", "deepseek_v3", "granitemoe"),
     *("phimoe", "falcon", "falcon_h1", "nemotron_h", "mamba2"),
 )
+EXPERTS = ("mixtral", "glm4_moe", "deepseek_v3", "granitemoe", "phimoe", "nemotron_h")
 
 
 @pytest.mark.thorough
@@ -22,6 +23,8 @@ DOZEN = (
 def test_a_family_is_trained(tmp_path: Path, family: str) -> None:
     found = models.try_family(family, tmp_path)
     assert (found["outcome"], found.get("why")) == ("trained", None)
+    assert found.get("experts", "trained") == "trained"
+    assert ("experts" in found) == (family in EXPERTS)
 
 
 def test_a_model_that_cannot_be_asked_without_an_image_is_refused(tmp_path: Path) -> None:
@@ -36,11 +39,11 @@ def test_the_listed_families_are_families() -> None:
 
 def test_the_page_says_of_each_family_what_came_of_it() -> None:
     outcomes = {
-        "a": {"outcome": "trained", "template": "t", "without": ["forecast"]},
+        "a": {"outcome": "trained", "template": "t", "without": ["forecast"], "experts": "refused"},
         "b": {"outcome": "failed", "template": "t", "stage": "dpo", "why": "x | y"},
         "c": {"outcome": "not made", "template": "t", "why": "no config"},
     }
     page = models.page(outcomes)
-    assert "| a | t | trained, without forecast |" in page
-    assert "| b | t | failed in dpo: x / y |" in page
+    assert "| a | t | trained, without forecast | refused |" in page
+    assert "| b | t | failed in dpo: x / y |  |" in page
     assert "1 of 2 are trained, 0 refused before training, 1 fail.\nOf 1 no tiny model could be made: c." in page

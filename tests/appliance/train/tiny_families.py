@@ -63,16 +63,21 @@ _TINY: dict[str, Any] = {
 _OF_IMAGES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _TILES = {"vision_config.image_size": [28, 28], "vision_config.patch_size": [14, 14]}
 _FIXES: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_config.hidden_size_global": 64, "decoder_config.hidden_size_global": 64},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32]},
     "glm5_next": {"num_key_value_heads": 4, "text_config.num_key_value_heads": 4},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "hunyuan_vl": {"text_config.head_dim": 16},
+    "hunyuan_vl": {
+        "text_config.head_dim": 16,
+        "text_config.rope_parameters": {**_OF_IMAGES, "mrope_section": [2, 2, 2, 2]},
+    },
     "internvl": _TILES,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 32},
     "ministral": {"head_dim": 16},
+    "mistral4": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qianfan_ocr": _TILES,
     **{
@@ -80,6 +85,9 @@ _FIXES: dict[str, dict[str, Any]] = {
         for family in ("qwen2_vl", "qwen2_5_vl", "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl")
     },
     "glm4v_moe": {"text_config.rope_parameters": {**_OF_IMAGES, "mrope_section": [1, 1, 2]}},
+    "qwen2_5_omni_thinker": {"text_config.rope_parameters": _OF_IMAGES, "vision_start_token_id": 5},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 5},
+    "step3p7": {"vision_config.mlp_ratio": 1.5, "text_config.sliding_window": 64},
     **{family: {"rope_parameters": _OF_IMAGES} for family in ("qwen2_vl_text", "qwen2_5_vl_text")},
     "zaya": {"num_experts_per_tok": 1},
 }
