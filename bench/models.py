@@ -1,6 +1,6 @@
-"""`make bench-models`: tiny random models of all families through SFT, DPO, merge and gates. Writes docs/MODELS.md.
+"""`make bench-models`: tiny random models of all families through SFT, DPO, merge, gates and vLLM.
 
-Each family is a process of its own. The last line is the record.
+Each family is a process of its own. Writes docs/MODELS.md; the last line is the record.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models_served import EXPECTED
 from runs import machine
 
 if TYPE_CHECKING:
@@ -42,22 +45,49 @@ _PAGE = """# Models
 Every family of models that Transformers {version} has for texts, or for texts and images, as a tiny random model with a
 chat template such as its own, through `sft`, `dpo`, merge and gates on a CPU. Of models with images or sound the text
 is trained, and the rest stays byte for byte. A mixture of experts goes through twice: with adapters beside the experts,
-as by default, and on them too (`target_parameters`).
+as by default, and on them too (`target_parameters`). vLLM's CPU build is given the merged model, and served is what it
+says the same of as Transformers; it loads no class that reads images there.
 
 {trained} of {made} are trained, {refused} refused before training, {failed} fail.
 Of {others} no tiny model could be made: {names}.
 
-| family | chat template | outcome | on experts |
-|---|---|---|---|
+| family | chat template | outcome | on experts | vLLM |
+|---|---|---|---|---|
 {rows}
 """
 
 
-def trial(family: str, folder: Path, result: Path) -> None:
-    """Leave in `result` how far the family came, and why no further."""
+def trial(family: str, folder: Path, result: Path, kept: Path) -> None:
+    """Leave in `result` how far the family came, and why no further, and in `kept` the merged model."""
     with open(folder / "log.txt", "w") as log:
         sys.stdout = sys.stderr = log
-        result.write_text(json.dumps(try_family(family, folder)))
+        found = try_family(family, folder)
+        if found["outcome"] == "trained":
+            keep(folder / "home" / "runs" / "beside" / "merge" / "model", kept)
+        result.write_text(json.dumps(found))
+
+
+def keep(model: Path, kept: Path) -> None:
+    """Copy a merged model to `kept`, with what Transformers says of a text."""
+    import torch
+
+    from appliance.train.model import load_model
+
+    ids = [5 + number * 7 % 300 for number in range(24)]
+    with torch.no_grad():
+        said = load_model(model)(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+    logprobs = said.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    shutil.copytree(model, kept)
+    (kept / EXPECTED).write_text(json.dumps({"ids": ids, "logprobs": logprobs}))
+
+
+def served(python: Path, kept: Path) -> Iterator[tuple[str, str]]:
+    """Each family whose merged model is in `kept`, with what vLLM makes of it; `python` is where vLLM is."""
+    command = [python, Path(__file__).with_name("models_served.py"), kept]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as asked:
+        for line in asked.stdout or ():
+            print(line.strip(), file=sys.stderr)
+            yield from json.loads(line).items()
 
 
 def try_family(family: str, folder: Path) -> dict[str, Any]:
@@ -116,8 +146,8 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:160]
 
 
-def trials(families: Iterable[str], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each family with what came of it, in their order."""
+def trials(families: Iterable[str], workers: int, kept: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each family with what came of it, in their order; merged models go to `kept`."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["appliance.train.stage", "appliance.release.verify", "tiny_families"])
@@ -125,7 +155,7 @@ def trials(families: Iterable[str], workers: int) -> Iterator[tuple[str, dict[st
     def tried(family: str) -> tuple[str, dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix=f"{family}-") as scratch:
             folder, result = Path(scratch), Path(scratch) / "result.json"
-            process = context.Process(target=trial, args=(family, folder, result))
+            process = context.Process(target=trial, args=(family, folder, result, kept / family))
             process.start()
             process.join(PATIENCE)
             if process.is_alive():
@@ -152,7 +182,7 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
     count = Counter(one["outcome"] for one in outcomes.values())
     others = sorted(family for family, one in outcomes.items() if one["outcome"] == "not made")
     rows = [
-        f"| {family} | {one['template']} | {_said(one)} | {one.get('experts', '')} |"
+        f"| {family} | {one['template']} | {_said(one)} | {one.get('experts', '')} | {_cell(one.get('vllm', ''))} |"
         for family, one in sorted(outcomes.items())
         if one["outcome"] != "not made"
     ]
@@ -170,8 +200,12 @@ def _said(one: dict[str, Any]) -> str:
     """An outcome in its cell of the table."""
     without = f", without {' or '.join(one['without'])}" if one.get("without") else ""
     where = f" in {one['stage']}" if "stage" in one else ""
-    why = f": {one['why']}".replace("|", "/") if "why" in one else ""
+    why = f": {_cell(one['why'])}" if "why" in one else ""
     return f"{one['outcome']}{without}{where}{why}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/")
 
 
 def main() -> None:
@@ -181,8 +215,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help="none: all, and the page is written")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--vllm", type=Path, required=True, help="the Python that has vLLM")
     given = parser.parse_args()
-    outcomes = dict(trials(given.families or FAMILIES, given.workers))
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = dict(trials(given.families or FAMILIES, given.workers, Path(scratch)))
+        for family, outcome in served(given.vllm, Path(scratch)):
+            outcomes[family]["vllm"] = outcome
     if not given.families:
         PAGE.write_text(page(outcomes))
     listed = [outcomes[family]["outcome"] for family in LISTED.split() if family in outcomes]
@@ -193,6 +231,7 @@ def main() -> None:
         "ratios": {"listed_trained": round(share, 3), "failed": len(failed)},
         "targets": {"listed_trained": TARGET, "failed": 0},
         "met": share >= TARGET and not failed,
+        "served": sum(one.get("vllm") == "served" for one in outcomes.values()),
         "families": Counter(one["outcome"] for one in outcomes.values()),
         "machine": machine(),
     }

@@ -34,11 +34,12 @@ _TINY: dict[str, Any] = {
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth"), 2),
     **dict.fromkeys(("encoder_layers", "vision_layers"), 1),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv"), 2),
-    **dict.fromkeys(("swa_num_key_value_heads", "num_global_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "kv_channels", "attention_head_dim", "global_head_dim", "swa_head_dim"), 16),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "attention_heads"), 2),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv"), 1),
+    **dict.fromkeys(("swa_num_key_value_heads", "num_global_key_value_heads"), 1),
+    # The least that vLLM serves on a CPU.
+    **dict.fromkeys(("head_dim", "kv_channels", "attention_head_dim", "global_head_dim", "swa_head_dim"), 32),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -48,7 +49,7 @@ _TINY: dict[str, Any] = {
     **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
     **{"qk_head_dim": 16, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 512},
     **{"image_size": 28, "patch_size": 14, "num_channels": 3, "sliding_window": 64, "initializer_range": 0.2},
-    "rotary_dim": 16,
+    "rotary_dim": 32,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"), 4096),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
@@ -60,31 +61,35 @@ _TINY: dict[str, Any] = {
     **{"mtp_num_hidden_layers": 0, "num_mtp_layers": 0},
 }
 """Settings of configs by their names, wherever they stand."""
-_OF_IMAGES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_OF_IMAGES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 _TILES = {"vision_config.image_size": [28, 28], "vision_config.patch_size": [14, 14]}
 _FIXES: dict[str, dict[str, Any]] = {
     "blt": {"encoder_config.hidden_size_global": 64, "decoder_config.hidden_size_global": 64},
+    "codegen": {"n_head": 4, "rotary_dim": 16},
+    "diffllama": {"num_key_value_heads": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v3": {"topk_method": "noaux_tc"},
     "ernie4_5_vl_moe": {"text_config.moe_intermediate_size": [32, 32]},
+    "glm4_moe": {"head_dim": 32},
     "glm5_next": {"num_key_value_heads": 4, "text_config.num_key_value_heads": 4},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "hunyuan_v1_moe": {"head_dim": 32},
     "hunyuan_vl": {
-        "text_config.head_dim": 16,
-        "text_config.rope_parameters": {**_OF_IMAGES, "mrope_section": [2, 2, 2, 2]},
+        "text_config.head_dim": 32,
+        "text_config.rope_parameters": {**_OF_IMAGES, "mrope_section": [4, 4, 4, 4]},
     },
     "internvl": _TILES,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"head_dim": 32},
-    "ministral": {"head_dim": 16},
+    "mamba2": {"head_dim": 32, "num_heads": 4},
+    "ministral": {"head_dim": 32},
     "mistral4": {"head_dim": 16},
-    "nemotron": {"num_key_value_heads": 2},
+    "nemotron": {"num_key_value_heads": 1},
     "qianfan_ocr": _TILES,
     **{
         family: {"text_config.rope_parameters": _OF_IMAGES}
         for family in ("qwen2_vl", "qwen2_5_vl", "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl")
     },
-    "glm4v_moe": {"text_config.rope_parameters": {**_OF_IMAGES, "mrope_section": [1, 1, 2]}},
+    "glm4v_moe": {"text_config.rope_parameters": {**_OF_IMAGES, "mrope_section": [2, 2, 4]}},
     "qwen2_5_omni_thinker": {"text_config.rope_parameters": _OF_IMAGES, "vision_start_token_id": 5},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 5},
     "step3p7": {"vision_config.mlp_ratio": 1.5, "text_config.sliding_window": 64},
@@ -143,10 +148,10 @@ def _shrunk(kind: Any, fixes: dict[str, Any]) -> Any:
     settings = {key: value for key, value in _TINY.items() if key in said and said[key] is not None}
     settings |= _shortened(said)
     if "qk_rope_head_dim" in settings:  # latent attention, which has all heads and turns a part of each
-        its_own = {"head_dim": settings["qk_rope_head_dim"], "num_key_value_heads": 4}
+        its_own = {"head_dim": settings["qk_rope_head_dim"], "num_key_value_heads": 2}
         settings |= {key: value for key, value in its_own.items() if key in settings}
     if "mrope_section" in (rope := said.get("rope_parameters") or {}):
-        settings["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
+        settings["rope_parameters"] = {**rope, "mrope_section": [4, 6, 6]}
     settings |= {key: value for key, value in fixes.items() if "." not in key}
     made = kind(**settings, **parts)
     for key, value in settings.items():
