@@ -8,25 +8,36 @@ Step = tuple[str, Any]
 """Kind of a step, and its regular expression, or whether it splits by itself."""
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
+    r"|%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 SPLITTERS: dict[str, list[Step]] = {
     "gpt-2": [("ByteLevel", True)],
     "smollm": [("Digits", True), ("ByteLevel", True)],
     "llama-bpe": [("Split", _WORDS % r"\p{N}{1,3}"), ("ByteLevel", False)],
+    "dbrx": [("Split", _WORDS % r"\p{N}{1,3}"), ("ByteLevel", False)],
+    "tekken": [("Split", _CASED % ("", "", r"\p{N}")), ("ByteLevel", False)],
+    "gpt-4o": [("Split", _CASED % (_SHORT, _SHORT, r"\p{N}{1,3}")), ("ByteLevel", False)],
     "qwen2": [("Split", _WORDS % r"\p{N}"), ("ByteLevel", False)],
 }
 
 
 COMPOSED = {"qwen2"}
 """Those that compose characters first (NFC)."""
-WHOLE_WORDS = {"llama-bpe"}
+WHOLE_WORDS = {"llama-bpe", "tekken"}
 """Those that take a word that is a token as it is, whatever the merges make of it."""
 
 
-def name_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """llama.cpp's name of what a tokenizer.json has as its pre-tokenizer; None for one that is not known here."""
-    described = pre_tokenizer or {}
-    steps = [_step(step) for step in described.get("pretokenizers", [described])]
-    return next((name for name, known in SPLITTERS.items() if known == steps), None)
+def name_of(described: dict[str, Any]) -> str | None:
+    """llama.cpp's name of how a tokenizer.json splits texts; None for what is not known here."""
+    pre_tokenizer = described["pre_tokenizer"] or {}
+    steps = [_step(step) for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
+    whole = bool(described["model"].get("ignore_merges"))
+    fitting = [name for name, known in SPLITTERS.items() if known == steps]
+    return next((name for name in fitting if (name in WHOLE_WORDS) == whole), next(iter(fitting), None))
 
 
 def _step(step: dict[str, Any]) -> Step:

@@ -191,17 +191,21 @@ def merge(
 @click.argument("release")
 @click.argument("path", type=_path)
 @click.option("--gguf", is_flag=True, help="Write one GGUF file in 16 bits, for llama.cpp, instead.")
-def export(release: str, path: Path, gguf: bool) -> None:
+@click.option(
+    "--quantise", type=click.Choice(("Q8_0", "Q4_K_M")), help="Write one GGUF file with weights of 8 or 4 bits."
+)
+def export(release: str, path: Path, gguf: bool, quantise: str | None) -> None:
     """Write RELEASE to PATH: a folder of model files, or where PATH ends in .tar, an archive for `import-release`."""
     if path.exists():
         raise InvalidInput("path_exists", f"{path} exists", "name a path where nothing is yet")
-    if not gguf:
+    if not gguf and not quantise:
         ask(lambda client: client.export(release, path))
     else:
         with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as scratch:
             folder = Path(scratch) / release
             ask(lambda client: client.export(release, folder))
             command = [sys.executable, "-m", "appliance.release.gguf_file", str(folder), str(path)]
+            command += [quantise] if quantise else []
             if code := subprocess.run(command, check=False).returncode:
                 sys.exit(code)
     print(path)

@@ -419,9 +419,9 @@ def test_a_gguf_whose_tokenizer_is_not_known_is_refused(home: Home, source: Path
     from appliance.release.gguf_file import write_gguf
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("appliance.release.gguf_file.name_of", lambda _: "tekken")
+        patch.setattr("appliance.release.gguf_tokenizer.name_of", lambda _: "deepseek-llm")
         write_gguf(source, tmp_path / "model.gguf")
-    with pytest.raises(InvalidInput, match=r"its tokenizer \(gpt2, tekken\) is not known here"):
+    with pytest.raises(InvalidInput, match=r"its tokenizer \(gpt2, deepseek-llm\) is not known here"):
         pull("mine", home, tmp_path / "model.gguf")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(InvalidInput, match=r"model\.gguf cannot be taken"):

@@ -26,7 +26,9 @@ def save(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, 
     if kind != "llama":
         fresh = AutoConfig.for_model(kind).to_dict()
         shared = {key: config[key] for key in config if key in fresh and key not in ("architectures", "model_type")}
-        config = fresh | shared | {"head_dim": 16, "layer_types": None} | settings
+        config = fresh | shared | {"head_dim": 16} | settings
+        # Those of its own depth, or none.
+        config.pop("layer_types", None)
     loaded = AutoConfig.for_model(kind, **{key: value for key, value in config.items() if key != "model_type"})
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(loaded).to(dtype).save_pretrained(folder)
