@@ -41,7 +41,8 @@ _KNOWN = {
 }
 _WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 """Types with images, and the type of their text, which is written without what sees."""
-_OF_TEXT = ("language_model.", "model.language_model.")
+_OF_TEXT = ("language_model.model.", "model.language_model.")
+_HEAD = "lm_head.weight"
 _SLIDING_EVERY = {"gemma2": 2, "gemma3_text": 6}
 """llama.cpp knows by the architecture which layers see all: each such one."""
 _WIDEST = {"gemma2": 46, "gemma3_text": 62}
@@ -58,6 +59,8 @@ class Layout:
     extra: dict[str, torch.Tensor]
     """Tensors in fp32 that the files have not, by llama.cpp's names."""
     known: _Known
+    with_images: bool
+    """Whether the files hold more than the text."""
 
     @property
     def head_size(self) -> int:
@@ -70,16 +73,16 @@ class Layout:
     def renamer(self) -> Callable[[str], str | None]:
         """llama.cpp's name of a tensor in the files; empty for what is left out, None for what is not known."""
         names = gguf.get_tensor_name_map(self.arch, self.config.num_hidden_layers)
-        # Of a model with images, what does not begin so is not its text.
-        within = _OF_TEXT if self.config.model_type != self.config._whole else ()
 
         def renamed(name: str) -> str | None:
-            begin = next((one for one in within if name.startswith(one)), "")
-            if within and not begin:
-                return ""
-            rest = name.removeprefix(begin)
-            rest = rest if rest.startswith(("model.", "lm_head")) or not begin else f"model.{rest}"
-            found: str | None = names.get_name(rest, try_suffixes=(".weight", ".bias"))
+            if self.with_images and name.endswith(_HEAD):
+                name = _HEAD
+            elif self.with_images:
+                begin = next((one for one in _OF_TEXT if name.startswith(one)), None)
+                if begin is None:
+                    return ""
+                name = f"model.{name.removeprefix(begin)}"
+            found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
             return found
 
         return renamed
@@ -136,12 +139,11 @@ def layout_of(folder: Path) -> Layout:
     known = _KNOWN.get(config.model_type)
     if known is None or _WITH_IMAGES.get(whole.model_type, config.model_type) != config.model_type:
         raise unknown(f"models of type {whole.model_type}")
-    config._whole = whole.model_type
     rope = _rope_of(config)
     if rope["rope_type"] not in known.ropes:
         raise unknown(f"rope of type {rope['rope_type']}")
     _require_as_built_in(config)
-    return Layout(config, known.arch, _rope_tensors(config, rope), known)
+    return Layout(config, known.arch, _rope_tensors(config, rope), known, whole is not config)
 
 
 def _rope_of(config: Any) -> dict[str, Any]:

@@ -96,7 +96,9 @@ def llama_cpp() -> ctypes.CDLL:
     package = find_spec("xllamacpp")
     if package is None or not package.submodule_search_locations:
         raise InvalidInput(
-            "no_llama_cpp", "llama.cpp's library, which quantises, is not installed", "run `pip install xllamacpp==2026.10.11549`"
+            "no_llama_cpp",
+            "llama.cpp's library, which quantises, is not installed",
+            "run `pip install xllamacpp==2026.10.11549`",
         )
     (path,) = Path(package.submodule_search_locations[0]).glob("xllamacpp*.so")
     library = ctypes.CDLL(str(path))

@@ -53,9 +53,15 @@ def _add_pieces(writer: Any, described: dict[str, Any], tokens: list[str], types
     steps = normalizer.get("normalizers", [normalizer])
     if steps not in ([_REPLACES], [_PREPENDS, _REPLACES]):
         raise unknown("this tokenizer's way of writing spaces")
+    merges = [tuple(one if isinstance(one, list) else one.split(" ")) for one in described["model"]["merges"]]
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(described["model"]["merges"]):
-        ranks.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    # It joins any two pieces that make a third.
+    pieces = described["model"]["vocab"].keys() - {one["content"] for one in described["added_tokens"]}
+    every = {(word[:at], word[at:]) for word in ranks for at in range(1, len(word))}
+    if any(left in pieces and right in pieces for left, right in every.difference(merges)):
+        raise unknown("a tokenizer that joins fewer pieces than SentencePiece does")
     for id, token in enumerate(tokens):
         if _BYTE.fullmatch(token):
             types[id] = gguf.TokenType.BYTE

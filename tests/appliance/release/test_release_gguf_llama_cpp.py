@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from llama_cpp import LlamaCpp
 from tiny import make_model
+from tiny_families import class_of, tiny_config
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
 
 from appliance.errors import InvalidInput
 from appliance.gguf_words import SPLITTERS, WHOLE_WORDS, pre_tokenizer
@@ -110,6 +113,23 @@ def test_llama_cpp_says_what_transformers_does(tmp_path: Path, case: str) -> Non
         assert token == expected
 
 
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_of_a_model_with_images_the_text_is_written(tmp_path: Path, family: str) -> None:
+    config = tiny_config(family)
+    its, text = CASES["gemma3" if family == "gemma3" else "mistral with wide heads"]
+    config.text_config = AutoConfig.for_model(its, **(SHARED | text))
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings
+    torch.manual_seed(3)
+    folder = make_model(tmp_path / "model", model=class_of(family)._from_config(config))
+    write_gguf(folder, tmp_path / "model.gguf")
+    llama_cpp, model = LlamaCpp(tmp_path / "model.gguf"), class_of(family).from_pretrained(folder).eval()
+    for prompt in PROMPTS:
+        for token, logp in llama_cpp.greedy(prompt, 1):
+            with torch.no_grad():
+                logps = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+            assert abs(float(logps[token]) - logp) < 0.03
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     return make(tmp_path / "model", "llama", {"vocab_size": 1600})
@@ -154,11 +174,10 @@ def test_llama_cpp_joins_pieces_as_the_tokenizer_does(small: Path, tmp_path: Pat
     learnt.pre_tokenizer = pre_tokenizers.Split(Regex("(?<!▁)(?=▁)"), "isolated")
     learnt.train_from_iterator([*TEXTS, Path(__file__).read_text()], trainers.BpeTrainer(vocab_size=1200))
     special = ["<unk>", "<|im_start|>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    described = __import__("json").loads(learnt.to_str())["model"]
-    vocabulary = {
-        word: id for id, word in enumerate([*special, *sorted(described["vocab"], key=described["vocab"].get)])
-    }
-    merges = [tuple(merge) for merge in described["merges"]]
+    described = json.loads(learnt.to_str())["model"]
+    words = sorted(described["vocab"], key=described["vocab"].get)
+    vocabulary = {word: id for id, word in enumerate([*special, *words])}
+    merges = generate_merges({word: vocabulary[word] for word in words})
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -168,6 +187,10 @@ def test_llama_cpp_joins_pieces_as_the_tokenizer_does(small: Path, tmp_path: Pat
     give_tokenizer(small, tokenizer)
     write_gguf(small, tmp_path / "model.gguf")
     compare(small, tmp_path / "model.gguf")
+    tokenizer.model = models.BPE(vocabulary, merges[::2], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    give_tokenizer(small, tokenizer)
+    with pytest.raises(InvalidInput, match="joins fewer pieces than SentencePiece does"):
+        write_gguf(small, tmp_path / "other.gguf")
 
 
 @pytest.mark.parametrize(("quantisation", "apart"), [("Q8_0", 0.2), ("Q4_K_M", 0.8)])
@@ -219,7 +242,7 @@ def test_without_the_library_a_quantised_file_is_refused(tmp_path: Path, monkeyp
     gguf_quantise.llama_cpp.cache_clear()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_real_small_model_answers_in_llama_cpp_as_in_transformers(smollm2: Path, tmp_path: Path) -> None:
     write_gguf(smollm2, tmp_path / "model.gguf")
     llama_cpp, tokenizer = LlamaCpp(tmp_path / "model.gguf", 512), AutoTokenizer.from_pretrained(smollm2)
