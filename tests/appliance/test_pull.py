@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tiny import make_model
 
 import appliance.pull as pulling
 from appliance import smollm2
-from appliance.errors import Conflict, InvalidInput, NotFound, Unreachable
+from appliance.errors import Conflict, InvalidInput, NoSpace, NotFound, Unreachable
 from appliance.gguf_words import pre_tokenizer
 from appliance.home import Home
 from appliance.models import list_models, require_trainable, stored_names
@@ -205,6 +206,24 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(home: Home, source: Pat
     assert hub.sent[before:] == [("model.safetensors", 1000)], "nothing that was here came again"
     assert contents(final) == contents(source)
     assert [path.name for path in home.models.iterdir()] == ["model"]
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(
+    home: Home, source: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = sum(map(len, contents(source).values()))
+    room = (64 << 20) + held // 2
+    monkeypatch.setattr("appliance.home.shutil.disk_usage", lambda _: SimpleNamespace(free=room))
+    with pytest.raises(NoSpace, match=f"the model {REPO} needs"):
+        pull(REPO, home)
+    assert not any(name.endswith(".safetensors") for name, _ in hub.sent)
+    hub.cut = {"model.safetensors": (source / "model.safetensors").stat().st_size - 1000}
+    room = (64 << 20) + held
+    with pytest.raises(Unreachable):
+        pull(REPO, home)
+    hub.cut, room = {}, (64 << 20) + held // 2
+    pull(REPO, home)
+    assert [model.name for model in list_models(home)] == ["model"], "what is here already needs no room"
 
 
 def test_a_file_that_is_not_what_the_hub_says_is_not_kept(home: Home, source: Path, hub: FakeHub) -> None:

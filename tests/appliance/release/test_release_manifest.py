@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import read_recipe, work
+from tiny import add_run, read_recipe, stage, work
 
 from appliance.errors import ApplianceError, Conflict, NotFound
 from appliance.home import Home, hashes
@@ -50,6 +50,21 @@ def test_a_run_whose_gates_all_passed_becomes_a_verified_release(home: Home) -> 
     assert manifest.merge["losses"].keys() == {"adapter", "16-bit"}
     assert Recipe.model_validate(manifest.recipe) == read_recipe(home.runs / "lora")
     assert manifest.versions["torch"].startswith("2.")
+
+
+def test_the_manifest_names_the_stages_that_are_in_the_release_alone(home: Home) -> None:
+    aside = stage("dpo", "PREFERENCES", max_steps=2) + stage(
+        "sft", "FACTS", max_steps=2, name="again", **{"from": "sft"}
+    )
+    run = add_run(home, "graph", stage("sft", "FACTS", max_steps=2) + aside)
+    recipe = read_recipe(run)
+    assert work(run, *recipe.pipeline()[:-1]) == 0
+    manifest = finalise(home, "graph", recipe, PASSED)
+    assert list(manifest.stages) == ["sft", "again"]
+    assert list(manifest.datasets) == ["sft", "again"]
+    assert manifest.dataset_rows.keys() == {manifest.datasets["sft"]}
+    before = json.loads((run / "sft" / "result.json").read_bytes())
+    assert manifest.stages["sft"]["adapter_sha256"] == before["adapter_sha256"]
 
 
 def test_a_gate_that_did_not_pass_refuses_the_release(home: Home) -> None:

@@ -111,6 +111,12 @@ def test_noise_on_the_embeddings_is_there_while_training_only(home: Home, tmp_pa
     assert 0.5 * 5 / math.sqrt(width * 64) < off[True] <= 5 / math.sqrt(min(t.shape[1] for t in ids) * 64)
 
 
+def test_rows_with_noise_are_not_packed(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.train.sft.can_pack", lambda *_: True)
+    packs = {alpha: trainer(home, tmp_path, steps=1, neftune_alpha=alpha).packs for alpha in (0, 5)}  # type: ignore[attr-defined]
+    assert packs == {0: True, 5: False}
+
+
 def test_only_the_layers_that_the_recipe_names_are_trained(home: Home) -> None:
     for layers, expected in (((-1,), {"1"}), ((0,), {"0"}), ((0, 1), {"0", "1"}), ((), {"0", "1"})):
         run = add_run(home, f"r{''.join(map(str, layers))}", stage("sft", "FACTS", max_steps=1))
