@@ -198,10 +198,12 @@ class Model(Shape):
 
 
 class Gpu(Shape):
+    """None: the driver does not tell."""
+
     name: str
-    memory_total: int
-    memory_used: int
-    utilisation: int
+    memory_total: int | None
+    memory_used: int | None
+    utilisation: int | None
 
 
 class Hardware(Shape):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from appliance import api
+from appliance import api, gpu
 
 
 def measure(home: Path) -> api.Hardware:
@@ -23,55 +21,32 @@ def measure(home: Path) -> api.Hardware:
         memory_used=memory.total - memory.available,
         disk_total=disk.total,
         disk_free=disk.free,
-        gpus=_gpus(),
+        gpus=tuple(
+            api.Gpu(
+                name=card.name,
+                memory_total=card.memory_total,
+                memory_used=card.memory_used,
+                utilisation=card.utilisation,
+            )
+            for card in gpu.cards()
+        ),
     )
 
 
-def free_memory() -> int:
-    """Bytes that a model may still take: of the first GPU, else of the machine."""
-    gpus = _gpus()
-    return gpus[0].memory_total - gpus[0].memory_used if gpus else int(psutil.virtual_memory().available)
+def free_memory() -> int | None:
+    """Bytes that a model may still take: of the GPU, else of the machine; None where the GPU does not tell."""
+    card = gpu.chosen()
+    if card is None:
+        return int(psutil.virtual_memory().available)
+    return None if card.memory_total is None or card.memory_used is None else card.memory_total - card.memory_used
 
 
-def total_memory() -> int:
-    """Bytes of the first GPU, else of the machine."""
-    gpus = _gpus()
-    return gpus[0].memory_total if gpus else int(psutil.virtual_memory().total)
+def total_memory() -> int | None:
+    """Bytes of the GPU, else of the machine; None where the GPU does not tell."""
+    card = gpu.chosen()
+    return int(psutil.virtual_memory().total) if card is None else card.memory_total
 
 
 def has_gpu() -> bool:
     """Whether an NVIDIA GPU can be used here."""
-    return _nvml() is not None
-
-
-@functools.cache
-def _nvml() -> Any | None:
-    """The initialised NVML binding, or None where there is no driver or no GPU."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return pynvml if pynvml.nvmlDeviceGetCount() else None
-    except pynvml.NVMLError:
-        return None
-
-
-def _gpus() -> tuple[api.Gpu, ...]:
-    nvml = _nvml()
-    if nvml is None:
-        return ()
-    try:
-        return tuple(_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
-    except nvml.NVMLError:
-        return ()
-
-
-def _gpu(nvml: Any, index: int) -> api.Gpu:
-    device = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = nvml.nvmlDeviceGetMemoryInfo(device)
-    return api.Gpu(
-        name=str(nvml.nvmlDeviceGetName(device)),
-        memory_total=int(memory.total),
-        memory_used=int(memory.used),
-        utilisation=int(nvml.nvmlDeviceGetUtilizationRates(device).gpu),
-    )
+    return gpu.chosen() is not None

@@ -56,6 +56,10 @@ class Settings:
         "new requests wait meanwhile, a minute longer at most",
     )
     kv_cache_gib: float = _setting(1.0, "memory of the engine's KV cache on a machine without a GPU, in GiB")
+    gpu: str = _setting(
+        "",
+        "the GPU to work on: its number in the order of the PCI bus, or its UUID; empty: that with the most memory",
+    )
     gpu_memory_share: float = _setting(0.85, "share of the GPU's memory that vLLM may take")
     max_model_len: int = _setting(0, "longest context that is served, in tokens; 0: the model's own, at most 8192")
 

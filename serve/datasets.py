@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from appliance import api
+from appliance import api, gpu
 from appliance.data.dataset import Dataset, Rows, canonical_json, compare
 from appliance.data.requests import DROPS_RETURNED, ImportRequest, PreviewRequest, Source
 from appliance.errors import ApplianceError, Conflict, InvalidInput
@@ -216,7 +217,9 @@ async def run_module(module: str, home: Home, asked: BaseModel, folder: Path, re
     question, result = folder / "request.json", folder / "result.json"
     question.write_text(asked.model_dump_json())
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, str(home.root), str(question), str(result), start_new_session=True
+        *(sys.executable, "-m", module, str(home.root), str(question), str(result)),
+        env={**os.environ, **gpu.environment()},
+        start_new_session=True,
     )
     ended = asyncio.ensure_future(process.wait())
     try:

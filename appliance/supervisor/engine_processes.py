@@ -172,9 +172,10 @@ class EngineProcesses:
         return frozenset(owner for owner in owners if same_but_for_weights(self._manifest(owner), wanted))
 
     def room(self, releases: Iterable[str]) -> bool:
-        """Whether the memory lets an engine start for the largest of `releases`."""
+        """Whether the memory lets an engine start for the largest of `releases`, as far as is known."""
         needed = max((self.kind.memory(self.directory(release)) for release in releases), default=0)
-        return needed <= hardware.free_memory()
+        free = hardware.free_memory()
+        return free is None or needed <= free
 
     def directory(self, release: str) -> Path:
         """The model files of a release, or of a run's merged model that is to become one."""

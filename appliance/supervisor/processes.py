@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from appliance import gpu
 from appliance.errors import InvalidInput
 from appliance.store.processes import Kind, ProcessRow
 
@@ -45,7 +46,7 @@ def spawn(
     pid = os.posix_spawn(
         program,
         list(argv),
-        {**environment, MARK: str(home)},
+        {**environment, **gpu.environment(), MARK: str(home)},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             output,

@@ -26,6 +26,8 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    # It would be compiled at the first start, by an nvcc that a box with a driver alone has not.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 
 
@@ -70,7 +72,7 @@ class VllmEngine(OpenAIEngine):
     def memory(self, release: Path) -> int:
         """Bytes of memory that a process for the model files in `release` will take: on a GPU its share of all."""
         if self._gpu:
-            return int(self._settings.gpu_memory_share * total_memory())
+            return int(self._settings.gpu_memory_share * (total_memory() or 0))
         return weights_in_float32(release) + (self._cache_gib << 30) + OVERHEAD
 
     def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:

@@ -485,6 +485,17 @@ class TestStatusLine:
         line = status_line(self.status(), 120).plain
         assert line == "◆ a-1 ◐ starting  │  lease serving  │  cpu 99%!  │  mem 50%  │  disk 10.0 GB free!"
 
+    @pytest.mark.parametrize(
+        ("figures", "shown"),
+        [((80, 20, 50), "gpu 50% 25% mem"), ((None, None, 50), "gpu 50%"), ((80, 79, None), "gpu ? 99% mem!")],
+    )
+    def test_a_figure_that_the_gpu_does_not_tell_is_missing(self, figures: Any, shown: str) -> None:
+        total, used, load = figures
+        status = self.status()
+        card = api.Gpu(name="g", memory_total=total, memory_used=used, utilisation=load)
+        status = status.model_copy(update={"hardware": status.hardware.model_copy(update={"gpus": (card,)})})
+        assert f"  │  {shown}  │  " in status_line(status, 140).plain
+
     def test_lease_names_who_holds_the_accelerator(self) -> None:
         assert "lease training" in status_line(self.status(running="b-1"), 80).plain
         assert "lease free" in status_line(self.status(routed=None), 80).plain

@@ -71,9 +71,11 @@ def _load(hardware: api.Hardware, wide: bool) -> list[Content]:
     figures = [_figure("cpu", f"{hardware.cpu_load:.0f}%", hardware.cpu_load > 95)]
     if gpus := hardware.gpus:
         label = f"{len(gpus)} gpus" if len(gpus) > 1 else "gpu"
-        used = max(100 * gpu.memory_used / max(1, gpu.memory_total) for gpu in gpus)
-        busy = sum(gpu.utilisation for gpu in gpus) / len(gpus)
-        figures.append(_figure(label, f"{busy:.0f}% {used:.0f}% mem" if wide else f"{busy:.0f}%", used > 97))
+        shares = [100 * (gpu.memory_used or 0) / gpu.memory_total for gpu in gpus if gpu.memory_total]
+        loads = [gpu.utilisation for gpu in gpus if gpu.utilisation is not None]
+        busy = f"{sum(loads) / len(loads):.0f}%" if loads else "?"
+        used = f" {max(shares):.0f}% mem" if shares else ""
+        figures.append(_figure(label, busy + used if wide or not loads else busy, max(shares, default=0) > 97))
     figures.append(_figure("mem", f"{memory:.0f}%", memory > 92))
     disk_text = f"{size(hardware.disk_free)} free" if wide else f"{disk:.0f}%"
     figures.append(_figure("disk", disk_text, disk > 92))

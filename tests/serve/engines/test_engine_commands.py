@@ -101,6 +101,7 @@ def test_vllms_command(release: Path, gpu: bool, dtype: str, share: str) -> None
     assert (given["--dtype"], given["--gpu-memory-utilization"]) == (dtype, share)
     assert "--trust-remote-code" not in given
     assert "--disable-fastapi-docs" in given
+    assert command.environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0", "which nvcc would have to compile"
     assert command.environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
     assert command.environment["HF_HUB_OFFLINE"] == "1"
     assert command.environment.get("VLLM_CPU_KVCACHE_SPACE") == (None if gpu else "2")

@@ -1,0 +1,154 @@
+"""Which GPU of a box is worked on, with a driver that is made here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from appliance import gpu, hardware
+from appliance.errors import InvalidInput
+from appliance.supervisor import processes
+
+GIB = 1 << 30
+
+
+class NVMLError(Exception):
+    pass
+
+
+@dataclass
+class Device:
+    uuid: str
+    total: int | None
+    used: int = 0
+    load: int | None = 7
+    parts: list[Device] = field(default_factory=list)
+
+
+class Driver:
+    """NVML's binding over `devices`; with `asleep` it does not answer."""
+
+    NVMLError = NVMLError
+
+    def __init__(self, *devices: Device) -> None:
+        self.devices, self.asleep = devices, False
+
+    def nvmlInit(self) -> None:
+        if self.asleep:
+            raise NVMLError
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.devices)
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> Device:
+        return self.devices[number]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, device: Device) -> int:
+        if not device.parts:
+            raise NVMLError
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: Device, at: int) -> Device:
+        if at >= len(device.parts):
+            raise NVMLError
+        return device.parts[at]
+
+    def nvmlDeviceGetUUID(self, device: Device) -> str:
+        return device.uuid
+
+    def nvmlDeviceGetName(self, device: Device) -> str:
+        return f"the {device.uuid}"
+
+    def nvmlDeviceGetMemoryInfo(self, device: Device) -> Any:
+        if device.total is None:
+            raise NVMLError
+        return SimpleNamespace(total=device.total, used=device.used)
+
+    def nvmlDeviceGetUtilizationRates(self, device: Device) -> Any:
+        if device.load is None:
+            raise NVMLError
+        return SimpleNamespace(gpu=device.load)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_started", [])
+    for variable in ("APPLIANCE_GPU", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def plug(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> Driver:
+    driver = Driver(*devices)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    return driver
+
+
+DISPLAY, BIG = Device("GPU-aa11", 2 * GIB, GIB), Device("GPU-bb22", 24 * GIB, 4 * GIB)
+
+
+def test_without_a_driver_there_is_none_and_one_that_comes_up_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = plug(monkeypatch, BIG)
+    driver.asleep = True
+    assert (gpu.cards(), gpu.chosen(), gpu.environment(), hardware.has_gpu()) == ((), None, {}, False)
+    driver.asleep = False
+    assert hardware.has_gpu()
+
+
+def test_the_one_with_the_most_memory_is_worked_on_by_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plug(monkeypatch, DISPLAY, BIG)
+    assert gpu.environment() == {"CUDA_VISIBLE_DEVICES": "GPU-bb22", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert (hardware.free_memory(), hardware.total_memory()) == (20 * GIB, 24 * GIB)
+    row = processes.spawn("worker", "r", "sft", ["/usr/bin/env"], {"A": "b"}, tmp_path / "log", tmp_path)
+    while processes.alive(row):
+        pass
+    said = dict(line.split("=", 1) for line in (tmp_path / "log").read_text().splitlines())
+    assert (said["CUDA_VISIBLE_DEVICES"], said["CUDA_DEVICE_ORDER"], said["A"]) == ("GPU-bb22", "PCI_BUS_ID", "b")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("APPLIANCE_GPU", "0", "GPU-aa11"),
+        ("APPLIANCE_GPU", "GPU-aa", "GPU-aa11"),
+        ("CUDA_VISIBLE_DEVICES", "0,1", "GPU-aa11"),
+        ("CUDA_VISIBLE_DEVICES", "GPU-bb22", "GPU-bb22"),
+        ("CUDA_VISIBLE_DEVICES", "", None),
+        ("CUDA_VISIBLE_DEVICES", "-1", None),
+    ],
+)
+def test_another_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str | None) -> None:
+    plug(monkeypatch, DISPLAY, BIG)
+    monkeypatch.setenv(variable, value)
+    card = gpu.chosen()
+    assert (card and card.uuid) == expected
+
+
+def test_the_setting_wins_and_one_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug(monkeypatch, DISPLAY, BIG)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("APPLIANCE_GPU", "1")
+    assert gpu.environment()["CUDA_VISIBLE_DEVICES"] == "GPU-bb22"
+    monkeypatch.setenv("APPLIANCE_GPU", "2")
+    with pytest.raises(InvalidInput, match=r"no GPU 2 here .* one of 0 \(the GPU-aa11, GPU-aa11\), 1 "):
+        gpu.chosen()
+
+
+def test_of_a_card_that_is_cut_the_parts_are_known_by_their_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [Device("MIG-1", 10 * GIB, load=None), Device("MIG-2", 40 * GIB, 8 * GIB, load=None)]
+    plug(monkeypatch, Device("GPU-cc33", 80 * GIB, parts=parts))
+    assert [(card.number, card.uuid) for card in gpu.cards()] == [(0, "MIG-1"), (0, "MIG-2")]
+    assert gpu.environment()["CUDA_VISIBLE_DEVICES"] == "MIG-2"
+    assert hardware.free_memory() == 32 * GIB
+    assert [card.utilisation for card in hardware.measure(Path("/")).gpus] == [None, None]
+
+
+def test_what_a_virtual_gpu_does_not_tell_is_missing_not_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug(monkeypatch, Device("GPU-dd44", None, load=None))
+    (shown,) = hardware.measure(Path("/")).gpus
+    assert (shown.memory_total, shown.memory_used, shown.utilisation) == (None, None, None)
+    assert (hardware.has_gpu(), hardware.free_memory(), hardware.total_memory()) == (True, None, None)
