@@ -22,6 +22,10 @@ say "installing into $venv (some GB on a GPU machine, about 1.5 GB without one)"
 if [ -z "$variant" ] && nvidia-smi >/dev/null 2>&1; then
     install $torch
     install -e '.[dev,vllm]'
+    say "trying the GPU"
+    "$venv/bin/python" -c 'import sys; from appliance.probe_gpu import require_working_gpu
+try: require_working_gpu()
+except Exception as error: sys.exit(f"setup: error: {error}")'
 else
     # The CPU build: from wherever pip is set up to find it, else from PyTorch's own index, else what PyPI has.
     pip install --progress-bar off -q $torch+cpu 2>/dev/null ||

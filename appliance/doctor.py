@@ -13,9 +13,10 @@ from typing import Literal
 
 import psutil
 
-from appliance import hardware
-from appliance.errors import ApplianceError
+from appliance import gpu, hardware
+from appliance.errors import ApplianceError, InvalidInput
 from appliance.home import Home
+from appliance.probe_gpu import probe
 from appliance.settings import Settings
 
 
@@ -61,12 +62,16 @@ def _engine() -> Finding:
 
 
 def _gpu() -> Finding:
-    if hardware.has_gpu():
-        compiler = shutil.which("gcc") or shutil.which("cc")
-        if compiler is None:
-            return Finding("gpu", "warn", "a GPU, but no C compiler for its kernels", "install gcc")
-        return Finding("gpu", "ok", "an NVIDIA GPU answers")
-    return Finding("gpu", "warn", "no NVIDIA GPU: everything works, slowly", "check nvidia-smi if there should be one")
+    try:
+        card = gpu.chosen()
+    except InvalidInput as error:
+        return Finding("gpu", "fail", error.message, error.next)
+    if card is None:
+        fix = "check nvidia-smi if there should be one"
+        return Finding("gpu", "warn", "no NVIDIA GPU: everything works, slowly", fix)
+    if failed := [check for check in probe() if not check.passed]:
+        return Finding("gpu", "fail", "; ".join(check.said for check in failed), failed[0].mend)
+    return Finding("gpu", "ok", f"{card.name} can be trained and served on")
 
 
 def _memory() -> Finding:

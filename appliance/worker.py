@@ -15,6 +15,7 @@ from typing import Any
 
 from appliance.errors import ApplianceError, Exit, is_out_of_memory, reason
 from appliance.home import Home, disk_error, write_json
+from appliance.probe_gpu import require_gpu
 from appliance.train.events import EventLog
 from appliance.train.interruption import Interruption
 from appliance.train.recipe import Recipe, parse_recipe
@@ -79,6 +80,9 @@ def _stage(
     home: Home, run: Path, recipe: Recipe, stage: str, events: EventLog, interruption: Interruption
 ) -> dict[str, Any]:
     """The stage's figures. Only here are torch and its like imported."""
+    import torch
+
+    require_gpu(torch)
     if stage == "merge" and recipe.rechecks:
         from appliance.release.recheck import recheck_stage
 

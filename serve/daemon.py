@@ -23,6 +23,7 @@ from appliance import hardware
 from appliance.canary import Comparison
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed
 from appliance.home import Home
+from appliance.probe_gpu import require_working_gpu
 from appliance.settings import Settings
 from appliance.store.database import open_database
 from appliance.store.keys import Keys
@@ -44,6 +45,7 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ApplianceError where it cannot begin."""
     home = Home(settings.home, settings.socket)
     home.create()
+    require_working_gpu()
     with _only_daemon(home), contextlib.closing(open_database(home.database)) as db:
         _empty(home.incoming)
         asyncio.run(_serve(settings, home, db))
