@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from appliance.home import Home
 
 PAGE = Path(__file__).parent.parent / "docs" / "MODELS.md"
-PATIENCE = 300
+PATIENCE = 900
 """Seconds after which a family is given up."""
 TARGET = 0.95
 LISTED = """
@@ -161,10 +161,11 @@ def trials(families: Iterable[str], workers: int, kept: Path) -> Iterator[tuple[
             if process.is_alive():
                 process.kill()
                 process.join()
-                return family, {"outcome": "failed", "why": f"no end within {PATIENCE} s"}
+                return family, {"template": "", "outcome": "failed", "why": f"no end within {PATIENCE} s"}
             if not result.exists():
                 last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-                return family, {"outcome": "failed", "why": f"exit {process.exitcode}: {''.join(last)[:160]}"}
+                why = f"exit {process.exitcode}: {''.join(last)[:160]}"
+                return family, {"template": "", "outcome": "failed", "why": why}
             return family, json.loads(result.read_bytes())
 
     with ThreadPoolExecutor(workers) as pool:
