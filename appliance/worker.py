@@ -18,7 +18,7 @@ from appliance.home import Home, disk_error, write_json
 from appliance.probe_gpu import require_gpu
 from appliance.train.events import EventLog
 from appliance.train.interruption import Interruption
-from appliance.train.recipe import Recipe, parse_recipe
+from appliance.train.recipe import AFTER_TRAINING, Recipe, parse_recipe
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -107,11 +107,10 @@ def _explain(error: Exception, run: Path, stage: str) -> ApplianceError:
     if isinstance(error, ApplianceError):
         return error
     if is_out_of_memory(error):
-        return ApplianceError(
-            "out_of_memory",
-            f"{stage} ran out of memory",
-            'set gradient_checkpointing = "on" or a smaller max_length or adapter rank, or use qlora',
-        )
+        advice = 'set gradient_checkpointing = "on" or a smaller max_length or adapter rank, or use qlora'
+        if stage in AFTER_TRAINING:
+            advice = "free memory, resume the run, or train a smaller base: its merged weights are loaded in 16 bits"
+        return ApplianceError("out_of_memory", f"{stage} ran out of memory", advice)
     if "No space left on device" in str(error):
         return disk_error(OSError(errno.ENOSPC, ""), run)
     return ApplianceError("internal", reason(error), "see the log")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from appliance.data.render import Conversation, Rendered
-from appliance.train.model import ON_GPU
+from appliance.errors import is_out_of_memory
+from appliance.train.model import ON_GPU, release_memory
 
 TOKENS_AT_ONCE = 2048 if ON_GPU else 512
 """Padded tokens in a forward pass: what is computed of them is the peak of memory."""
 LOGITS_AT_ONCE = 1 << 24
-"""Logits that are brought to fp32 at once."""
+"""Logits that are made at once."""
 LIKELIEST = 32
 """Tokens of each distribution that are kept apart; the others count as one."""
 
@@ -63,31 +64,69 @@ def score(model: Any, conversations: Sequence[Conversation], ids: torch.Tensor |
         torch.empty(ends[-1], LIKELIEST, dtype=torch.int32) if ids is None else ids,
         torch.empty(ends[-1], LIKELIEST),
     )
-    for batch in _batches(examples):
-        width = max(len(examples[number].input_ids) for number in batch)
-        inputs = torch.zeros(len(batch), width, dtype=torch.long)
-        attended, trained = torch.zeros_like(inputs), torch.zeros(len(batch), width, dtype=torch.bool)
-        for at, number in enumerate(batch):
-            length = len(examples[number].input_ids)
-            inputs[at, :length] = torch.tensor(examples[number].input_ids)
-            trained[at, :length] = torch.tensor(examples[number].trained)
-            attended[at, :length] = 1
-        arguments = {"input_ids": inputs.to(model.device), "attention_mask": attended.to(model.device)}
-        wanted = trained.any(0)[1:].nonzero().squeeze(1)
-        logits = model(**arguments, use_cache=False, logits_to_keep=wanted.to(model.device)).logits
-        column = torch.arange(width) if logits.shape[1] == width else (torch.cumsum(trained.any(0)[1:], 0) - 1)
-        for at, number in enumerate(batch):
-            positions = trained[at, 1:].nonzero().squeeze(1)
-            begin = ends[number] - counts[number]
-            for some in torch.split(positions, max(1, LOGITS_AT_ONCE // logits.shape[-1])):
-                end = begin + len(some)
-                logps = torch.log_softmax(logits[at, column[some].to(logits.device)].float(), dim=-1).cpu()
-                found.logps[begin:end] = logps.gather(1, inputs[at, some + 1, None]).squeeze(1)
-                if ids is None:
-                    found.ids[begin:end] = logps.topk(LIKELIEST).indices.int()
-                found.likeliest[begin:end] = logps.gather(1, found.ids[begin:end].long())
-                begin = end
+    batches = _batches(examples)
+    while batches:
+        batch = batches.pop(0)
+        try:
+            _score(
+                model, [examples[number] for number in batch], [ends[number] for number in batch], found, ids is None
+            )
+        except Exception as error:  # torch, its allocators and the drivers each raise their own
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            release_memory()
+            half = len(batch) // 2
+            batches[:0] = [batch[:half], batch[half:]]
     return found
+
+
+def _score(model: Any, rows: list[Rendered], ends: list[int], found: Scores, anew: bool) -> None:
+    """Score `rows` in one pass, and put in `found`, up to `ends`, what is said of each; `anew`: with the likeliest ids."""
+    width = max(len(row.input_ids) for row in rows)
+    inputs = torch.zeros(len(rows), width, dtype=torch.long)
+    attended, trained = torch.zeros_like(inputs), torch.zeros(len(rows), width, dtype=torch.bool)
+    for at, row in enumerate(rows):
+        length = len(row.input_ids)
+        inputs[at, :length] = torch.tensor(row.input_ids)
+        trained[at, :length] = torch.tensor(row.trained)
+        attended[at, :length] = 1
+    arguments = {"input_ids": inputs.to(model.device), "attention_mask": attended.to(model.device), "use_cache": False}
+    done = [end - int(part[1:].sum()) for end, part in zip(ends, trained, strict=True)]
+    for places, logits in _logits(model, arguments, trained.any(0)[1:].nonzero().squeeze(1)):
+        for at in range(len(rows)):
+            chosen = trained[at, places + 1]
+            its = slice(done[at], done[at] + int(chosen.sum()))
+            done[at] = its.stop
+            logps = torch.log_softmax(logits[at, chosen.to(logits.device)].float(), dim=-1).cpu()
+            found.logps[its] = logps.gather(1, inputs[at, places[chosen] + 1, None]).squeeze(1)
+            if anew:
+                found.ids[its] = logps.topk(LIKELIEST).indices.int()
+            found.likeliest[its] = logps.gather(1, found.ids[its].long())
+
+
+def _logits(model: Any, arguments: dict[str, Any], wanted: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some of the `wanted` places, and the logits after each, until all have been; the layers are gone through once."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = getattr(whole, "base_model", whole)
+    if body is whole:  # it has no head apart, and makes all logits
+        yield wanted, whole(**arguments).logits[:, wanted.to(whole.device)]
+        return
+    rows, vocabulary = len(arguments["input_ids"]), whole.config.get_text_config().vocab_size
+    seen: list[Any] = []
+    hook = body.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    its_own = vars(body).get("forward")
+    try:
+        for places in torch.split(wanted, max(1, LOGITS_AT_ONCE // (rows * vocabulary))):
+            logits = whole(**arguments, logits_to_keep=places.to(whole.device)).logits
+            # A model that knows no `logits_to_keep` makes all.
+            yield places, logits if logits.shape[1] == len(places) else logits[:, places.to(logits.device)]
+            body.forward = lambda *_, **__: seen[0]
+    finally:
+        hook.remove()
+        if its_own is None:
+            vars(body).pop("forward", None)
+        else:
+            body.forward = its_own
 
 
 def divergence(expected: Scores, found: Scores) -> torch.Tensor:

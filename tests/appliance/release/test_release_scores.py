@@ -58,16 +58,55 @@ def test_how_it_is_divided_changes_nothing(model: Any, monkeypatch: pytest.Monke
     assert torch.allclose(whole.likeliest, parted.likeliest, atol=1e-5)
 
 
-def test_a_model_that_makes_all_logits_is_scored_alike(model: Any) -> None:
-    class Whole:
-        device = model.device
+def test_the_layers_are_gone_through_once_and_no_more_logits_are_made_than_fit(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "LOGITS_AT_ONCE", 2 * 320)
+    monkeypatch.setattr(scores, "TOKENS_AT_ONCE", 1)
+    passes, made = [], []
+    hooks = [
+        model.model.layers[0].register_forward_hook(lambda *_: passes.append(1)),
+        model.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.shape[:2].numel())),
+    ]
+    score(model, CONVERSATIONS)
+    for hook in hooks:
+        hook.remove()
+    assert (len(passes), max(made), sum(made)) == (3, 2, 4 + 1 + 6)
+    assert "forward" not in vars(model.model)
 
-        def __call__(self, logits_to_keep: torch.Tensor, **arguments: Any) -> Any:
-            return model(**arguments)
 
-    whole, kept = score(Whole(), CONVERSATIONS), score(model, CONVERSATIONS)
-    assert torch.allclose(whole.logps, kept.logps, atol=1e-5)
-    assert whole.ids.tolist() == kept.ids.tolist()
+def test_a_model_that_makes_all_logits_is_scored_alike(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = score(model, CONVERSATIONS)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda logits_to_keep=0, **arguments: forward(**arguments))
+    whole = score(model, CONVERSATIONS)
+    monkeypatch.setattr(model, "base_model_prefix", "none")
+    headless = score(model, CONVERSATIONS)
+    for found in (whole, headless):
+        assert torch.allclose(found.logps, kept.logps, atol=1e-5)
+        assert found.ids.tolist() == kept.ids.tolist()
+
+
+def test_where_memory_runs_out_fewer_rows_are_scored_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, rows, forward = score(model, CONVERSATIONS), [], model.forward
+
+    def small(input_ids: torch.Tensor, **arguments: Any) -> Any:
+        rows.append(len(input_ids))
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(model, "forward", small)
+    found = score(model, CONVERSATIONS)
+    assert rows == [3, 1, 2, 1, 1]
+    assert torch.allclose(whole.logps, found.logps, atol=1e-5)
+
+    def none(**_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        score(model, CONVERSATIONS)
 
 
 def test_the_divergence_is_that_of_distributions_with_the_rest_as_one(model: Any, tmp_path: Path) -> None:
