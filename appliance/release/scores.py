@@ -67,21 +67,21 @@ def score(model: Any, conversations: Sequence[Conversation], ids: torch.Tensor |
     batches = _batches(examples)
     while batches:
         batch = batches.pop(0)
+        rows, at = [examples[number] for number in batch], [ends[number] for number in batch]
         try:
-            _score(
-                model, [examples[number] for number in batch], [ends[number] for number in batch], found, ids is None
-            )
+            _score(model, rows, at, found, anew=ids is None)
+            continue
         except Exception as error:  # torch, its allocators and the drivers each raise their own
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
-            release_memory()
-            half = len(batch) // 2
-            batches[:0] = [batch[:half], batch[half:]]
+        release_memory()
+        half = len(batch) // 2
+        batches[:0] = [batch[:half], batch[half:]]
     return found
 
 
-def _score(model: Any, rows: list[Rendered], ends: list[int], found: Scores, anew: bool) -> None:
-    """Score `rows` in one pass, and put in `found`, up to `ends`, what is said of each; `anew`: with the likeliest ids."""
+def _score(model: Any, rows: list[Rendered], ends: list[int], found: Scores, *, anew: bool) -> None:
+    """Score `rows` in one pass; what is said of each is put in `found` up to its end, `anew` with the likeliest ids."""
     width = max(len(row.input_ids) for row in rows)
     inputs = torch.zeros(len(rows), width, dtype=torch.long)
     attended, trained = torch.zeros_like(inputs), torch.zeros(len(rows), width, dtype=torch.bool)
