@@ -39,6 +39,8 @@ _ASKED_WITH_MORE = {
     "pi0": "images and the state of a robot",
 }
 """Types of models that cannot be asked with texts alone, and with what: seen by `make bench-models`."""
+_NO_PRODUCTS = ("GroupedLinear", "Router")
+"""How classes of linear layers are called that answer something else than a product."""
 _CAUSAL_ANYHOW = ("gpt_neox", "gpt_neox_japanese")
 """Types whose configs say that they are no decoders, which the models take no notice of."""
 _CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
@@ -86,7 +88,7 @@ def linear_modules(model: Any) -> list[str]:
     """Names of the linear layers by which the model reads and writes text: those that can have an adapter.
 
     They are not the output head, not what sees images or hears, not what Mamba's kernels take the weights of, and no
-    routers or other layers that answer more than a product.
+    routers or groups of layers, which answer more than a product.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     of_text = decoder if decoder is not None and not isinstance(decoder, torch.nn.Linear) else model
@@ -100,7 +102,7 @@ def linear_modules(model: Any) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
-        and not type(module).forward.__module__.startswith("transformers.models.")
+        and not type(module).__name__.endswith(_NO_PRODUCTS)
         and "router" not in name.split(".")
         and module is not head
         and id(module) in inside

@@ -37,11 +37,14 @@ def name_of(described: dict[str, Any]) -> str | None:
     steps = [_step(step) for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
     whole = bool(described["model"].get("ignore_merges"))
     fitting = [name for name, known in SPLITTERS.items() if known == steps]
-    return next((name for name in fitting if (name in WHOLE_WORDS) == whole), next(iter(fitting), None))
+    # All words of tekken's vocabulary come out of its merges too.
+    return next((name for name in fitting if (name in WHOLE_WORDS) == whole or name == "tekken"), None)
 
 
 def _step(step: dict[str, Any]) -> Step:
     kind = step.get("type", "none")
+    if step.get("add_prefix_space") or step.get("invert") or step.get("behavior", "Isolated") != "Isolated":
+        return "another", None
     splits = {"Split": step.get("pattern", {}).get("Regex"), "ByteLevel": step.get("use_regex", True)}
     return kind, splits.get(kind, step.get("individual_digits"))
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def served(python: Path, kept: Path) -> Iterator[tuple[str, str]]:
         for line in asked.stdout or ():
             print(line.strip(), file=sys.stderr)
             yield from json.loads(line).items()
+    if asked.returncode:
+        raise SystemExit(f"vLLM could not be tried: exit {asked.returncode}")
 
 
 def try_family(family: str, folder: Path) -> dict[str, Any]:
@@ -176,17 +179,12 @@ def trials(families: Iterable[str], workers: int, kept: Path) -> Iterator[tuple[
             yield family, outcome
 
 
-def page(outcomes: dict[str, dict[str, Any]]) -> str:
-    """docs/MODELS.md."""
+def page(rows: Iterable[str], others: Iterable[str]) -> str:
+    """docs/MODELS.md, of the rows of its table, and of families of which no model could be made."""
     import transformers
 
-    count = Counter(one["outcome"] for one in outcomes.values())
-    others = sorted(family for family, one in outcomes.items() if one["outcome"] == "not made")
-    rows = [
-        f"| {family} | {one['template']} | {_said(one)} | {one.get('experts', '')} | {_cell(one.get('vllm', ''))} |"
-        for family, one in sorted(outcomes.items())
-        if one["outcome"] != "not made"
-    ]
+    rows, others = sorted(rows), sorted(others)
+    count = Counter(row.split(" | ")[2].split()[0].rstrip(",:") for row in rows)
     return _PAGE.format(
         version=transformers.__version__,
         made=len(rows),
@@ -195,6 +193,21 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
         rows="\n".join(rows),
         **{kind: count[kind] for kind in ("trained", "refused", "failed")},
     )
+
+
+def row_of(family: str, one: dict[str, Any]) -> str:
+    """The row of a family of which a model could be made."""
+    return f"| {family} | {one['template']} | {_said(one)} | {one.get('experts', '')} | {_cell(one.get('vllm', ''))} |"
+
+
+def updated(before: str, outcomes: dict[str, dict[str, Any]]) -> str:
+    """The page `before` with what came of some families since."""
+    kept = [row for row in re.findall(r"^\| .* \|$", before, re.M)[1:] if row.split()[1] not in outcomes]
+    named = re.search(r"^Of \d+ no tiny model could be made: (.*)\.$", before, re.M)
+    others = {*(named[1].split(", ") if named else ())} - outcomes.keys() - {"none"}
+    made = {family: one for family, one in outcomes.items() if one["outcome"] != "not made"}
+    rows = [*kept, *(row_of(family, one) for family, one in made.items())]
+    return page(rows, others | (outcomes.keys() - made.keys()))
 
 
 def _said(one: dict[str, Any]) -> str:
@@ -206,7 +219,8 @@ def _said(one: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "/")
+    """Text that stays in its cell, without names of folders and hosts."""
+    return re.sub(r"https?://\S+|/tmp/[^\s']*/", "", text.replace("|", "/"))
 
 
 def main() -> None:
@@ -214,7 +228,7 @@ def main() -> None:
     from tiny_families import FAMILIES
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("families", nargs="*", help="none: all, and the page is written")
+    parser.add_argument("families", nargs="*", help="none: all; else their rows of the page alone are written anew")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--vllm", type=Path, required=True, help="the Python that has vLLM")
     given = parser.parse_args()
@@ -222,8 +236,7 @@ def main() -> None:
         outcomes = dict(trials(given.families or FAMILIES, given.workers, Path(scratch)))
         for family, outcome in served(given.vllm, Path(scratch)):
             outcomes[family]["vllm"] = outcome
-    if not given.families:
-        PAGE.write_text(page(outcomes))
+    PAGE.write_text(updated(PAGE.read_text() if given.families else "", outcomes))
     listed = [outcomes[family]["outcome"] for family in LISTED.split() if family in outcomes]
     share = listed.count("trained") / len(listed) if listed else 0.0
     failed = sorted(family for family, one in outcomes.items() if one["outcome"] == "failed")

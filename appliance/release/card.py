@@ -60,7 +60,7 @@ def model_card(manifest: Manifest, source: dict[str, Any]) -> str:
 |---|---|---|
 {gates}
 
-Kept: the merge into the {manifest.merge["kept"]} base{_trained_on(manifest.merge)}.
+Kept: the merge into the {manifest.merge["kept"]} base. {manifest.merge.get("trained_on", "")}
 
 | loss over {_conversations(manifest.merge)} of | nats a token |
 |---|---|
@@ -87,10 +87,6 @@ def _lineage(manifest: Manifest) -> str:
 def _conversations(merge: dict[str, Any]) -> str:
     """How many held-out conversations the losses of a merge are over, as far as it says."""
     return f"{merge['rows']} held-out conversations, {merge['tokens']} tokens," if "rows" in merge else "held-out rows"
-
-
-def _trained_on(merge: dict[str, Any]) -> str:
-    return f", trained on {merge['trained_on']}" if "trained_on" in merge else ""
 
 
 def _cell(text: str) -> str:

@@ -82,8 +82,8 @@ def read_factors(adapter: Path) -> dict[str, Factors]:
     except (OSError, SafetensorError) as error:
         raise unusable(error) from None
     odd = [name for name in shaped if not name.endswith((_A, _B)) or not name.startswith(PREFIX)]
-    if odd or config.get("use_dora"):
-        what = "DoRA" if config.get("use_dora") else f"{odd[0]} of its own"
+    if odd or config.get("use_dora") or config.get("target_parameters"):
+        what = "DoRA" if config.get("use_dora") else f"{odd[0]} of its own" if odd else "experts' parameters"
         raise Conflict(
             "not_plain_lora",
             f"only plain LoRA on linear layers is served unmerged, and this or the live release's adapter has {what}",

@@ -7,6 +7,7 @@ here are refused by name.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import get_args
@@ -41,7 +42,8 @@ def write_gguf(folder: Path, target: Path, quantisation: Quantisation | None = N
     tensors = _tensors(folder, model, quantisation)
     with replacing(target) as file:
         writer = gguf.GGUFWriter(file.name, gguf.MODEL_ARCH_NAMES[model.arch])
-        writer.add_name(folder.name)
+        # llama.cpp gives the tokens of what is called so the properties of Phi 3's.
+        writer.add_name(re.sub("phi-?3", "phi", folder.name, flags=re.IGNORECASE))
         writer.add_file_type(FILE_TYPES[quantisation] if quantisation else _stored(folder, model)[1])
         if quantisation:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -79,7 +81,8 @@ def _tensors(
     folder: Path, model: Layout, quantisation: Quantisation | None
 ) -> dict[str, tuple[str, tuple[int, ...], Type]]:
     """By name in the files, llama.cpp's name, shape and type of each tensor. Raises InvalidInput for one not known."""
-    renamed = {name: model.renamer()(name) for name in layout(folder)}
+    rename = model.renamer()
+    renamed = {name: rename(name) for name in layout(folder)}
     if missing := sorted(name for name, new in renamed.items() if new is None):
         raise unknown(f"the tensor {missing[0]}")
     stored, _ = _stored(folder, model)

@@ -41,6 +41,7 @@ _KNOWN = {
 }
 _WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 """Types with images, and the type of their text, which is written without what sees."""
+_OF_IMAGES = ("vision_tower.", "vision_model.", "multi_modal_projector.")
 _OF_TEXT = ("language_model.model.", "model.language_model.")
 _HEAD = "lm_head.weight"
 _SLIDING_EVERY = {"gemma2": 2, "gemma3_text": 6}
@@ -78,9 +79,11 @@ class Layout:
             if self.with_images and name.endswith(_HEAD):
                 name = _HEAD
             elif self.with_images:
+                if name.removeprefix("model.").startswith(_OF_IMAGES):
+                    return ""
                 begin = next((one for one in _OF_TEXT if name.startswith(one)), None)
                 if begin is None:
-                    return ""
+                    return None
                 name = f"model.{name.removeprefix(begin)}"
             found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
             return found
@@ -120,8 +123,9 @@ class Layout:
             writer.add_rope_scaling_orig_ctx_len(original)
             writer.add_sliding_window(config.sliding_window or 0)
             if rope["rope_type"] == "longrope":
-                longer = config.max_position_embeddings / original
-                writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(longer) / math.log(original)))
+                longer = max(config.max_position_embeddings / original, 1)
+                factor = rope.get("attention_factor") or math.sqrt(1 + math.log(longer) / math.log(original))
+                writer.add_rope_scaling_attn_factors(factor)
         if config.model_type in _SLIDING_EVERY:
             writer.add_sliding_window(config.sliding_window)
         for write, key in (
@@ -160,13 +164,25 @@ def _rope_tensors(config: Any, rope: dict[str, Any]) -> dict[str, torch.Tensor]:
         plain = rope["rope_theta"] ** -(torch.arange(len(scaled)) / len(scaled))
         return {"rope_freqs.weight": plain / scaled}
     if rope["rope_type"] == "longrope":
-        return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]) for kind in ("long", "short")}
+        return {
+            f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
+            for kind in ("long", "short")
+        }
     return {}
 
 
 def _require_as_built_in(config: Any) -> None:
     """Raise InvalidInput where a model is not what llama.cpp takes for granted of its architecture."""
     kind, layers = config.model_type, range(config.num_hidden_layers)
+    activation = "gelu_pytorch_tanh" if kind in _SLIDING_EVERY else "silu"
+    if (its := getattr(config, "hidden_activation", None) or config.hidden_act) != activation:
+        raise unknown(f"a {kind} with the activation {its}")
+    if kind == "qwen3" and config.attention_bias:
+        raise unknown("a qwen3 with biases of its attention")
+    if kind == "gemma2" and None in (config.attn_logit_softcapping, config.final_logit_softcapping):
+        raise unknown("a gemma2 without caps of its logits")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise unknown(f"a {kind} that reads both ways")
     if every := _SLIDING_EVERY.get(kind):
         sliding = ["full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in layers]
         if list(config.layer_types) != sliding:
@@ -175,10 +191,12 @@ def _require_as_built_in(config: Any) -> None:
         if config.query_pre_attn_scalar != size:
             raise unknown(f"a {kind} that divides its attention by the root of {config.query_pre_attn_scalar}")
         local = config.rope_parameters.get("sliding_attention", {"rope_theta": 10000.0})
-        if kind == "gemma3_text" and local["rope_theta"] != 10000.0:
-            raise unknown(f"a {kind} whose sliding layers have a rotary base of {local['rope_theta']}")
-    if kind == "mistral" and (config.sliding_window or config.max_position_embeddings) < config.max_position_embeddings:
-        raise unknown("a mistral whose layers slide")
+        if kind == "gemma3_text" and (local["rope_theta"], local.get("rope_type", "default")) != (10000.0, "default"):
+            raise unknown(f"a {kind} whose sliding layers have a rotary base of {local['rope_theta']} or scale it")
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise unknown(f"a {kind} whose layers slide")
+    if kind in ("mistral", "phi3") and (config.sliding_window or math.inf) < config.max_position_embeddings:
+        raise unknown(f"a {kind} whose layers slide")
     if kind == "smollm3" and list(config.no_rope_layers) != [int((layer + 1) % 4 != 0) for layer in layers]:
         raise unknown("a smollm3 without positions in other layers than each fourth")
 

@@ -23,6 +23,7 @@ from appliance.errors import InvalidInput
 Quantisation = Literal["Q8_0", "Q4_K_M"]
 
 FILE_TYPES = {"Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "Q4_K_M": gguf.LlamaFileType.MOSTLY_Q4_K_M}
+_LAYERS_OF_70B = 80
 _IN_SMALLER_BLOCKS = {
     Type.Q4_K: Type.Q5_0,
     Type.Q5_K: Type.Q5_1,
@@ -61,7 +62,9 @@ def _mixed(name: str, layers: int, tied: bool) -> Type:
     if name.endswith(("attn_v.weight", "ffn_down.weight")):
         layer = int(name.split(".")[1])
         more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-        return Type.Q6_K if more else Type.Q4_K
+        if more:
+            return Type.Q6_K
+        return Type.Q5_K if layers == _LAYERS_OF_70B and name.endswith("attn_v.weight") else Type.Q4_K
     return Type.Q4_K
 
 
@@ -100,7 +103,7 @@ def llama_cpp() -> ctypes.CDLL:
             "llama.cpp's library, which quantises, is not installed",
             "run `pip install xllamacpp==2026.10.11549`",
         )
-    (path,) = Path(package.submodule_search_locations[0]).glob("xllamacpp*.so")
+    path = next(Path(package.submodule_search_locations[0]).glob("xllamacpp*.so"))
     library = ctypes.CDLL(str(path))
     numbers = [ctypes.c_int64] * 3
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *numbers, ctypes.c_void_p]

@@ -24,7 +24,9 @@ from appliance.release.weights import write_weights
 from appliance.train.model import ON_GPU, load_adapter, load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
 
-_EXPERTS_DEQUANTISED = "the de-quantised values of experts that are in MXFP4, here as in the base"
+_EXPERTS_DEQUANTISED = (
+    "The experts of the base are in MXFP4, and so they are here; the adapter was trained on their de-quantised values."
+)
 
 OURS = frozenset({"source.json", "generation_config.json", "README.md", "manifest.json"})
 """Files of the base that a release has not, or has of its own."""

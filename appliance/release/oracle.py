@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ class Oracle:
         self._of_experts: dict[str, OfExperts] = {}
         self._wrappers: dict[str, ParamWrapper] = {}
         self._model: Any = model.base_model.model
+        self._added: dict[str, dict[str, torch.Tensor]] = {}
         for name, module in model.base_model.model.named_modules():
             if isinstance(module, ParamWrapper):
                 parameter = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
@@ -113,13 +113,18 @@ class Oracle:
             base.weight = nothing
             layer.merged_adapters.clear()
 
-    @lru_cache(maxsize=2)  # noqa: B019 - an oracle lives as long as its gate, and files have experts' tensors in turn
     def _added_to_experts(self, parameter: str) -> dict[str, torch.Tensor]:
         """What PEFT adds to a parameter of all experts, by the stored tensors that Transformers would save it as."""
+        if parameter in self._added:
+            return self._added[parameter]
         delta = self._wrappers[parameter].get_delta_weight(_NAME).detach()
         parts = sorted(revert_weight_conversion(self._model, {parameter: delta}).items(), key=_natural)
         names = sorted((name for name in self._of_experts if self._parameters[name] == parameter), key=dot_natural_key)
-        return {name: value for name, (_, value) in zip(names, parts, strict=True)}
+        # Files have the tensors of a layer's two parameters in turn.
+        while len(self._added) > 1:
+            del self._added[next(iter(self._added))]
+        self._added[parameter] = {name: value for name, (_, value) in zip(names, parts, strict=True)}
+        return self._added[parameter]
 
 
 def _natural(item: tuple[str, torch.Tensor]) -> Any:

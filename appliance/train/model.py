@@ -48,6 +48,8 @@ def load_model(folder: Path, *, quantised: bool = False) -> Any:
             "no_linear_layer", f"{folder.name} has no linear layer that NF4 can hold", 'train it with kind = "lora"'
         )
     options: dict[str, Any] = {"device_map": {"": 0}} if ON_GPU else {}
+    if getattr(skeleton.config.get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # Gemma 2's caps are left out by PyTorch's own attention
     if in_mxfp4(folder):  # its kernels have no gradients
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     elif quantised and ON_GPU:

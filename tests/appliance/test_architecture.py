@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_families import make_family
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -17,7 +18,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from appliance.architecture import Architecture, empty_model, linear_modules, named_together, quantised_modules
+from appliance.architecture import (
+    Architecture,
+    empty_model,
+    linear_modules,
+    named_together,
+    quantised_modules,
+    require_mergeable,
+)
 from appliance.errors import InvalidInput
 
 TEXT: dict[str, Any] = {
@@ -124,3 +132,23 @@ def test_a_model_that_answers_no_texts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput) as caught:
         empty_model(tmp_path)
     assert caught.value.code == "bad_model"
+
+
+@pytest.mark.parametrize(("family", "without"), [("deepseek_v4", "o_a_proj"), ("phimoe", "router")])
+def test_layers_that_answer_more_than_a_product_are_not_adapted(tmp_path: Path, family: str, without: str) -> None:
+    model = empty_model(make_family(tmp_path / "base", family))
+    assert any(name.endswith(without) for name, _ in model.named_modules())
+    found = linear_modules(model)
+    assert found
+    assert not any(name.endswith(without) for name in found)
+
+
+def test_gpt_neox_reads_forwards_whatever_its_config_says(tmp_path: Path) -> None:
+    require_mergeable(make_family(tmp_path / "base", "gpt_neox"))
+    with pytest.raises(InvalidInput, match="a model of the type bert does not go on with a text"):
+        require_mergeable(make_family(tmp_path / "bert", "bert"))
+
+
+def test_a_linear_layer_of_a_models_own_is_one(tmp_path: Path) -> None:
+    found = linear_modules(empty_model(make_family(tmp_path / "base", "falcon")))
+    assert {name.rpartition(".")[2] for name in found} >= {"query_key_value", "dense"}

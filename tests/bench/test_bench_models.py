@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,12 +39,17 @@ def test_the_listed_families_are_families() -> None:
 
 
 def test_the_page_says_of_each_family_what_came_of_it() -> None:
-    outcomes = {
-        "a": {"outcome": "trained", "template": "t", "without": ["forecast"], "experts": "refused"},
+    outcomes: dict[str, dict[str, Any]] = {
+        "a": {"outcome": "trained", "template": "t", "without": ["forecast"], "experts": "refused", "vllm": "served"},
         "b": {"outcome": "failed", "template": "t", "stage": "dpo", "why": "x | y"},
         "c": {"outcome": "not made", "template": "t", "why": "no config"},
+        "d": {"outcome": "refused", "template": "t", "why": "no"},
     }
-    page = models.page(outcomes)
-    assert "| a | t | trained, without forecast | refused |" in page
-    assert "| b | t | failed in dpo: x / y |  |" in page
-    assert "1 of 2 are trained, 0 refused before training, 1 fail.\nOf 1 no tiny model could be made: c." in page
+    page = models.updated("", outcomes)
+    assert "| a | t | trained, without forecast | refused | served |" in page
+    assert "| b | t | failed in dpo: x / y |  |  |" in page
+    assert "1 of 3 are trained, 1 refused before training, 1 fail.\nOf 1 no tiny model could be made: c." in page
+    again = models.updated(page, {family: {"outcome": "trained", "template": "u"} for family in ("b", "c")})
+    assert "| a | t | trained, without forecast | refused | served |" in again
+    assert "| b | u | trained |  |  |" in again
+    assert "3 of 4 are trained, 1 refused before training, 0 fail.\nOf 0 no tiny model could be made: none." in again

@@ -20,6 +20,7 @@ class LlamaCpp:
         parameters.n_parallel = 1
         parameters.cpuparams.n_threads = 1
         parameters.warmup = False
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self._server = xllamacpp.Server(parameters)
 
     def greedy(self, prompt: list[int], tokens: int) -> list[tuple[int, float]]:

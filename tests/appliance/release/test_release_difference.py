@@ -74,6 +74,7 @@ def test_scales_and_ranks_of_single_modules_and_16_bits(home: Home, tmp_path: Pa
     ("spoilt", "code"),
     [
         ({"use_dora": True}, "not_plain_lora"),
+        ({"target_parameters": ["experts.down_proj"]}, "not_plain_lora"),
         ({"bias": "all"}, "not_mergeable"),
         ({"peft_type": "IA3"}, "not_mergeable"),
         ("tensor", "not_plain_lora"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
 from llama_cpp import LlamaCpp
+from safetensors.torch import load_file, save_file
 from tiny import make_model
 from tiny_families import class_of, tiny_config
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -38,7 +40,7 @@ LONG = {
 SLIDING = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama with a head of its own": ("llama", {"tie_word_embeddings": False}),
+    "llama with a tied head": ("llama", {"tie_word_embeddings": True}),
     "llama 3": (
         "llama",
         {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64, "rope_theta": 500.0}},
@@ -55,8 +57,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**ROPE, "partial_rotary_factor": 0.75},
         },
     ),
-    "phi3 for long texts": ("phi3", {"sliding_window": None, "max_position_embeddings": 4096, "rope_parameters": LONG}),
+    "phi3 for long texts": (
+        "phi3",
+        {
+            **{"sliding_window": None, "max_position_embeddings": 1 << 16, "original_max_position_embeddings": 1024},
+            "rope_parameters": LONG,
+        },
+    ),
+    "phi3 beyond what it was made for": (
+        "phi3",
+        {
+            **{"sliding_window": None, "max_position_embeddings": 1 << 16, "original_max_position_embeddings": 16},
+            "rope_parameters": {**LONG, "original_max_position_embeddings": 16, "long_factor": [2] * 8},
+        },
+    ),
     "gemma2": ("gemma2", {**SLIDING, "num_hidden_layers": 4}),
+    "gemma2 near its caps": (
+        "gemma2",
+        {**SLIDING, "num_hidden_layers": 4, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
+    ),
     "gemma3": ("gemma3_text", {**SLIDING, "num_hidden_layers": 7}),
     "gemma3 from 4B": (
         "gemma3_text",
@@ -77,6 +96,8 @@ TEXTS = (
     "emoji 🙂🙂 and a lone \u0301 accent, ½ ² x₂",
 )
 
+CORPUS = [*TEXTS, *map(str.upper, TEXTS), " ".join(f"The word {word} stands for itself." for word in dir(builtins))]
+
 
 def make(folder: Path, kind: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
     config = AutoConfig.for_model(kind, **(SHARED | settings))
@@ -85,7 +106,8 @@ def make(folder: Path, kind: str, settings: dict[str, Any], dtype: torch.dtype =
 
 
 def most_likely(folder: Path, prompts: list[list[int]]) -> list[tuple[int, float]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # Others leave Gemma 2's caps of its attention out.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     found = []
     with torch.no_grad():
         for prompt in prompts:
@@ -105,12 +127,14 @@ def test_llama_cpp_says_what_transformers_does(tmp_path: Path, case: str) -> Non
     write_gguf(folder, tmp_path / "model.gguf")
     llama_cpp = LlamaCpp(tmp_path / "model.gguf")
     said = [llama_cpp.greedy(prompt, 1) for prompt in PROMPTS]
-    pairs = [(one[0], other) for one, other in zip(said, most_likely(folder, PROMPTS), strict=True) if one]
+    likely = most_likely(folder, PROMPTS)
+    # It is told not to end, with <|endoftext|> or <|im_end|>.
+    pairs = [(one[0], other) for one, other in zip(said, likely, strict=True) if one and other[0] not in (0, 2)]
     assert len(pairs) >= 4, "the others are parts of letters, which it keeps until they are whole"
     assert len({token for _, (token, _) in pairs}) > 1
     for (token, logp), (expected, its) in pairs:
-        assert abs(logp - its) < 0.03, "its cache has 16 bits"
-        assert token == expected
+        assert abs(logp - its) < 0.03
+        assert token == expected or its - float(logp) < 0.01
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral3"])
@@ -150,7 +174,7 @@ def test_llama_cpp_splits_words_as_the_tokenizer_does(small: Path, tmp_path: Pat
         special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator([*TEXTS, *map(str.upper, TEXTS), Path(__file__).read_text()], trainer)
+    tokenizer.train_from_iterator(CORPUS, trainer)
     give_tokenizer(small, tokenizer)
     write_gguf(small, tmp_path / "model.gguf")
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == splitter
@@ -172,7 +196,7 @@ def test_llama_cpp_joins_pieces_as_the_tokenizer_does(small: Path, tmp_path: Pat
     learnt = Tokenizer(models.BPE())
     learnt.normalizer = normalizer
     learnt.pre_tokenizer = pre_tokenizers.Split(Regex("(?<!▁)(?=▁)"), "isolated")
-    learnt.train_from_iterator([*TEXTS, Path(__file__).read_text()], trainers.BpeTrainer(vocab_size=1200))
+    learnt.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=1200))
     special = ["<unk>", "<|im_start|>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     described = json.loads(learnt.to_str())["model"]
     words = sorted(described["vocab"], key=described["vocab"].get)
@@ -187,6 +211,13 @@ def test_llama_cpp_joins_pieces_as_the_tokenizer_does(small: Path, tmp_path: Pat
     give_tokenizer(small, tokenizer)
     write_gguf(small, tmp_path / "model.gguf")
     compare(small, tmp_path / "model.gguf")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    kinds = dict(zip(*(fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type")), strict=True))
+    expected = {"<0x0A>": TokenType.BYTE, "<unk>": TokenType.UNKNOWN, "<|im_end|>": TokenType.CONTROL}
+    if not prepends:
+        expected |= {"   ": TokenType.USER_DEFINED, "\n\n": TokenType.USER_DEFINED}
+    expected |= {"e": TokenType.NORMAL, "[PAD1599]": TokenType.UNUSED}
+    assert {token: kinds.get(token) for token in expected} == expected
     tokenizer.model = models.BPE(vocabulary, merges[::2], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     give_tokenizer(small, tokenizer)
     with pytest.raises(InvalidInput, match="joins fewer pieces than SentencePiece does"):
@@ -230,6 +261,83 @@ def test_a_mixture_has_more_bits_where_llama_cpp_gives_them() -> None:
     assert type_of("output_norm.weight", (8,), "Q8_0", layers=2, tied=True, stored=Type.BF16) == Type.F32
 
 
+def kinds_in(file: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_file_has_the_types_of_a_mixture(tmp_path: Path, tied: bool) -> None:
+    settings = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "tie_word_embeddings": tied}
+    folder = make(tmp_path / "model", "llama", settings, torch.bfloat16)
+    write_gguf(folder, tmp_path / "model.gguf", "Q4_K_M")
+    kinds = kinds_in(tmp_path / "model.gguf")
+    assert kinds["token_embd.weight"] == ("Q6_K" if tied else "Q4_K")
+    assert kinds.get("output.weight") == (None if tied else "Q6_K")
+    assert [layer for layer in range(8) if kinds[f"blk.{layer}.attn_v.weight"] == "Q6_K"] == [0, 3, 6, 7]
+    assert {kinds[f"blk.{layer}.ffn_up.weight"] for layer in range(8)} == {"Q4_K"}
+    assert kinds["output_norm.weight"] == "F32"
+    assert GGUFReader(tmp_path / "model.gguf").fields["general.file_type"].contents() == 15
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("mistral", {"sliding_window": 64}, "a mistral whose layers slide"),
+        ("phi3", {"sliding_window": 64}, "a phi3 whose layers slide"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "a qwen2 whose layers slide",
+        ),
+        ("llama", {"hidden_act": "gelu"}, "a llama with the activation gelu"),
+        ("qwen3", {"attention_bias": True}, "a qwen3 with biases"),
+        ("gemma2", {**SLIDING, "final_logit_softcapping": None}, "a gemma2 without caps"),
+        ("gemma3_text", {**SLIDING, "num_hidden_layers": 7, "use_bidirectional_attention": True}, "reads both ways"),
+        ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}, "a smollm3 without positions in other"),
+        ("gemma2", {**SLIDING, "layer_types": ["full_attention"] * 2}, "a gemma2 whose layers slide otherwise"),
+        ("gemma2", {**SLIDING, "query_pre_attn_scalar": 32}, "divides its attention by the root of 32"),
+        (
+            "gemma3_text",
+            {
+                **{**SLIDING, "num_hidden_layers": 7},
+                "rope_parameters": {"full_attention": ROPE, "sliding_attention": {**ROPE, "rope_theta": 5e5}},
+            },
+            "sliding layers have a rotary base of 500000",
+        ),
+    ],
+)
+def test_what_llama_cpp_takes_for_granted_has_to_be_so(tmp_path: Path, kind: str, settings: Any, said: str) -> None:
+    folder = make(tmp_path / "model", kind, settings)
+    with pytest.raises(InvalidInput, match=f"does not know .*{said}"):
+        write_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_the_widest_gemma_scales_by_its_width(tmp_path: Path) -> None:
+    deep = {**SLIDING, "num_hidden_layers": 46, "hidden_size": 96, "head_dim": 16, "query_pre_attn_scalar": 24}
+    write_gguf(make(tmp_path / "model", "gemma2", deep), tmp_path / "model.gguf")
+    with pytest.raises(InvalidInput, match="the root of 16"):
+        write_gguf(make(tmp_path / "other", "gemma2", {**deep, "query_pre_attn_scalar": 16}), tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("fault", ["unknown tensor", "two types", "another text"])
+def test_files_that_are_not_as_they_should_be_are_refused(tmp_path: Path, fault: str) -> None:
+    folder = make(tmp_path / "model", "llama", {})
+    tensors = load_file(folder / "model.safetensors")
+    if fault == "unknown tensor":
+        tensors["model.layers.0.extra.weight"] = torch.zeros(2, 2)
+    elif fault == "two types":
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    else:
+        config = tiny_config("mistral3")
+        config.text_config = AutoConfig.for_model("llama", **SHARED)
+        config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said = {"unknown tensor": "the tensor model.layers.0.extra", "two types": "BF16, F32", "another text": "mistral3"}
+    with pytest.raises(InvalidInput, match=said[fault]):
+        write_gguf(folder, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
 def test_without_the_library_a_quantised_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "model", "llama", {})
     monkeypatch.setattr("appliance.release.gguf_quantise.find_spec", lambda _: None)
@@ -265,3 +373,43 @@ def test_the_real_small_model_answers_in_llama_cpp_as_in_transformers(smollm2: P
             if token != expected[place]:
                 assert float(its.max() - its[token]) < 0.05, "they differ where two tokens are as likely"
                 break
+
+
+def test_a_release_that_is_called_phi3_is_no_phi3_to_llama_cpp(tmp_path: Path) -> None:
+    folder = make(tmp_path / "my-Phi3-7", "llama", {})
+    write_gguf(folder, tmp_path / "model.gguf")
+    assert LlamaCpp(tmp_path / "model.gguf").greedy(PROMPTS[0], 4)
+
+
+@pytest.mark.parametrize("fault", ["lower case", "a space before", "tokens that take spaces", "merges left out"])
+def test_what_a_tokenizer_does_beside_is_refused(small: Path, tmp_path: Path, fault: str) -> None:
+    described = json.loads((small / "tokenizer.json").read_bytes())
+    splits = {
+        "type": "ByteLevel",
+        "add_prefix_space": fault == "a space before",
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    if fault == "lower case":
+        described["normalizer"] = {"type": "Lowercase"}
+    elif fault == "a space before":
+        described["pre_tokenizer"] = splits
+    elif fault == "merges left out":
+        described["pre_tokenizer"], described["model"]["ignore_merges"] = splits, True
+    else:
+        described["added_tokens"][1]["rstrip"] = True
+    (small / "tokenizer.json").write_text(json.dumps(described))
+    if fault == "tokens that take spaces":
+        path = small / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"added_tokens_decoder": {}}))
+    with pytest.raises(InvalidInput, match="does not know"):
+        write_gguf(small, tmp_path / "model.gguf")
+
+
+def test_a_token_beyond_the_embeddings_is_left_out(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "llama", {})
+    described = json.loads((folder / "tokenizer.json").read_bytes())
+    described["added_tokens"].append({**described["added_tokens"][-1], "id": 320, "content": "<image>"})
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    write_gguf(folder, tmp_path / "model.gguf")
+    assert LlamaCpp(tmp_path / "model.gguf").greedy(PROMPTS[0], 4)

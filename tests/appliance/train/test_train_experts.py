@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny import add_run, failure, losses, result, stage, work
+from tiny import add_run, failure, losses, read_recipe, result, stage, work
 from tiny_families import in_mxfp4, make_family
 
 from appliance.adapters import CONFIG, WEIGHTS
@@ -14,6 +15,9 @@ from appliance.errors import InvalidInput
 from appliance.home import Home
 from appliance.models import require_trainable
 from appliance.pull import require_usable
+from appliance.release.gates import Gate
+from appliance.release.manifest import finalise
+from appliance.train.model import load_model, settle_router_loss
 from appliance.train.recipe import parse_recipe
 
 ALL = 'target_parameters = ["all-experts"]\n'
@@ -89,10 +93,15 @@ def test_experts_in_mxfp4_stay_as_they_are_and_the_release_says_so(home: Home) -
     assert losses(run, "sft")[6] < losses(run, "sft")[1]
     assert all(gate["passed"] for gate in result(run, "verify")["gates"].values())
     assert "MXFP4" in result(run, "merge")["trained_on"]
-    before, after = (load_file(folder / "model.safetensors") for folder in (base, run / "merge" / "model"))
+    passed = {name: Gate(True, {}, "") for name in ("parity", "stopping")}
+    manifest = finalise(home, "r", read_recipe(run), passed)
+    assert manifest.merge["trained_on"] == result(run, "merge")["trained_on"]
+    card = (home.releases / "r" / "README.md").read_text()
+    assert "experts of the base are in MXFP4, and so they are here" in card
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, home.releases / "r"))
     changed = {name for name in before if not before[name].equal(after[name])}
     assert {name.rpartition(".self_attn.")[2] for name in changed} == {f"{x}_proj.weight" for x in "qkvo"}
-    assert json.loads((run / "merge" / "model" / "config.json").read_bytes())["quantization_config"]
+    assert json.loads((home.releases / "r" / "config.json").read_bytes())["quantization_config"]
 
 
 def test_experts_in_mxfp4_are_not_trained_themselves_nor_turned_into_nf4(home: Home) -> None:
@@ -103,3 +112,18 @@ def test_experts_in_mxfp4_are_not_trained_themselves_nor_turned_into_nf4(home: H
     require_trainable(base)
     with pytest.raises(InvalidInput, match=r'in MXFP4, .* say kind = "lora"'):
         require_trainable(base, quantised=True)
+
+
+@pytest.mark.parametrize(("family", "coefficient"), [("doge", 0.0), ("llama4_text", 0.0), ("gpt_oss", 0.9)])
+def test_a_loss_of_routers_is_asked_of_models_that_give_one(tmp_path: Path, family: str, coefficient: float) -> None:
+    model = load_model(make_family(tmp_path / "base", family, router_aux_loss_coef=0.9))
+    settle_router_loss(model)
+    assert model.config.router_aux_loss_coef == coefficient
+    assert family != "gpt_oss" or model.config.num_experts == 4
+
+
+@pytest.mark.parametrize("family", ["doge", "llama4_text"])
+def test_models_without_one_and_those_whose_layers_are_elsewhere_are_trained(home: Home, family: str) -> None:
+    make_family(home.models / "base", family)
+    run = add_run(home, "r", stage("sft", "FACTS", max_steps=2, max_length=4096), base="base")
+    assert work(run, "sft") == 0

@@ -180,9 +180,11 @@ def _shortened(said: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def make_family(folder: Path, family: str) -> Path:
-    """Write a tiny random model of the family as it would be pulled."""
+def make_family(folder: Path, family: str, **settings: Any) -> Path:
+    """Write a tiny random model of the family, with `settings` of its config, as it would be pulled."""
     config = tiny_config(family)
+    for key, value in settings.items():
+        setattr(config, key, value)
     kind = class_of(family)
     torch.manual_seed(3)
     model = kind._from_config(config) if hasattr(kind, "_from_config") else kind(config)
