@@ -108,6 +108,16 @@ def in_mxfp4(directory: Path) -> bool:
     return isinstance(quantised, dict) and quantised.get("quant_method") == _MXFP4
 
 
+def require_quantisable(directory: Path) -> None:
+    """Raise InvalidInput where the model in `directory` cannot be held in NF4."""
+    if in_mxfp4(directory):
+        raise InvalidInput(
+            "quantised_base",
+            f"the experts of {directory.name} are in MXFP4, which is de-quantised for training, not turned into NF4",
+            'say kind = "lora" under [adapter]',
+        )
+
+
 def require_trainable(directory: Path, *, quantised: bool = False) -> None:
     """Raise InvalidInput where no adapter can be trained on the model in `directory` and merged into it.
 
@@ -124,12 +134,8 @@ def require_trainable(directory: Path, *, quantised: bool = False) -> None:
             f"the base {directory.name} is quantised already{how}: no adapter can be merged into it",
             'pull the same model in 16 bits; kind = "qlora" quantises it for training by itself',
         )
-    if stored and quantised:
-        raise InvalidInput(
-            "quantised_base",
-            f"the experts of {directory.name} are in MXFP4, which is de-quantised for training, not turned into NF4",
-            'say kind = "lora" under [adapter]',
-        )
+    if quantised:
+        require_quantisable(directory)
     rows = _embedded_tokens(directory)
     if rows and (unknown := _used_beyond(directory, rows)):
         raise InvalidInput(

@@ -21,7 +21,7 @@ from appliance.archive import MANIFEST, unpack
 from appliance.errors import Conflict, InvalidInput, NotFound
 from appliance.garbage import find_garbage, forget_garbage, remove_garbage
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, sha256, write_atomic
-from appliance.models import model_path, require_trainable
+from appliance.models import model_path, require_quantisable
 from appliance.release.foreign import ForeignRequest
 from appliance.release.manifest import accept_quality, read_foreign, read_manifest
 from appliance.release.recheck import plan_recheck, write_recheck
@@ -156,7 +156,7 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         """Queue a run that merges an adapter of PEFT. The body is About in one line, then its safetensors."""
         weights = sum(file.stat().st_size for file in model_path(home, base).glob("*.safetensors"))
         if quantised:
-            require_trainable(model_path(home, base), quantised=True)
+            require_quantisable(model_path(home, base))
         judged_on = datasets.find(dataset).id if dataset else ""
         with _incoming(home) as folder:
             await _receive(request, folder / "upload")

@@ -577,6 +577,16 @@ async def test_an_adapter_from_elsewhere_becomes_a_run_that_merges(box: Box, tmp
     assert list(box.home.incoming.iterdir()) == []
 
 
+async def test_an_adapter_on_nf4_of_a_base_with_experts_in_mxfp4_is_refused(box: Box, tmp_path: Path) -> None:
+    box.model()
+    (box.home.models / "tiny" / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    with pytest.raises(InvalidInput, match="tiny are in MXFP4"):
+        await box.client.merge(adapter(tmp_path / "mine"), "tiny", "mine", quantised=True)
+    with pytest.raises(InvalidInput, match="tiny are in MXFP4"):
+        await box.client.train('name = "r"\nbase = "tiny"\n[[stages]]\nmethod = "sft"\ndataset = "d"\n')
+    assert list(box.home.runs.iterdir()) == []
+
+
 async def test_an_adapter_that_is_none_or_has_no_base_is_refused(box: Box, tmp_path: Path) -> None:
     source = adapter(tmp_path / "mine")
     with pytest.raises(NotFound, match="no base model tiny"):

@@ -256,13 +256,13 @@ def test_an_adapter_that_covers_less_than_its_recipe_says_is_refused(
         run = add_run(home, "r", SFT)
         assert work(run, "sft") == Exit.FAILED
         assert failure(run, "sft")["code"] == "adapter_incomplete"
-        assert "covers 12 of the 14 modules" in failure(run, "sft")["reason"]
+        assert "covers 12 of the 14 layers" in failure(run, "sft")["reason"]
     run = add_run(home, "chained", 'targets = ["q_proj"]\n' + SFT + stage("dpo", "PREFERENCES"))
     work(run, "sft")
     (run / "recipe.toml").write_text((run / "recipe.toml").read_text().replace('"q_proj"', '"q_proj", "k_proj"'))
     assert work(run, "dpo") == Exit.FAILED
     assert (
-        "covers 2 of the 4 modules that its recipe names; model.layers.0.self_attn.k_proj"
+        "covers 2 of the 4 layers that its recipe names; model.layers.0.self_attn.k_proj"
         in (failure(run, "dpo")["reason"])
     )
 
