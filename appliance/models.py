@@ -118,10 +118,10 @@ def require_quantisable(directory: Path) -> None:
         )
 
 
-def require_trainable(directory: Path, *, quantised: bool = False) -> None:
+def require_trainable(directory: Path, *, quantised: bool = False, experts: bool = False) -> None:
     """Raise InvalidInput where no adapter can be trained on the model in `directory` and merged into it.
 
-    `quantised`: with the model in NF4.
+    `quantised`: with the model in NF4. `experts`: on the experts too.
     """
     if fault := _read_json(directory / SOURCE).get(UNTRAINABLE):
         raise InvalidInput(fault["code"], fault["message"], fault["next"])
@@ -136,6 +136,12 @@ def require_trainable(directory: Path, *, quantised: bool = False) -> None:
         )
     if quantised:
         require_quantisable(directory)
+    if experts and in_mxfp4(directory):
+        raise InvalidInput(
+            "quantised_base",
+            f"the experts of {directory.name} are in MXFP4, into which no adapter can be merged",
+            "take target_parameters out: what is beside the experts is trained",
+        )
     rows = _embedded_tokens(directory)
     if rows and (unknown := _used_beyond(directory, rows)):
         raise InvalidInput(

@@ -195,9 +195,17 @@ def merge(
     "--quantise", type=click.Choice(("Q8_0", "Q4_K_M")), help="Write one GGUF file with weights of 8 or 4 bits."
 )
 def export(release: str, path: Path, gguf: bool, quantise: str | None) -> None:
-    """Write RELEASE to PATH: a folder of model files, or where PATH ends in .tar, an archive for `import-release`."""
+    """Write RELEASE to PATH: a folder of model files, or where PATH ends in .tar, an archive for `import-release`.
+
+    Where it ends in .gguf, one file for llama.cpp.
+    """
     if path.exists():
         raise InvalidInput("path_exists", f"{path} exists", "name a path where nothing is yet")
+    if path.suffix == ".tar" and (gguf or quantise):
+        raise InvalidInput("bad_path", f"{path} would be a tar and a GGUF file", "name a path that ends in .gguf")
+    if path.suffix == ".gguf" and not quantise:
+        gguf = True
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
     if not gguf and not quantise:
         ask(lambda client: client.export(release, path))
     else:

@@ -118,7 +118,7 @@ def control_app(
             raise InvalidInput("rechecks", "the recipe names a release", "use `appliance verify RELEASE --gates`")
         base = model_path(home, recipe.base)
         if recipe.stages:
-            require_trainable(base, quantised=recipe.quantised)
+            require_trainable(base, quantised=recipe.quantised, experts=bool(recipe.adapter.target_parameters))
         recipe = going_on(home, recipe, base).for_base(count_parameters(base))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
         for stage, dataset in zip(recipe.stages, found, strict=True):

@@ -136,6 +136,11 @@ class Layout:
                 write(getattr(config, key))
 
 
+def is_known(folder: Path) -> bool:
+    """Whether the model in `folder` is of a type that is written."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True).model_type in _KNOWN
+
+
 def layout_of(folder: Path) -> Layout:
     """How the model in `folder` becomes a GGUF file. Raises InvalidInput for one that is not known."""
     whole = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -6,12 +6,13 @@ A process of its own, because the models' code is more than the daemon should ho
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, reason
 from appliance.home import Home, write_json
 from appliance.train.recipe import parse_recipe
 
@@ -33,6 +34,9 @@ def main(home_root: Path, request: Path, result: Path) -> None:
         outcome: dict[str, Any] = {"stages": stages}
     except ApplianceError as error:
         outcome = {"problem": error.problem()}
+    except Exception as error:  # whatever a model's code raises is told, not the death of a process
+        outcome = {"problem": ApplianceError("internal", reason(error), "see the daemon's log").problem()}
+        traceback.print_exc()
     write_json(result, outcome)
 
 

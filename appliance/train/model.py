@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from appliance.architecture import (
     empty_model,
     expert_parameters,
+    linear_modules,
     named_together,
     quantised_modules,
     trainable_modules,
@@ -125,7 +126,7 @@ def targeted_modules(model: Any, targets: tuple[str, ...], layers: tuple[int, ..
     if not linear:
         raise InvalidInput("no_linear_layer", "the base model has no linear layer to adapt", "use another base model")
     if layers:
-        linear = _of_layers(linear, layers)
+        linear = _of_layers(model, linear, layers)
     if targets == ("all-linear",):
         return linear
     meant: set[str] = set()
@@ -161,7 +162,7 @@ def targeted_parameters(model: Any, targets: tuple[str, ...], layers: tuple[int,
             "take target_parameters out",
         )
     if layers:
-        known = _of_layers(known, layers)
+        known = _of_layers(model, known, layers)
     if targets == ("all-experts",):
         return known
     meant: set[str] = set()
@@ -178,21 +179,23 @@ def targeted_parameters(model: Any, targets: tuple[str, ...], layers: tuple[int,
     return meant
 
 
-def _of_layers(modules: set[str], layers: tuple[int, ...]) -> set[str]:
-    """Those of `modules` that are in the layers of these numbers, from -1 for the last. Raises InvalidInput."""
-    by_layer: dict[int, set[str]] = {}
-    for name in modules:
-        if numbers := [int(part) for part in name.split(".") if part.isdigit()]:
-            by_layer.setdefault(numbers[0], set()).add(name)
-    count = max(by_layer, default=-1) + 1
+def _of_layers(model: Any, names: set[str], layers: tuple[int, ...]) -> set[str]:
+    """Those of `names` that are in the layers of these numbers, from -1 for the last. Raises InvalidInput."""
+    known = {number for name in (*linear_modules(model), *expert_parameters(model)) if (number := _layer(name)) >= 0}
+    count = max(known, default=-1) + 1
     meant = {layer: layer + count if layer < 0 else layer for layer in layers}
-    if unknown := [layer for layer, number in meant.items() if number not in by_layer]:
+    if unknown := [layer for layer, number in meant.items() if number not in known]:
         raise InvalidInput(
             "no_such_layer",
             f"the adapter's layer {unknown[0]} is none of the base model",
             f"choose from 0 to {count - 1}, or from -{count} to -1" if count else "take `layers` out",
         )
-    return set().union(*(by_layer[number] for number in meant.values()))
+    return {name for name in names if _layer(name) in meant.values()}
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a module or parameter is in; -1: in none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 def require_covered(model: Any, meant: set[str]) -> None:
@@ -211,6 +214,8 @@ def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
     """`model` with a new LoRA adapter that changes nothing yet. Raises InvalidInput for targets that do not fit."""
     meant = targeted_modules(model, adapter.targets, adapter.layers)
     of_experts = targeted_parameters(model, adapter.target_parameters, adapter.layers)
+    if not meant | of_experts:
+        raise InvalidInput("no_such_layer", "the adapter's layers have none of its targets", "name others of either")
     set_seed(seed)
     config = LoraConfig(
         r=adapter.rank,

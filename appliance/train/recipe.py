@@ -65,6 +65,8 @@ class Adapter(_Section):
 
     @model_validator(mode="after")
     def _experts_take(self) -> Adapter:
+        if not self.targets and not self.target_parameters:
+            raise ValueError("an adapter without targets trains nothing; name some, or take `targets` out")
         if self.target_parameters and (self.kind == "dora" or self.dropout):
             other = 'kind = "dora"' if self.kind == "dora" else "dropout"
             raise ValueError(f"experts take no {other}; take it or target_parameters out")

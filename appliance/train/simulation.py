@@ -6,7 +6,9 @@ here knows a layer by name, and any architecture that Transformers has is counte
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def _pass(model: Any, rows: int, width: int, trained: int) -> tuple[int, int, in
     tokens = torch.zeros(rows, width, dtype=torch.long, device="meta")
     base = model.get_base_model()
     head = base.get_output_embeddings()
-    with _Ledger(model) as ledger:
+    with _Ledger(model) as ledger, _autocast_of_meta():
         hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         if trained:
             apply: Any = TrainedLogProbs.apply
@@ -89,6 +91,21 @@ def _pass(model: Any, rows: int, width: int, trained: int) -> tuple[int, int, in
         forward = ledger.operations
         hidden.sum().backward()
     return ledger.peak, forward, ledger.operations - forward
+
+
+@contextlib.contextmanager
+def _autocast_of_meta() -> Iterator[None]:
+    """PEFT turns autocast off by device where experts have adapters, and the meta device has none to turn off."""
+    real = torch.autocast
+
+    def autocast(device_type: str, *arguments: Any, **settings: Any) -> Any:
+        return contextlib.nullcontext() if device_type == "meta" else real(device_type, *arguments, **settings)
+
+    torch.autocast = autocast  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.autocast = real  # type: ignore[misc]
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -106,9 +123,11 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
         if func is torch.ops.aten._local_scalar_dense.default:
             # Asked whether a mask or the positions hold nothing special, which they do not.
             return True
-        if func.overloadpacket is _GROUPED and args[1].dim() == 3:
-            # Of tokens sorted by their experts; on meta it is refused for all but bf16.
-            out = args[0].new_empty(len(args[0]), args[1].shape[-1])
+        if func.overloadpacket is _GROUPED:
+            # Of tokens sorted by their experts, or for each expert over its tokens; on meta it is refused but for bf16.
+            ends = args[2] if len(args) > 2 else (kwargs or {})["offs"]
+            groups = () if args[1].dim() == 3 else (len(ends),)
+            out = args[0].new_empty(*groups, len(args[0]), args[1].shape[-1])
         else:
             out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):

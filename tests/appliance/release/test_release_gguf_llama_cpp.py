@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import generate_merges
 
 from appliance.errors import InvalidInput
+from appliance.from_gguf import convert
 from appliance.gguf_words import SPLITTERS, WHOLE_WORDS, pre_tokenizer
 from appliance.release.gguf_file import write_gguf
 from appliance.release.gguf_quantise import quantised, type_of
@@ -413,3 +415,29 @@ def test_a_token_beyond_the_embeddings_is_left_out(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(described))
     write_gguf(folder, tmp_path / "model.gguf")
     assert LlamaCpp(tmp_path / "model.gguf").greedy(PROMPTS[0], 4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gguf_comes_back_as_it_was_or_is_refused(tmp_path: Path, case: str) -> None:
+    kind, settings = CASES[case]
+    folder = make(tmp_path / "model", kind, settings)
+    write_gguf(folder, tmp_path / "model.gguf")
+    (tmp_path / "back").mkdir()
+    refused = False
+    with contextlib.suppress(InvalidInput):
+        refused = True
+        convert(tmp_path / "model.gguf", tmp_path / "back")
+        refused = False
+    if refused:
+        assert case not in ("llama", "llama with a tied head", "qwen2", "phi3")
+        return
+    before, after = most_likely(folder, PROMPTS), most_likely(tmp_path / "back", PROMPTS)
+    assert [abs(one - other) < 0.1 for (_, one), (_, other) in zip(before, after, strict=True)].count(False) <= 1
+
+
+@pytest.mark.parametrize("case", ["llama 3", "phi4 mini", "phi3 for long texts"])
+def test_a_gguf_whose_rotary_scaling_is_not_read_is_refused(tmp_path: Path, case: str) -> None:
+    write_gguf(make(tmp_path / "model", *CASES[case]), tmp_path / "model.gguf")
+    (tmp_path / "back").mkdir()
+    with pytest.raises(InvalidInput, match=r"does not read how .* own files instead|and Transformers makes"):
+        convert(tmp_path / "model.gguf", tmp_path / "back")

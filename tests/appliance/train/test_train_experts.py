@@ -11,14 +11,16 @@ from tiny import add_run, failure, losses, read_recipe, result, stage, work
 from tiny_families import in_mxfp4, make_family
 
 from appliance.adapters import CONFIG, WEIGHTS
+from appliance.architecture import empty_model
 from appliance.errors import InvalidInput
 from appliance.home import Home
 from appliance.models import require_trainable
 from appliance.pull import require_usable
 from appliance.release.gates import Gate
 from appliance.release.manifest import finalise
-from appliance.train.model import load_model, settle_router_loss
+from appliance.train.model import load_model, settle_router_loss, targeted_modules, targeted_parameters
 from appliance.train.recipe import parse_recipe
+from appliance.train.stage import forecast_of
 
 ALL = 'target_parameters = ["all-experts"]\n'
 SFT = stage("sft", "FACTS", epochs=2, max_length=4096)
@@ -112,6 +114,8 @@ def test_experts_in_mxfp4_are_not_trained_themselves_nor_turned_into_nf4(home: H
     require_trainable(base)
     with pytest.raises(InvalidInput, match=r'in MXFP4, .* say kind = "lora"'):
         require_trainable(base, quantised=True)
+    with pytest.raises(InvalidInput, match=r"in MXFP4, into which no adapter .* take target_parameters out"):
+        require_trainable(base, experts=True)
 
 
 @pytest.mark.parametrize(("family", "coefficient"), [("doge", 0.0), ("llama4_text", 0.0), ("gpt_oss", 0.9)])
@@ -127,3 +131,34 @@ def test_models_without_one_and_those_whose_layers_are_elsewhere_are_trained(hom
     make_family(home.models / "base", family)
     run = add_run(home, "r", stage("sft", "FACTS", max_steps=2, max_length=4096), base="base")
     assert work(run, "sft") == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_experts_have_a_forecast(home: Home, family: str) -> None:
+    make_family(home.models / "base", family)
+    forecasts = []
+    for name, settings in (("beside", ""), ("experts", ALL)):
+        run = add_run(home, name, settings + SFT, base="base")
+        forecasts.append(forecast_of(home, read_recipe(run), "sft").event()["memory"])
+    assert forecasts[1]["adapter"] > forecasts[0]["adapter"]
+
+
+def test_a_layer_with_targets_of_one_kind_alone_is_a_layer(home: Home) -> None:
+    """The first layer of DeepSeek V3 is dense."""
+    model = empty_model(make_family(home.models / "base", "deepseek_v3"))
+    assert targeted_modules(model, ("all-linear",), (0,))
+    assert targeted_parameters(model, ("all-experts",), (0,)) == set()
+    of_last = targeted_parameters(model, ("all-experts",), (-1,))
+    assert of_last == targeted_parameters(model, ("all-experts",), (0, 1))
+    assert {name.split(".")[2] for name in of_last} == {"1"}
+    with pytest.raises(InvalidInput, match=r"layer 2 is none .* from 0 to 1"):
+        targeted_parameters(model, ("all-experts",), (2,))
+
+
+def test_layers_without_any_target_and_no_targets_at_all_are_refused(home: Home) -> None:
+    make_family(home.models / "base", "deepseek_v3")
+    run = add_run(home, "r", "targets = []\nlayers = [0]\n" + ALL + SFT, base="base")
+    assert work(run, "sft") != 0
+    assert failure(run, "sft")["reason"] == "the adapter's layers have none of its targets"
+    with pytest.raises(InvalidInput, match="an adapter without targets trains nothing"):
+        add_run(home, "s", "targets = []\n" + SFT, base="base")
