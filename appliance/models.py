@@ -17,6 +17,8 @@ SOURCE = "source.json"
 UNTRAINABLE = "untrainable"
 """The key of SOURCE that says why no adapter can be trained on a model that was pulled to be served only."""
 _MXFP4 = "mxfp4"
+AUTO_MAP = "auto_map"
+"""In a config: where Python code of the model's own is."""
 """How gpt-oss has its experts, which stay so; what is trained of it is in 16 bits."""
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = (
@@ -70,9 +72,12 @@ def model_path(home: Home, name: str) -> Path:
     return directory
 
 
-def check_model(directory: Path) -> None:
-    """Raise InvalidInput unless `directory` holds a model that trains and serves without running code of its own."""
-    check_description(directory)
+def check_model(directory: Path, *, code_is_left: bool = False) -> None:
+    """Raise InvalidInput unless `directory` holds a model that trains and serves without running code of its own.
+
+    `code_is_left`: whatever names such code will be taken out.
+    """
+    check_description(directory, code_is_left=code_is_left)
     if not any(directory.glob("model*.safetensors")):
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
         raise _lacking(
@@ -82,7 +87,7 @@ def check_model(directory: Path) -> None:
         )
 
 
-def check_description(directory: Path) -> None:
+def check_description(directory: Path, *, code_is_left: bool = False) -> None:
     """Raise InvalidInput unless `directory` has what a model needs beside its weights, and no code of its own."""
     if not directory.is_dir():
         raise InvalidInput("no_model", f"{directory} is not a model directory", "name a directory of model files")
@@ -90,7 +95,7 @@ def check_description(directory: Path) -> None:
     tokenizer_config = _read_json(directory / "tokenizer_config.json")
     if not config:
         raise _lacking(directory, "a config.json", "copy the model's config.json into it, or pull the model again")
-    if "auto_map" in config or "auto_map" in tokenizer_config:
+    if not code_is_left and (AUTO_MAP in config or AUTO_MAP in tokenizer_config):
         raise InvalidInput(
             "custom_code",
             f"the model in {directory} runs Python code of its own",

@@ -31,6 +31,7 @@ from appliance.home import (
     write_json,
 )
 from appliance.models import (
+    AUTO_MAP,
     MODEL_FILES,
     SOURCE,
     UNTRAINABLE,
@@ -167,14 +168,34 @@ def _from_source(source: Path, directory: Path, serve_only: bool) -> dict[str, A
     elif source.is_file():
         _unpack(source, directory)
     else:
-        check_model(source)
+        check_model(source, code_is_left=_is_known(source))
         _require_trainable(source, serve_only)
         files = sorted({file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()})
         require_space(directory, sum(file.stat().st_size for file in files), f"the copy of {source}")
         for file in files:
             _say(f"copying {file.name}")
             shutil.copyfile(file, directory / file.name)
+    _leave_code(directory)
     return _said_of(source)
+
+
+def _is_known(directory: Path) -> bool:
+    """Whether Transformers itself has the type of the model in `directory`."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return json.loads((directory / "config.json").read_bytes()).get("model_type") in CONFIG_MAPPING
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _leave_code(directory: Path) -> None:
+    """Take out what names Python code of the model's own, where Transformers has its type: no such code comes along."""
+    for path in (directory / "config.json", directory / "tokenizer_config.json"):
+        content = json.loads(path.read_bytes()) if path.exists() and _is_known(directory) else {}
+        if content.pop(AUTO_MAP, None) is not None:
+            _say(f"{path.name} names code of its own, which is left out: Transformers has models of this type itself")
+            write_json(path, content)
 
 
 def _said_of(source: Path) -> dict[str, Any]:
@@ -233,6 +254,7 @@ def _from_hub(repo: str, directory: Path, serve_only: bool) -> dict[str, Any]:
     require_space(directory, max(published.bytes - here, 0), f"the model {repo}")
     _say(f"{len(published.files)} files, {published.bytes / 1e9:.2f} GB{', some of it here already' if here else ''}")
     hub.fetch(published, sorted(published.files.keys() - set(weights)), directory)
+    _leave_code(directory)
     check_description(directory)
     _require_trainable(directory, serve_only)
     hub.fetch(published, weights, directory)

@@ -285,7 +285,7 @@ def test_a_file_that_is_too_large_to_come_is_refused(
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "does not answer texts"),
         ({"model_type": "no-such-type"}, "no model that Transformers can make"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised already \(awq\)"),
-        ({"auto_map": {"AutoModel": "modeling.Own"}}, "Python code of its own"),
+        ({"auto_map": {"AutoModel": "modeling.Own"}, "model_type": "own"}, "Python code of its own"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_its_weights_come(
@@ -297,6 +297,23 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_come(
         pull(REPO, home)
     assert "model.safetensors" not in dict(hub.sent)
     assert list(home.models.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["hub", "folder", "tar"])
+def test_code_of_a_model_that_transformers_has_itself_is_left_out(
+    home: Home, source: Path, hub: FakeHub, tmp_path: Path, way: str, capsys: Any
+) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((source / name).read_bytes())
+        (source / name).write_text(json.dumps(content | {"auto_map": {"AutoModel": "modeling.Own"}}))
+    if way == "tar":
+        with tarfile.open(tmp_path / "m.tar", "w") as tar:
+            tar.add(source, "m")
+    final = pull(REPO, home) if way == "hub" else pull("m", home, source if way == "folder" else tmp_path / "m.tar")
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((final / name).read_bytes())
+    assert capsys.readouterr().err.count("names code of its own, which is left out") == 2
+    assert list_models(home)[0].name == final.name
 
 
 def test_a_template_that_refuses_a_plain_conversation_is_refused(home: Home, source: Path, hub: FakeHub) -> None:

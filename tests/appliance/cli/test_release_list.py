@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from appliance import api, cli, release_verbs
 from appliance.cli import main
+from appliance.errors import InvalidInput
 
 
 def test_releases_tell_of_their_canaries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +123,26 @@ def test_a_promotion_whose_files_are_still_read_says_so(monkeypatch: pytest.Monk
     result = CliRunner().invoke(release_verbs.promote, ["a"])
     assert result.stdout == "a\n"
     assert "1.0 GB of 16.0 GB; it answers when they are whole" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "as_gguf"),
+    [(["m.gguf"], True), (["deep/m.gguf", "--quantise", "Q8_0"], True), (["x", "--gguf"], True), (["x"], False)],
+)
+def test_an_export_goes_by_its_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], as_gguf: bool
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(release_verbs, "ask", lambda question: None)
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(release_verbs.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    result = CliRunner().invoke(release_verbs.export, ["r-1", *arguments])
+    assert (result.exit_code, result.output.strip()) == (0, arguments[0])
+    assert [command[2] for command in commands] == (["appliance.release.gguf_file"] if as_gguf else [])
+    assert all(command[5:] == arguments[2:] for command in commands)
+
+
+def test_an_export_is_not_two_kinds_of_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="a tar and a GGUF file"):
+        CliRunner().invoke(release_verbs.export, ["r-1", str(tmp_path / "r.tar"), "--gguf"], catch_exceptions=False)
