@@ -55,7 +55,8 @@ def probe(python: str = sys.executable) -> list[Check]:
 def require_working_gpu() -> None:
     """Raise ApplianceError where a driver answers and its GPU cannot be trained and served on."""
     if failed := next((check for check in probe() if not check.passed), None):
-        raise ApplianceError("gpu_unusable", f"there is a GPU that cannot be used: {failed.said}", failed.mend)
+        advice = f"{failed.mend}; or set CUDA_VISIBLE_DEVICES to nothing, to work without it"
+        raise ApplianceError("gpu_unusable", f"there is a GPU that cannot be used: {failed.said}", advice)
 
 
 def require_gpu(torch: Any) -> None:
