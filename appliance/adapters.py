@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from appliance.errors import InvalidInput
-from appliance.models import published_as, tensor_names
+from appliance.models import published_as, template_and_end, tensor_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """What PEFT calls the files of an adapter."""
-_TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _PICKLED = ("adapter_model.bin", "adapter_model.pt")
 _COPIES = ("-unsloth-bnb-4bit", "-bnb-4bit")
 """What repositories that hold another's weights in 4 bits are called after theirs."""
@@ -47,7 +45,7 @@ def read_about(adapter: Path) -> About:
             f"the tensors of {adapter / WEIGHTS} are named as in memory (lora_A.default), not as PEFT saves them",
             "save it with PEFT's save_pretrained, or take `.default` out of the names",
         )
-    template, eos = _template_of(adapter)
+    template, eos = template_and_end(adapter)
     return About(config=config, chat_template=template, eos_token=eos)
 
 
@@ -63,7 +61,7 @@ def require_meant_for(base: Path, about: About, *, same_base: bool, base_templat
             f"the adapter says that it was trained on {named}, and not on {base.name}",
             "name its own base (--base), or say that these are the same weights (--same-base)",
         )
-    template, eos = _template_of(base)
+    template, eos = template_and_end(base)
     other = about.chat_template and about.chat_template.strip() != template.strip()
     if (other or (about.eos_token and eos and about.eos_token != eos)) and not base_template:
         what = "chat template" if other else f"end token, {about.eos_token},"
@@ -73,20 +71,6 @@ def require_meant_for(base: Path, about: About, *, same_base: bool, base_templat
             "pull its base with its own tokenizer files (`appliance pull --from`), or say that the base's is meant "
             "(--base-template)",
         )
-
-
-def _template_of(directory: Path) -> tuple[str, str]:
-    """The chat template and the end token of a directory; each empty where it has none."""
-    config = _json(directory / _TOKENIZER)
-    template = config.get("chat_template") or _json(directory / "chat_template.json").get("chat_template") or ""
-    if isinstance(template, list):
-        # Of several by name, the one that is used where none is asked for.
-        named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
-        template = named.get("default") or ""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        template = (directory / _TEMPLATE).read_text()
-    eos = config.get("eos_token") or _json(directory / "special_tokens_map.json").get("eos_token") or ""
-    return str(template), str(eos.get("content", "") if isinstance(eos, dict) else eos)
 
 
 def _tail(name: str) -> str:

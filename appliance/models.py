@@ -17,15 +17,19 @@ SOURCE = "source.json"
 UNTRAINABLE = "untrainable"
 """The key of SOURCE that says why no adapter can be trained on a model that was pulled to be served only."""
 _MXFP4 = "mxfp4"
+"""How gpt-oss has its experts, which stay so; what is trained of it is in 16 bits."""
 AUTO_MAP = "auto_map"
 """In a config: where Python code of the model's own is."""
-"""How gpt-oss has its experts, which stay so; what is trained of it is in 16 bits."""
+TEMPLATE = "chat_template.jinja"
+_PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where older multimodal models have theirs, beside the tokenizer that does not know it."""
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = (
     "model*.safetensors",
     INDEX,
     "config.json",
     "generation_config.json",
+    "*processor_config.json",
     "tokenizer*.json",
     "tokenizer.model*",
     "special_tokens_map.json",
@@ -91,11 +95,9 @@ def check_description(directory: Path, *, code_is_left: bool = False) -> None:
     """Raise InvalidInput unless `directory` has what a model needs beside its weights, and no code of its own."""
     if not directory.is_dir():
         raise InvalidInput("no_model", f"{directory} is not a model directory", "name a directory of model files")
-    config = _read_json(directory / "config.json")
-    tokenizer_config = _read_json(directory / "tokenizer_config.json")
-    if not config:
+    if not _read_json(directory / "config.json"):
         raise _lacking(directory, "a config.json", "copy the model's config.json into it, or pull the model again")
-    if not code_is_left and (AUTO_MAP in config or AUTO_MAP in tokenizer_config):
+    if not code_is_left and any(AUTO_MAP in _read_json(path) for path in config_files(directory)):
         raise InvalidInput(
             "custom_code",
             f"the model in {directory} runs Python code of its own",
@@ -103,8 +105,13 @@ def check_description(directory: Path, *, code_is_left: bool = False) -> None:
         )
     if not any((directory / name).is_file() for name in _TOKENIZERS):
         raise _lacking(directory, "a tokenizer", "copy the model's tokenizer files (tokenizer.json) into it")
-    if "chat_template" not in tokenizer_config and not (directory / "chat_template.jinja").is_file():
+    if not template_and_end(directory)[0]:
         raise _lacking(directory, "a chat template", "use an instruct model, or put its chat_template.jinja there")
+
+
+def config_files(directory: Path) -> list[Path]:
+    """The files of a model that may name code of its own: of model, tokenizer and processors."""
+    return sorted(directory.glob("*config.json"))
 
 
 def in_mxfp4(directory: Path) -> bool:
@@ -168,13 +175,31 @@ def _embedded_tokens(directory: Path) -> int:
 def _used_beyond(directory: Path, rows: int) -> str:
     """A token of the chat template whose id is `rows` or more; empty where there is none."""
     tokens = _read_json(directory / "tokenizer.json").get("added_tokens")
-    template = str(_read_json(directory / "tokenizer_config.json").get("chat_template", ""))
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        template += (directory / "chat_template.jinja").read_text()
+    template, _ = template_and_end(directory)
     for token in tokens if isinstance(tokens, list) else ():
         if isinstance(token, dict) and token.get("id", 0) >= rows and str(token.get("content")) in template:
             return str(token["content"])
     return ""
+
+
+def template_and_end(directory: Path) -> tuple[str, str]:
+    """The chat template and the end token that a directory's files say; each empty where they say none."""
+    config = _read_json(directory / "tokenizer_config.json")
+    template = config.get("chat_template") or processors_template(directory)
+    if isinstance(template, list):
+        # Of several by name, the one that is used where none is asked for.
+        named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default") or ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        template = (directory / TEMPLATE).read_text()
+    eos = config.get("eos_token") or _read_json(directory / "special_tokens_map.json").get("eos_token") or ""
+    return str(template), str(eos.get("content", "") if isinstance(eos, dict) else eos)
+
+
+def processors_template(directory: Path) -> str:
+    """The chat template that the model's processor alone knows; empty where there is none, or its tokenizer has one."""
+    known = (directory / TEMPLATE).exists() or _read_json(directory / "tokenizer_config.json").get("chat_template")
+    return "" if known else str(_read_json(directory / _PROCESSOR_TEMPLATE).get("chat_template") or "")
 
 
 def context_length(directory: Path) -> int:

@@ -34,11 +34,14 @@ from appliance.models import (
     AUTO_MAP,
     MODEL_FILES,
     SOURCE,
+    TEMPLATE,
     UNTRAINABLE,
     check_description,
     check_model,
+    config_files,
     context_length,
     model_path,
+    processors_template,
     require_trainable,
 )
 from appliance.release.card import CARD
@@ -167,16 +170,28 @@ def _from_source(source: Path, directory: Path, serve_only: bool) -> dict[str, A
         from_gguf.convert(source, directory)
     elif source.is_file():
         _unpack(source, directory)
+        _settle(directory)
     else:
-        check_model(source, code_is_left=_is_known(source))
-        _require_trainable(source, serve_only)
-        files = sorted({file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()})
-        require_space(directory, sum(file.stat().st_size for file in files), f"the copy of {source}")
-        for file in files:
-            _say(f"copying {file.name}")
-            shutil.copyfile(file, directory / file.name)
-    _leave_code(directory)
+        _copy(source, directory, serve_only)
     return _said_of(source)
+
+
+def _copy(source: Path, directory: Path, serve_only: bool) -> None:
+    """Copy a model's files to `directory`, the weights after all else has been found fit."""
+    check_model(source, code_is_left=_is_known(source))
+    files = {file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()}
+    require_space(directory, sum(file.stat().st_size for file in files), f"the copy of {source}")
+    weights = {file for file in files if file.suffix == ".safetensors"}
+    _copy_files(files - weights, directory)
+    _settle(directory)
+    _require_trainable(directory, serve_only)
+    _copy_files(weights, directory)
+
+
+def _copy_files(files: set[Path], directory: Path) -> None:
+    for file in sorted(files):
+        _say(f"copying {file.name}")
+        shutil.copyfile(file, directory / file.name)
 
 
 def _is_known(directory: Path) -> bool:
@@ -189,13 +204,18 @@ def _is_known(directory: Path) -> bool:
         return False
 
 
-def _leave_code(directory: Path) -> None:
-    """Take out what names Python code of the model's own, where Transformers has its type: no such code comes along."""
-    for path in (directory / "config.json", directory / "tokenizer_config.json"):
-        content = json.loads(path.read_bytes()) if path.exists() and _is_known(directory) else {}
+def _settle(directory: Path) -> None:
+    """Take out what names Python code of the model's own, where Transformers has its type: no such code comes along.
+
+    A chat template that only the model's processor would know is written where its tokenizer finds it.
+    """
+    for path in config_files(directory) if _is_known(directory) else ():
+        content = json.loads(path.read_bytes())
         if content.pop(AUTO_MAP, None) is not None:
             _say(f"{path.name} names code of its own, which is left out: Transformers has models of this type itself")
             write_json(path, content)
+    if template := processors_template(directory):
+        (directory / TEMPLATE).write_text(template)
 
 
 def _said_of(source: Path) -> dict[str, Any]:
@@ -212,8 +232,9 @@ def _said_of(source: Path) -> dict[str, Any]:
 
 
 def _unpack(archive: Path, directory: Path) -> None:
-    """Write the model's files in a tar, which may lie in one folder, to `directory`. Raises InvalidInput."""
+    """Write the model's files in a tar, all of which lie in one folder, to `directory`. Raises InvalidInput."""
     require_space(directory, archive.stat().st_size, f"the model in {archive}")
+    folder = None
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -222,7 +243,8 @@ def _unpack(archive: Path, directory: Path) -> None:
                     continue
                 target = directory / path.name
                 content = tar.extractfile(member)
-                if len(path.parts) > 2 or target.exists() or content is None:
+                folder = path.parent if folder is None else folder
+                if path.parent != folder or target.exists() or content is None:
                     raise InvalidInput("bad_archive", f"{archive.name} holds more than one model", "unpack it first")
                 _say(f"unpacking {path.name}")
                 with content, open(target, "wb") as file:
@@ -254,12 +276,12 @@ def _from_hub(repo: str, directory: Path, serve_only: bool) -> dict[str, Any]:
     require_space(directory, max(published.bytes - here, 0), f"the model {repo}")
     _say(f"{len(published.files)} files, {published.bytes / 1e9:.2f} GB{', some of it here already' if here else ''}")
     hub.fetch(published, sorted(published.files.keys() - set(weights)), directory)
-    _leave_code(directory)
+    _settle(directory)
     check_description(directory)
     _require_trainable(directory, serve_only)
     hub.fetch(published, weights, directory)
     for path in directory.iterdir():
-        if path.name not in published.files:
+        if path.name not in {*published.files, TEMPLATE}:
             path.unlink()
     return {"source": f"hub:{repo}@{published.commit}", "licence": published.licence}
 

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -93,6 +94,12 @@ def quantised(values: torch.Tensor, kind: Type) -> torch.Tensor:
     return target
 
 
+def _pinned(package: str) -> str:
+    """The version of an optional package that this one asks for."""
+    asked = (requirement.partition(";")[0].strip() for requirement in requires("finetune-appliance") or ())
+    return next((one for one in asked if one.startswith(package)), package)
+
+
 @functools.cache
 def llama_cpp() -> ctypes.CDLL:
     """llama.cpp's library. Raises InvalidInput where it is not installed."""
@@ -101,7 +108,7 @@ def llama_cpp() -> ctypes.CDLL:
         raise InvalidInput(
             "no_llama_cpp",
             "llama.cpp's library, which quantises, is not installed",
-            "run `pip install xllamacpp==2026.10.11549`",
+            f"run `pip install {_pinned('xllamacpp')}`",
         )
     path = next(Path(package.submodule_search_locations[0]).glob("xllamacpp*.so"))
     library = ctypes.CDLL(str(path))

@@ -10,7 +10,7 @@ from appliance.errors import Conflict, InvalidInput
 from appliance.home import Home, sha256
 from appliance.models import base_hashes
 from appliance.release.manifest import read_manifest
-from appliance.train.recipe import Recipe
+from appliance.train.recipe import Adapter, Recipe
 
 _AS_A_BASE = "train on its merged weights instead: `appliance pull NAME --from {}`, with that name as the base"
 
@@ -44,8 +44,21 @@ def going_on(home: Home, recipe: Recipe, base: Path) -> Recipe:
             f"release {release} is {manifest['state']}, or its adapter is not the one that its manifest names",
             "start from a verified release",
         )
+    if other := _other_settings(recipe.adapter, made_by.adapter):
+        raise InvalidInput(
+            "another_adapter",
+            f"the adapter of release {release} goes on with its own settings, and its {other[0]} is not the recipe's",
+            "take [adapter] out",
+        )
     start = recipe.start.model_copy(update={"sha256": sha256(weights), "nudges": made_by.only_nudges})
     return recipe.model_copy(update={"start": start, "adapter": made_by.adapter})
+
+
+def _other_settings(asked: Adapter, made: Adapter) -> list[str]:
+    """The keys that a recipe names under [adapter] and that an adapter was made with otherwise."""
+    # Without an alpha of the recipe's own it follows from the rank, which may be the default one.
+    named = asked.model_fields_set - ({"alpha"} if asked.rank != made.rank else set())
+    return sorted(key for key in named if getattr(asked, key) != getattr(made, key))
 
 
 def copy_start(home: Home, recipe: Recipe, run: Path) -> None:

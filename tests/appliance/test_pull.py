@@ -19,11 +19,14 @@ from tiny import make_model
 
 import appliance.pull as pulling
 from appliance import smollm2
+from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import Conflict, InvalidInput, NoSpace, NotFound, Unreachable
 from appliance.gguf_words import pre_tokenizer
 from appliance.home import Home
-from appliance.models import list_models, require_trainable, stored_names
+from appliance.models import TEMPLATE, list_models, require_trainable, stored_names
 from appliance.pull import pull
+
+CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
 @pytest.fixture
@@ -303,17 +306,30 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_come(
 def test_code_of_a_model_that_transformers_has_itself_is_left_out(
     home: Home, source: Path, hub: FakeHub, tmp_path: Path, way: str, capsys: Any
 ) -> None:
-    for name in ("config.json", "tokenizer_config.json"):
+    (source / "preprocessor_config.json").write_text("{}")
+    for name in CONFIGS:
         content = json.loads((source / name).read_bytes())
         (source / name).write_text(json.dumps(content | {"auto_map": {"AutoModel": "modeling.Own"}}))
     if way == "tar":
         with tarfile.open(tmp_path / "m.tar", "w") as tar:
             tar.add(source, "m")
     final = pull(REPO, home) if way == "hub" else pull("m", home, source if way == "folder" else tmp_path / "m.tar")
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in CONFIGS:
         assert "auto_map" not in json.loads((final / name).read_bytes())
-    assert capsys.readouterr().err.count("names code of its own, which is left out") == 2
+    assert capsys.readouterr().err.count("names code of its own, which is left out") == len(CONFIGS)
     assert list_models(home)[0].name == final.name
+
+
+@pytest.mark.parametrize("way", ["hub", "folder"])
+def test_a_template_that_only_the_processor_knows_becomes_the_tokenizers(
+    home: Home, source: Path, hub: FakeHub, way: str
+) -> None:
+    """Which the pull needs already, to try it."""
+    template = (source / TEMPLATE).read_text()
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (source / TEMPLATE).unlink()
+    final = pull(REPO, home) if way == "hub" else pull("m", home, source)
+    assert (final / TEMPLATE).read_text() == load_tokenizer(final).chat_template == template
 
 
 def test_a_template_that_refuses_a_plain_conversation_is_refused(home: Home, source: Path, hub: FakeHub) -> None:
@@ -376,7 +392,7 @@ def test_a_release_of_this_box_becomes_a_base(home: Home, source: Path, capsys: 
     assert (about["source"], about["licence"]) == ("release:facts-1", "mit")
 
 
-@pytest.mark.parametrize("inside", ["", "some-model/"])
+@pytest.mark.parametrize("inside", ["", "some-model/", "./home/me/some-model/"])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_model_comes_from_a_tar(home: Home, source: Path, tmp_path: Path, inside: str, mode: Any) -> None:
     archive = tmp_path / "model.tar"

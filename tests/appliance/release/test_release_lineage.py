@@ -54,6 +54,25 @@ def test_the_adapters_own_settings_and_its_hash_are_taken_over(home: Home) -> No
     assert start(home).start == Start(release="r-1", sha256=sha256(weights), nudges=True)
 
 
+@pytest.mark.parametrize(
+    ("asked", "fault"),
+    [
+        ('kind = "dora"\nrank = 3', ""),
+        ('kind = "dora"', ""),
+        ('kind = "lora"', "its kind is not"),
+        ("rank = 4", "its rank is not"),
+        ("rank = 3\nalpha = 9", "its alpha is not"),
+    ],
+)
+def test_other_settings_than_the_adapters_are_refused(home: Home, asked: str, fault: str) -> None:
+    text = RECIPE.replace("[[stages]]", f"[adapter]\n{asked}\n[[stages]]")
+    if fault:
+        with pytest.raises(InvalidInput, match=fault):
+            start(home, text)
+    else:
+        assert start(home, text).adapter.rank == 3
+
+
 def test_a_recipe_that_starts_from_its_base_stays_as_it_is(home: Home) -> None:
     text = RECIPE.replace('start = "r-1"\n', "")
     assert start(home, text) == parse_recipe(text)
