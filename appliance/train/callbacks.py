@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,25 @@ class Reporter(TrainerCallback):
         self.events.append("checkpoint", self.stage.name, step=state.global_step, path=path)
 
 
+SHARE = 1 / 40
+"""Of the time of training, what evaluations with their samples take, and checkpoints, where a recipe leaves it open."""
+UNSAVED = 60.0, 300.0
+"""Seconds of training between two checkpoints then, at least and at most."""
+
+
+@dataclass
+class Expense:
+    """What is done beside training, again and again: the seconds that it took last, and those trained since."""
+
+    last: float = 0.0
+    """0: it has not been done yet."""
+    since: float = 0.0
+
+    def is_due(self, least: float = 0.0, most: float = math.inf) -> bool:
+        """Whether it may be done again for its SHARE, which it waits for between so many seconds."""
+        return self.since >= min(max(self.last / SHARE, least), most)
+
+
 class Cadence(TrainerCallback):
     """Decides after each step whether to evaluate, to save, and to stop because that was asked for."""
 
@@ -79,17 +100,37 @@ class Cadence(TrainerCallback):
         self.stage = stage
         self.interruption = interruption
         self.evaluates = evaluates
+        self._evaluation, self._checkpoint = Expense(), Expense()
+        self._told = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._seconds()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
+        seconds = self._seconds()
+        self._evaluation.since += seconds
+        self._checkpoint.since += seconds
         ending = (self.folder / ENDING).exists()
-        control.should_evaluate = self.evaluates and (ending or is_evaluated(step, self.stage, state.max_steps))
-        control.should_save = not last and step % self.stage.checkpoint_every == 0
+        due = is_evaluated(step, self.stage, state.max_steps)
+        due |= not self.stage.evaluate_every and self._evaluation.is_due()
+        control.should_evaluate = self.evaluates and (ending or due)
+        every = self.stage.checkpoint_every
+        control.should_save = not last and (step % every == 0 if every else self._checkpoint.is_due(*UNSAVED))
         control.should_training_stop |= ending
         self._obey(state, control)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._evaluation = Expense(self._seconds())
         self._obey(state, control)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._checkpoint = Expense(self._seconds())
+
+    def _seconds(self) -> float:
+        """Since this was asked last."""
+        before, self._told = self._told, time.monotonic()
+        return self._told - before
 
     def _obey(self, state: TrainerState, control: TrainerControl) -> None:
         if self.interruption.requested and 0 < state.global_step < state.max_steps:
@@ -102,5 +143,5 @@ def _known(logs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def is_evaluated(step: int, stage: AnyStage, last: int) -> bool:
-    """Whether the held-out loss is evaluated after `step` of `last` steps."""
-    return step == last or step % stage.evaluate_every == 0
+    """Whether the held-out loss is evaluated after `step` of `last` steps, whatever the time."""
+    return step == last or (stage.evaluate_every > 0 and step % stage.evaluate_every == 0)

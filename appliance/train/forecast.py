@@ -18,6 +18,7 @@ import torch
 
 from appliance.architecture import quantised_modules
 from appliance.errors import InvalidInput, reason
+from appliance.train.callbacks import SHARE
 from appliance.train.checkpoints import KEPT
 from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import DTYPE, ON_GPU
@@ -274,7 +275,10 @@ def _operations(plan: Plan, parts: list[Part], one: Part, taken: Pass) -> float:
     if work.compared:
         steps += scored(work.rows, work.compared)
     evaluation = scored(work.held_out, work.sequences + work.compared)
-    total = epochs * steps + (1 + plan.steps // stage.evaluate_every) * evaluation
+    training = epochs * steps
+    # By steps, or by time, where one comes before them and one after.
+    every = stage.evaluate_every
+    total = training + (1 + plan.steps // every) * evaluation if every else (1 + SHARE) * training + 2 * evaluation
     if stage.method != "sft":
         # The reference's log-probabilities, once a row.
         total += scored(work.rows, work.sequences + work.compared) + evaluation

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, ValidationError, model_validator
 
 from appliance.data.dataset import Kind
 from appliance.errors import InvalidInput
@@ -49,7 +49,7 @@ class Adapter(_Section):
     """Of a mixture of experts, names of the parameters with a matrix for each expert that get an adapter, such as
     experts.down_proj. all-experts: all of them; empty: none, because what is beside the experts learns most tasks, and
     each expert has factors of its own. They stay in 16 bits, also for qlora."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[StrictInt, ...] = ()
     """Numbers of the layers that get an adapter, from 0, or from -1 for the last; empty: all of them."""
 
     @model_validator(mode="before")
@@ -115,10 +115,12 @@ class Stage(_Section):
     """Longest row in tokens; longer rows are an error unless `drop_long`. Nothing is ever cut."""
     drop_long: bool = False
     """Leave out rows longer than `max_length`, counted in the run's events, instead of refusing to train."""
-    checkpoint_every: int = Field(20, ge=1)
-    """Steps between checkpoints: what a power cut may cost."""
-    evaluate_every: int = Field(20, ge=1)
-    """Steps between evaluations of the held-out loss."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Steps between checkpoints. 0: by time, every one to five minutes, so that a power cut costs five minutes and a
+    step at most."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between evaluations of the held-out loss. 0: by time, so that they and their samples take a fortieth of the
+    training's. There is one before the first step and one after the last in any case."""
     samples: int = Field(2, ge=0, le=16)
     """Held-out prompts that the model answers at each evaluation, so that a person watches it learn."""
     keep: Literal["best", "last"] = "best"
@@ -207,7 +209,8 @@ AFTER_TRAINING = ("merge", "verify", "probe")
 """The stages that make a release of what was trained last."""
 BASE = "base"
 """What a stage is `from` that goes on with nothing."""
-METHOD_NAMES = ("sft", "dpo", "kto")
+_STAGES: dict[str, type[Stage]] = {"sft": SftStage, "dpo": DpoStage, "kto": KtoStage}
+METHOD_NAMES = tuple(_STAGES)
 
 SFT_LEARNING_RATES = ((500_000_000, 1e-3), (3_000_000_000, 5e-4), (15_000_000_000, 2e-4))
 """Default by parameters of the base, each up to a size. Source: arXiv 2305.14314 for 7 billion and more; below, the
@@ -430,6 +433,9 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if first["type"] == "extra_forbidden":
         key = str(location[-1])
+        if others := [method for method, stage in _STAGES.items() if key in stage.model_fields]:
+            hint = "take it out" if location[0] == "stages" else "move it below a [[stages]]"
+            return f"the recipe's `{where}` is a key of {' and '.join(others)} stages", hint
         close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
         hint = f"did you mean `{close[0]}`?" if close else "take it out"
         return f"the recipe has an unknown key `{where}`", hint
@@ -483,5 +489,5 @@ _WANTED = {
 
 
 def _known_keys() -> list[str]:
-    models = (Recipe, Adapter, SftStage, DpoStage, KtoStage)
+    models: tuple[type[BaseModel], ...] = (Recipe, Adapter, *_STAGES.values())
     return sorted({field.alias or key for model in models for key, field in model.model_fields.items()})

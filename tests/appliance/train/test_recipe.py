@@ -127,7 +127,7 @@ def test_a_dumped_recipe_reads_back_with_every_default_written_out() -> None:
     recipe = parse_recipe(GOOD)
     text = dump_recipe(recipe)
     assert parse_recipe(text) == recipe
-    assert "checkpoint_every = 20" in text
+    assert "bad_steps = 3" in text
 
 
 def test_a_recipe_has_the_day_on_which_it_was_first_read_or_its_own() -> None:
@@ -193,6 +193,12 @@ def test_every_shipped_recipe_parses(shipped: ShippedRecipe) -> None:
             "unknown key `stages[0].learing_rate` — did you mean `learning_rate`",
         ),
         (GOOD.replace("[adapter]", "[adaptor]"), "unknown key `adaptor` — did you mean `adapter`"),
+        (GOOD.replace("learning_rate", "sft_weight"), "`stages[0].sft_weight` is a key of dpo stages — take it out"),
+        ("epochs = 2" + GOOD, "`epochs` is a key of sft and dpo and kto stages — move it below a [[stages]]"),
+        (
+            GOOD.replace('"lora"', '"lora"\nlayers = [true]'),
+            "`adapter.layers[0]` is True, and has to be a whole",
+        ),
         (GOOD + "zzz = 1", "unknown key `stages[1].zzz` — take it out"),
         (GOOD.replace('base = "tiny"', ""), "lacks `base`"),
         (GOOD.replace('dataset = "facts"', ""), "lacks `stages[0].dataset`"),
