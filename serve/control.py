@@ -20,9 +20,10 @@ from pydantic import BaseModel
 
 from appliance import __version__, api, hardware
 from appliance.data.dataset import Dataset
+from appliance.data.tokenizer import thinking_switches
 from appliance.errors import ApplianceError, Conflict, InvalidInput
 from appliance.home import Home, building, disk_error, require_space, write_atomic
-from appliance.models import count_parameters, list_models, model_path, require_trainable
+from appliance.models import count_parameters, list_models, model_path, require_trainable, template_and_end
 from appliance.recipes import shipped_recipes
 from appliance.release.lineage import copy_start, going_on
 from appliance.store.datasets import Datasets
@@ -127,6 +128,10 @@ def control_app(
             stage.model_copy(update={"dataset": dataset.id})
             for stage, dataset in zip(recipe.stages, found, strict=True)
         )
+        if recipe.thinking == "auto" and stages and thinking_switches(template_and_end(base)[0]):
+            reports = [Dataset.open(home, dataset.id).report for dataset in found]
+            thought = any(report.get("thoughts") for report in reports)
+            recipe = recipe.model_copy(update={"thinking": "on" if thought else "off"})
         return recipe.model_copy(update={"stages": stages})
 
     @app.post("/v1/forecasts")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -128,3 +131,37 @@ def make_tokenizer(template: str, normalizer: Any = None) -> Any:
         additional_special_tokens=["<|endoftext|>", *OTHERS],
         chat_template=template,
     )
+
+
+PUBLISHED = Path(str(find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
+READ_PICTURES = {"idefics3", "llava_next", "smolvlm", "diffusion_gemma"}
+"""Of models that are not trained here."""
+OF_OUR_OWN = {
+    "granite": GRANITE,
+    "mistral": MISTRAL_V3,
+    "olmo2": OLMO,
+    "phi4": PHI4,
+    "smollm2": DEFAULT_SYSTEM,
+}
+"""Written after those of models that TRL has no template of."""
+_SPECIAL = re.compile(
+    r"<\|[^|<>\s']+\|>|<｜[^｜<>]+｜>|</?s>|\[/?[A-Z_]{4,}\]|<(?:start|end)_of_turn>|<\|?(?:turn|channel)\|?>"
+    r"|<\|?tool_(?:call|response)\|>|<\|tool_(?:call|response)>"
+)
+
+
+def templates() -> dict[str, str]:
+    """Chat templates by name: the publishers', and ours for models that TRL has none of."""
+    published = {
+        path.stem: path.read_text()
+        for path in sorted(PUBLISHED.glob("*.jinja"))
+        if not path.stem.endswith("_training") and path.stem not in READ_PICTURES
+    }
+    return published | OF_OUR_OWN
+
+
+def tokenizer_of(template: str) -> Any:
+    """A small tokenizer to which the template's marks are special tokens."""
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*_SPECIAL.findall(template), "<|endoftext|>"})})
+    return tokenizer

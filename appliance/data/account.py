@@ -77,6 +77,8 @@ class Account:
     rows_in: int = 0
     kept: int = 0
     duplicates: int = 0
+    thoughts: int = 0
+    """Rows that were kept with a thought before an answer."""
     trimmed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     """Rows dropped, by code."""
@@ -151,6 +153,7 @@ class Account:
             "kept": self.kept,
             "dropped": self.dropped.total(),
             "duplicates": self.duplicates,
+            "thoughts": self.thoughts,
             "drop_codes": dict(self.dropped),
             "unread": dict(self.unread),
             "private": dict(self.private),

@@ -35,13 +35,13 @@ Conversation = list[Rendered]
 """The examples that a conversation is trained as."""
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-    """Token ids of `messages` with the header of the assistant's next turn.
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, **told: Any) -> list[int]:
+    """Token ids of `messages` with the header of the assistant's next turn; the template is `told` more by names.
 
     Raises InvalidInput where the template refuses the messages.
     """
     messages = as_read(tokenizer, messages)
-    return _encode(tokenizer, render_text(tokenizer, messages, tools, add_generation_prompt=True))
+    return _encode(tokenizer, render_text(tokenizer, messages, tools, add_generation_prompt=True, **told))
 
 
 def render_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> Conversation:
@@ -346,18 +346,18 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def render_text(
-    tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False
+    tokenizer: Any, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False, **told: Any
 ) -> str:
-    """What the chat template makes of `messages`. Raises InvalidInput where it refuses them."""
-    told = tools_as_read(tokenizer, tools)
+    """What the chat template makes of `messages`, and of what else it is told. Raises InvalidInput where it refuses."""
+    shown = tools_as_read(tokenizer, tools)
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), tools=told, add_generation_prompt=add_generation_prompt, tokenize=False
+                list(messages), tools=shown, add_generation_prompt=add_generation_prompt, tokenize=False, **told
             )
         )
     except Exception as error:  # a template is its publisher's program and raises what it likes
-        if "tool" not in str(tokenizer.chat_template) and (name := tools_absent("", messages, told)):
+        if "tool" not in str(tokenizer.chat_template) and (name := tools_absent("", messages, shown)):
             raise _tools_not_rendered(name) from error
         if isinstance(error, TypeError) and any(message.get("tool_calls") for message in messages):
             raise InvalidInput(

@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import json
 from datetime import date
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.parser
+from pydantic import BaseModel, ConfigDict
+
 from appliance.errors import InvalidInput, reason
 
+_SWITCHES = ("enable_thinking", "thinking")
+"""What templates call it: those of Qwen, Gemma, GLM and their like; those of Granite and DeepSeek."""
+_TOLD_BY_ALL = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def load_tokenizer(folder: Path, clock: date | None = None) -> Any:
-    """The tokenizer of the model in `folder`, whose chat template takes `clock` for today (None: what it is).
+class TemplateSettings(BaseModel):
+    """What a chat template is told beside messages and tools: the same in training, in gates and by the engine."""
+
+    model_config = ConfigDict(frozen=True)
+
+    today: date | None = None
+    """The day it takes for today; None: what it is."""
+    thinking: bool | None = None
+    """Whether it has the model think before it answers; None: as the template does by itself."""
+
+    def told_to(self, template: str) -> dict[str, Any]:
+        """The variables of `template` that have these values; only what it asks for."""
+        told: dict[str, Any] = {}
+        if self.today and "strftime_now" in template:
+            told["strftime_now"] = self.today.strftime
+        if self.thinking is not None:
+            told |= dict.fromkeys(thinking_switches(template), self.thinking)
+        return told
+
+
+def load_tokenizer(folder: Path, settings: TemplateSettings | None = None) -> Any:
+    """The tokenizer of the model in `folder`, whose chat template has these settings from now on.
 
     Raises InvalidInput where it cannot be used.
     """
@@ -24,16 +53,42 @@ def load_tokenizer(folder: Path, clock: date | None = None) -> Any:
         raise InvalidInput(
             "no_tokenizer", f"{folder} holds no usable tokenizer: {reason(error)}", "pull the base model again"
         ) from error
-    if clock:
-        set_clock(tokenizer, clock)
+    if settings:
+        set_template(tokenizer, settings)
     return tokenizer
 
 
-def set_clock(tokenizer: Any, day: date) -> None:
-    """Let the tokenizer's chat template be told `day` from now on where it asks for today's date."""
-    # The name under which templates ask. Those that do not are left alone: not every tokenizer takes other arguments.
-    if "strftime_now" in str(tokenizer.chat_template):
-        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=day.strftime)
+def set_template(tokenizer: Any, settings: TemplateSettings) -> None:
+    """Let the tokenizer's chat template be told these settings from now on, where a call says nothing else."""
+    # A template that asks for none is left alone: not every tokenizer takes other arguments.
+    if told := settings.told_to(str(tokenizer.chat_template)):
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **told)
+
+
+def thinking_switches(template: str) -> tuple[str, ...]:
+    """The variables by which a chat template is told whether the model is to think; none: it cannot be told."""
+    return tuple(name for name in _SWITCHES if name in variables(template))
+
+
+@lru_cache
+def variables(template: str) -> frozenset[str]:
+    """What a chat template asks for beside the conversation, its tools and the tokenizer's own tokens."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
+    try:
+        asked = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
+    return frozenset(name for name in asked if name not in _TOLD_BY_ALL and not name.endswith("_token"))
+
+
+class _Generation(jinja2.ext.Extension):
+    """The mark of what the model says, which Transformers adds to Jinja."""
+
+    tags = {"generation"}  # noqa: RUF012  as Jinja declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _loader(folder: Path) -> Any:

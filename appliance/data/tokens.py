@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from kitoken import Kitoken
 
 from appliance.data.dataset import Row, answered
-from appliance.data.render import render_conversation, render_text
+from appliance.data.render import Conversation, render_conversation, render_text
 from appliance.data.template_input import special_tokens
-from appliance.data.tokenizer import load_tokenizer
+from appliance.data.thoughts import THOUGHT
+from appliance.data.tokenizer import TemplateSettings, load_tokenizer
 from appliance.errors import InvalidInput
 
 _BATCH_BYTES = 1 << 19
@@ -74,6 +75,7 @@ class TokenCount:
         """`base` is the directory of a base model. Raises InvalidInput where its tokenizer cannot be used."""
         self.base = base.name
         self._tokenizer = load_tokenizer(base)
+        self._thinking = load_tokenizer(base, TemplateSettings(thinking=True))
         self._bos = self._tokenizer.bos_token
         self._special = special_tokens(self._tokenizer)
         self._ending = re.compile(rf"\s*(?:{self._special.pattern})")
@@ -100,7 +102,7 @@ class TokenCount:
         """Why `row` cannot be trained on; None where it can. As training does it, which is slower than counting."""
         try:
             for messages in conversations(row):
-                render_conversation(self._tokenizer, messages, row.get("tools"))
+                self._examples(messages, row.get("tools"))
         except InvalidInput as error:
             return error
         return None
@@ -267,12 +269,17 @@ class TokenCount:
     def _render_exactly(self, conversation: _Conversation) -> tuple[int, int, int] | None:
         """Tokens of the longest example, of all, and trained ones; None where it cannot be rendered, which is noted."""
         try:
-            examples = render_conversation(self._tokenizer, conversation.messages, conversation.tools)
+            examples = self._examples(conversation.messages, conversation.tools)
         except InvalidInput as error:
             self._note_refusal(conversation.row, error)
             return None
         lengths = [len(example.input_ids) for example in examples]
         return max(lengths, default=0), sum(lengths), sum(sum(example.trained) for example in examples)
+
+    def _examples(self, messages: list[dict[str, Any]], tools: Any) -> Conversation:
+        """As training makes them, which has the model think where rows have thoughts."""
+        thinks = any(message.get("reasoning_content") or THOUGHT.match(message["content"]) for message in messages)
+        return render_conversation(self._thinking if thinks else self._tokenizer, messages, tools)
 
     def _note_refusal(self, row: int, error: InvalidInput) -> None:
         """Once for a row, which may have two conversations."""

@@ -51,7 +51,8 @@ def going_on(home: Home, recipe: Recipe, base: Path) -> Recipe:
             "take [adapter] out",
         )
     start = recipe.start.model_copy(update={"sha256": sha256(weights), "nudges": made_by.only_nudges})
-    return recipe.model_copy(update={"start": start, "adapter": made_by.adapter})
+    thinking = made_by.thinking if recipe.thinking == "auto" else recipe.thinking
+    return recipe.model_copy(update={"start": start, "adapter": made_by.adapter, "thinking": thinking})
 
 
 def _other_settings(asked: Adapter, made: Adapter) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from appliance import __version__
+from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
 from appliance.home import Home, fsync_directory, json_bytes, sha256, write_atomic, write_json
 from appliance.models import SOURCE
@@ -252,6 +253,12 @@ def clock_of(manifest: dict[str, Any]) -> date:
     return date.fromisoformat(day) if day else date.fromtimestamp(manifest["created"])
 
 
+def template_of(manifest: dict[str, Any]) -> TemplateSettings:
+    """What a release's chat template is told."""
+    recipe = Recipe.model_validate(manifest["recipe"])
+    return recipe.template.model_copy(update={"today": clock_of(manifest)})
+
+
 def same_but_for_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether an engine that has read the one release need read nothing but weights to serve the other.
 
@@ -261,9 +268,10 @@ def same_but_for_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _read_at_start(manifest: dict[str, Any]) -> dict[str, str]:
-    """Hashes of the configuration, the tokenizer and the template."""
+    """Hashes of the configuration, the tokenizer and the template, and whether that has the model think."""
     weights = (".safetensors", ".safetensors.index.json", CARD)
-    return {name: hash for name, hash in manifest["files"].items() if not name.endswith(weights) and "/" not in name}
+    read = {name: hash for name, hash in manifest["files"].items() if not name.endswith(weights) and "/" not in name}
+    return read | {"thinking": manifest["recipe"].get("thinking", "auto")}
 
 
 def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:

@@ -75,7 +75,7 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> t
     if recipe.quantised:
         candidates[DEQUANTISED] = rounded_changes(base, changes)
 
-    tokenizer = load_tokenizer(base, recipe.clock)
+    tokenizer = load_tokenizer(base, recipe.template)
     chosen = render(tokenizer, held_out_set(home, recipe, tokenizer).conversations)
     answered = last_stage_rows(home, recipe, tokenizer)
     conversations = [*chosen, *render_answered(tokenizer, answered)]

@@ -29,7 +29,7 @@ from appliance.release.held_out import (
     render,
     render_answered,
 )
-from appliance.release.manifest import DEQUANTISED, clock_of, read_manifest
+from appliance.release.manifest import DEQUANTISED, read_manifest, template_of
 from appliance.release.merge import SCORES
 from appliance.release.oracle import Oracle
 from appliance.release.probes import evenly, make_probes
@@ -63,7 +63,7 @@ def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: 
     """
     base = model_path(home, recipe.base)
     model_folder = run / "merge" / "model"
-    tokenizer = load_tokenizer(base, recipe.clock)
+    tokenizer = load_tokenizer(base, recipe.template)
     probes = make_probes(home, recipe, tokenizer)
     if recipe.only_nudges:
         probes = ask_base(base, tokenizer, probes, events)
@@ -180,7 +180,7 @@ def _rival(home: Home, recipe: Recipe, live: str, judged: list[list[Row]]) -> _R
     if live:
         folder = home.releases / live
         try:
-            tokenizer = load_tokenizer(folder, clock_of(read_manifest(home, live)))
+            tokenizer = load_tokenizer(folder, template_of(read_manifest(home, live)))
             rendered = [render(tokenizer, rows) for rows in judged]
             return _Rival(f"the live release {live}", load_model(folder), rendered, live=True)
         except Exception as error:  # running out of memory has many names
@@ -189,7 +189,7 @@ def _rival(home: Home, recipe: Recipe, live: str, judged: list[list[Row]]) -> _R
             print(f"the live release is not what this one is compared with: {error}", file=sys.stderr)
     release_memory()
     base = model_path(home, recipe.base)
-    tokenizer = load_tokenizer(base, recipe.clock)
+    tokenizer = load_tokenizer(base, recipe.template)
     rendered = [render(tokenizer, rows) for rows in judged]
     return _Rival(f"the base {recipe.base}", load_model(base), rendered, live=False)
 
@@ -205,7 +205,7 @@ def _live_set(home: Home, recipe: Recipe, live: str, tokenizer: Any) -> tuple[li
         same = judged_on(its_recipe) == judged_on(recipe) and its_recipe.eval_share == recipe.eval_share
         if judged_on(its_recipe) is None or same:
             return [], []
-        theirs = load_tokenizer(home.releases / live, clock_of(manifest))
+        theirs = load_tokenizer(home.releases / live, template_of(manifest))
         found = held_out_set(home, its_recipe, theirs)
         rows = found.conversations if found.held_out else []
         return render(tokenizer, rows), render(theirs, rows)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from appliance import api, hardware
+from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import ApplianceError, reason
 from appliance.home import Home
-from appliance.release.manifest import clock_of, read_manifest, same_but_for_weights
+from appliance.release.manifest import read_manifest, same_but_for_weights, template_of
 from appliance.store.processes import SWAPPING, Processes, ProcessRow
 from appliance.store.releases import Releases
 from appliance.supervisor import processes
@@ -193,7 +194,7 @@ class EngineProcesses:
         """Start a process for the release. Raises ApplianceError where that cannot be done."""
         # A name of its own, because the process may go on with another release's weights while this one starts again.
         socket = self._home.engines / f"{secrets.token_hex(6)}.sock"
-        command = self.kind.command(self.directory(release), release, socket, self._clock(release))
+        command = self.kind.command(self.directory(release), release, socket, self._template(release))
         self._begun[release] = time.monotonic()
         row = processes.spawn(
             "engine",
@@ -300,7 +301,7 @@ class EngineProcesses:
         """Load the weights and see that they are those; why not, where it did not work."""
         begun = time.monotonic()
         try:
-            await self.kind.reload(row.address, self.directory(release), release, self._clock(release))
+            await self.kind.reload(row.address, self.directory(release), release, self._template(release).today)
             reference = self._manifest(release).get("reference", {})
             if reference.get("engine") == self.kind.name:
                 for asked in reference["answers"][:REFERENCE_PROMPTS]:
@@ -393,12 +394,12 @@ class EngineProcesses:
         except ApplianceError:
             return {}
 
-    def _clock(self, release: str) -> date:
-        """What a release, or a run's merged model that is to become one, takes for today."""
+    def _template(self, release: str) -> TemplateSettings:
+        """What the chat template of a release is told, or of a run's merged model that is to become one."""
         if manifest := self._manifest(release):
-            return clock_of(manifest)
+            return template_of(manifest)
         recipe = self._home.runs / release / "recipe.toml"
-        return parse_recipe(recipe.read_text()).clock if recipe.exists() else date.today()
+        return parse_recipe(recipe.read_text()).template if recipe.exists() else TemplateSettings(today=date.today())
 
     def _forget(self, release: str) -> None:
         for memory in (self._begun, self._ready_since, self._answered, self._adapters, self._replay_tries):

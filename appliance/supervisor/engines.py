@@ -7,6 +7,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
+from appliance.data.tokenizer import TemplateSettings
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -61,10 +63,12 @@ class EngineKind(Protocol):
     adapter_rank: int
     """Largest rank of an adapter that a process can serve beside its release's weights; 0: it serves none."""
 
-    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
+    def command(
+        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+    ) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
 
-        The chat template takes `clock` for today (None: what it is).
+        Its chat template is told the settings of `template`.
         """
         ...
 

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow.compute
 from datasets import Dataset as Table
 
 from appliance.data.dataset import Dataset
-from appliance.data.tokenizer import load_tokenizer
+from appliance.data.tokenizer import TemplateSettings, load_tokenizer
 from appliance.errors import InvalidInput
 from appliance.home import Home, fsync_directory
 from appliance.train.recipe import Stage
@@ -77,22 +76,22 @@ class _Work:
     home: Path
     dataset: str
     base: Path
-    clock: date | None
+    template: TemplateSettings
     method: str
     at_once: int
     """Rows of a batch."""
 
 
-def tokenised(home: Home, dataset: Dataset, base: Path, clock: date | None, method: str) -> pyarrow.Table:
+def tokenised(home: Home, dataset: Dataset, base: Path, template: TemplateSettings, method: str) -> pyarrow.Table:
     """The examples of all rows of `dataset` by the method of that name, with _ABOUT, mapped from disk.
 
     `row` is the row's index; a row that cannot be trained on has its error in `refused`, as JSON, and nothing else.
     """
     folder = dataset.directory / FOLDER
-    path = folder / f"{_key(dataset, base, clock, method)}.arrow"
+    path = folder / f"{_key(dataset, base, template, method)}.arrow"
     if not path.exists():
         folder.mkdir(exist_ok=True)
-        _write(path, dataset, _Work(home.root, dataset.id, base, clock, method, ROWS_AT_ONCE))
+        _write(path, dataset, _Work(home.root, dataset.id, base, template, method, ROWS_AT_ONCE))
     os.utime(path)
     for older in sorted(folder.glob("*.arrow"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
         older.unlink(missing_ok=True)
@@ -133,9 +132,10 @@ def chosen(table: pyarrow.Table, dataset: Dataset, rows: Sequence[int], stage: S
     return Examples(Table(table.drop_columns(list(_ABOUT))).select(kept), *counts), len(too_long)
 
 
-def _key(dataset: Dataset, base: Path, clock: date | None, method: str) -> str:
+def _key(dataset: Dataset, base: Path, template: TemplateSettings, method: str) -> str:
     """A hash of all that the examples follow from."""
-    digest = hashlib.sha256(f"{dataset.id} {method} {clock if _asks_for_today(base) else ''}".encode())
+    today = template.today if _asks_for_today(base) else None
+    digest = hashlib.sha256(f"{dataset.id} {method} {today} {template.thinking}".encode())
     here = Path(__file__).parents[1]
     code = [here / name for name in (*_CODE, f"train/{method}.py", "train/examples.py")]
     files = sorted({file for pattern in _TOKENIZER_FILES for file in base.glob(pattern)})
@@ -189,7 +189,7 @@ class _Tokeniser:
 
         self.method, self.at_once = METHODS[work.method], work.at_once
         self.rows = Dataset.open(Home(work.home), work.dataset).rows
-        self.tokenizer = load_tokenizer(work.base, work.clock)
+        self.tokenizer = load_tokenizer(work.base, work.template)
 
     def __call__(self, start: int) -> pyarrow.RecordBatch:
         found: list[dict[str, Any]] = []

@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, ValidationError, model_validator
 
 from appliance.data.dataset import Kind
+from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import InvalidInput
 from appliance.home import NAME_PATTERN
 
@@ -263,6 +264,10 @@ class Recipe(_Section):
     clock: date = Field(default_factory=date.today)
     """Today, for chat templates that ask (Llama 3.2, SmolLM3, gpt-oss): one day for training, gates and the engine that
     serves the release, so that what is served is what was proven. By default the day on which the run is queued."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether the model thinks before it answers, where its chat template can be told (Qwen3, Gemma 4, GLM-4.5): in
+    training, in the gates, and by default when it is served; a client may ask for the other. auto: on where a dataset
+    has thoughts, off where none has; without stages, as the template does by itself."""
     eval_share: float = Field(0.1, ge=0, le=0.5)
     """Share of each dataset that is held out, drawn by the hash of its prompts, and 256 rows at most: more would make
     the figures hardly surer."""
@@ -329,6 +334,11 @@ class Recipe(_Section):
         if self.start and self.stages and not self.goes_on(self.stages[-1].name):
             raise ValueError("the last stage does not go back to what `start` names; take `start` out, or its `from`")
         return self
+
+    @property
+    def template(self) -> TemplateSettings:
+        """What the base's chat template is told."""
+        return TemplateSettings(today=self.clock, thinking={"on": True, "off": False}.get(self.thinking))
 
     @property
     def changes_weights(self) -> bool:

@@ -67,7 +67,7 @@ def train_stage(
     recipe = recipe.for_base(count_parameters(base))
     stage = recipe.stage(name)
     folder = run / name
-    tokenizer = load_tokenizer(base, recipe.clock)
+    tokenizer = load_tokenizer(base, recipe.template)
     dataset = Dataset.open(home, stage.dataset)
     require_fit(stage, dataset, recipe.base)
     train_rows, held_out_rows = dataset.split(recipe.eval_share)
@@ -99,7 +99,7 @@ def _examples(
     home: Home, dataset: Dataset, rows: tuple[list[int], list[int]], base: Path, recipe: Recipe, stage: AnyStage
 ) -> tuple[Examples, Examples, tuple[int, int]]:
     """Examples of rows to train on and held out, and of how many of each there are none because they are too long."""
-    table = tokenised(home, dataset, base, recipe.clock, stage.method)
+    table = tokenised(home, dataset, base, recipe.template, stage.method)
     (train, left_out), (held_out, left_out_too) = (chosen(table, dataset, some, stage) for some in rows)
     if not len(train):
         raise InvalidInput("no_rows", f"no row of {dataset.id} is left to train on", "raise max_length, or add rows")

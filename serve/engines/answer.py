@@ -8,6 +8,9 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+THOUGHT = "reasoning_content"
+"""The key of a thought in an answer, by which clients know it."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -17,6 +20,8 @@ class Piece:
     text: str
     tokens: int
     finish_reason: str | None
+    thought: str = ""
+    """What the model thinks before it says anything."""
 
 
 class Answer:
@@ -28,6 +33,7 @@ class Answer:
         self._usage_at_end = usage
         self._completion_tokens = 0
         self._texts = [""] * choices
+        self._thoughts = [""] * choices
         self._finish_reasons: list[str | None] = [None] * choices
         self._introduced: set[int] = set()
 
@@ -35,6 +41,7 @@ class Answer:
         """Take a piece into the whole."""
         self._completion_tokens += piece.tokens
         self._texts[piece.choice] += piece.text
+        self._thoughts[piece.choice] += piece.thought
         self._finish_reasons[piece.choice] = piece.finish_reason
 
     def whole(self) -> dict[str, Any]:
@@ -42,11 +49,14 @@ class Answer:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": {"role": "assistant", "content": text, "refusal": None}
+                | ({THOUGHT: thought} if thought else {}),
                 "logprobs": None,
                 "finish_reason": finish_reason,
             }
-            for index, (text, finish_reason) in enumerate(zip(self._texts, self._finish_reasons, strict=True))
+            for index, (text, thought, finish_reason) in enumerate(
+                zip(self._texts, self._thoughts, self._finish_reasons, strict=True)
+            )
         ]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
 
@@ -57,6 +67,8 @@ class Answer:
         if piece.choice not in self._introduced:
             self._introduced.add(piece.choice)
             events += self._chunk(piece.choice, {"role": "assistant", "content": ""}, None)
+        if piece.thought:
+            events += self._chunk(piece.choice, {THOUGHT: piece.thought}, None)
         if piece.text:
             events += self._chunk(piece.choice, {"content": piece.text}, None)
         if piece.finish_reason:

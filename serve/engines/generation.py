@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from appliance.data.render import render_prompt
+from appliance.data.thoughts import CLOSE, OPEN
 from serve.engines.answer import Piece
 from serve.engines.sampling import Sampling, processors
-from serve.engines.text import TextStream
+from serve.engines.text import TextStream, Thoughts
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ _PAGE = 256
 _BATCH_TOKENS = 512
 """Tokens in one forward pass; a longer prompt takes several, between which others go on."""
 _BATCH_REQUESTS = 64
+_MARK_TOKENS = 8
+"""Tokens at the end of a prompt that may open a thought."""
 _UNHEEDED = ("repetition_penalty", "min_p", "typical_p", "no_repeat_ngram_size")
 
 
@@ -87,9 +90,20 @@ class Generator:
         """End the generation thread; what runs is cut off."""
         self._manager.stop(hard_stop=True, timeout=5)
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids of `messages` with a generation prompt. Raises InvalidInput where the template refuses them."""
-        return render_prompt(self.tokenizer, messages, tools)
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **told: Any
+    ) -> list[int]:
+        """Token ids of `messages` with a generation prompt, of which the template is `told` more by names.
+
+        Raises InvalidInput where the template refuses them.
+        """
+        return render_prompt(self.tokenizer, messages, tools, **told)
+
+    def _thoughts(self, prompt: list[int]) -> Thoughts:
+        """What tells the thought in an answer to `prompt` from its text, where the template knows thoughts."""
+        if CLOSE not in str(self.tokenizer.chat_template):
+            return Thoughts(begun=None)
+        return Thoughts(begun=self.tokenizer.decode(prompt[-_MARK_TOKENS:]).rstrip().endswith(OPEN))
 
     def sampling(self, request: dict[str, Any]) -> Sampling:
         """The sampling that a request asks for; what it leaves open is as the model's generation_config says."""
@@ -118,6 +132,7 @@ class Generator:
         """The choices of one request, piece by piece as they come; close it to cancel them. Raises EngineDead."""
         outputs: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         texts = [TextStream(self.tokenizer, stop) for _ in range(choices)]
+        thoughts = [self._thoughts(prompt) for _ in range(choices)]
         tokens = [0] * choices
         running: dict[int, str] = {}
         try:
@@ -147,7 +162,8 @@ class Generator:
                 elif texts[choice].stopped:
                     self._cancel(running.pop(choice))
                     finish_reason = "stop"
-                yield Piece(choice, text, len(new), finish_reason)
+                thought, said = thoughts[choice].push(text, last=finish_reason is not None)
+                yield Piece(choice, said, len(new), finish_reason, thought)
         finally:
             for request in running.values():
                 self._cancel(request)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
+
+from appliance.data.thoughts import CLOSE, OPEN
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -51,6 +53,50 @@ class TextStream:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
+class Thoughts:
+    """Tells the thought that an answer may begin with, between `<think>` and `</think>`, from what it says."""
+
+    def __init__(self, *, begun: bool | None) -> None:
+        """`begun`: whether the prompt has opened a thought already; None: the model has none, all is said."""
+        self._at: Literal["start", "thought", "end", "text"] = (
+            "text" if begun is None else "thought" if begun else "start"
+        )
+        self._held = ""
+        self._quiet = True
+
+    def push(self, text: str, *, last: bool) -> tuple[str, str]:
+        """What is certain now of the thought, and of what is said; with the last of the text, all of both."""
+        self._held += text
+        thought = ""
+        if self._at == "start":
+            begin = self._held.lstrip()
+            if begin.startswith(OPEN):
+                self._at, self._held = "thought", begin.removeprefix(OPEN)
+            elif last or not OPEN.startswith(begin):
+                self._at = "text"
+            else:
+                return "", ""
+        if self._at == "thought":
+            thought, closed, rest = self._held.partition(CLOSE)
+            if not closed and not last:
+                rest = self._held[len(thought[: len(thought) - _begun(thought, CLOSE)].rstrip()) :]
+                thought = thought[: len(thought) - len(rest)]
+            else:
+                thought = thought.rstrip()
+            self._held = rest
+            if self._quiet:
+                thought = thought.lstrip()
+                self._quiet = not thought
+            if not closed:
+                return thought, ""
+            self._at = "end"
+        if self._at == "end":
+            self._held = self._held.lstrip()
+            self._at = "text" if self._held else "end"
+        said, self._held = self._held, ""
+        return thought, said
+
+
 class StopStrings:
     """Cuts a text at the stop string that is complete first, however the text is cut into pieces."""
 
@@ -70,7 +116,7 @@ class StopStrings:
             _, start = min(matches)
             before, self._held = self._held[:start], ""
             return before
-        keep = max(self._begun(string) for string in self._stop)
+        keep = max(_begun(self._held, string) for string in self._stop)
         certain = self._held[: len(self._held) - keep]
         self._held = self._held[len(certain) :]
         return certain
@@ -80,7 +126,8 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _begun(self, string: str) -> int:
-        """Length of the longest end of the held text that `string` begins with."""
-        longest = min(len(string) - 1, len(self._held))
-        return next((size for size in range(longest, 0, -1) if self._held.endswith(string[:size])), 0)
+
+def _begun(text: str, string: str) -> int:
+    """Length of the longest end of `text` that `string` begins with."""
+    longest = min(len(string) - 1, len(text))
+    return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)

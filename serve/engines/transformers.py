@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from datetime import date
 from pathlib import Path
 
+from appliance.data.tokenizer import TemplateSettings
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand
 from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, context_length, weights_in_float32
@@ -25,6 +25,8 @@ HONOURS = frozenset(
         "top_p",
         "top_k",
         "seed",
+        "chat_template_kwargs",
+        "reasoning_effort",
     }
 )
 """The chat completion fields that transformers_server.py obeys."""
@@ -44,10 +46,12 @@ class TransformersEngine(OpenAIEngine):
         """Bytes of memory that a process for the model files in `release` will take."""
         return weights_in_float32(release) + int(self._settings.kv_cache_gib * (1 << 30)) + OVERHEAD
 
-    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
+    def command(
+        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+    ) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
 
-        The chat template takes `clock` for today (None: what it is).
+        Its chat template is told the settings of `template`.
         """
         options = {
             "--model": release,
@@ -59,5 +63,5 @@ class TransformersEngine(OpenAIEngine):
         }
         argv = [sys.executable, "-m", "serve.engines.transformers_server"]
         argv += [str(part) for option in options.items() for part in option]
-        argv += ["--clock", str(clock)] if clock else []
+        argv += ["--template", template.model_dump_json()] if template else []
         return EngineCommand(argv, dict(OFFLINE), f"unix:{socket}")

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import sys
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from transformers.utils.logging import disable_progress_bar
 
-from appliance.data.tokenizer import set_clock
+from appliance.data.tokenizer import TemplateSettings, set_template, thinking_switches, variables
 from appliance.errors import InvalidInput
 from serve.engines.answer import Answer
 from serve.engines.generation import EngineDead, Generator
@@ -103,9 +103,20 @@ class Server:
 
     async def _render(self, admitted: dict[str, Any]) -> list[int]:
         try:
-            return await asyncio.to_thread(self._generator.render, admitted["messages"], admitted.get("tools"))
+            told = self._told(admitted)
+            return await asyncio.to_thread(
+                partial(self._generator.render, admitted["messages"], admitted.get("tools"), **told)
+            )
         except InvalidInput as error:
             raise ChatError(400, error.message, code="invalid_value", param="messages") from None
+
+    def _told(self, admitted: dict[str, Any]) -> dict[str, Any]:
+        """What the client would have the chat template told, as far as that asks for it."""
+        template = str(self._generator.tokenizer.chat_template)
+        told = dict(admitted.get("chat_template_kwargs", {}))
+        if effort := admitted.get("reasoning_effort"):
+            told = {"reasoning_effort": effort, **dict.fromkeys(thinking_switches(template), effort != "none"), **told}
+        return {name: value for name, value in told.items() if name in variables(template)}
 
     def _longest_answer(self, admitted: dict[str, Any], prompt: int) -> int:
         """Tokens that may come. Raises ChatError where none can."""
@@ -142,13 +153,13 @@ def main() -> None:
     parser.add_argument("--kv-cache-gib", type=float, required=True)
     parser.add_argument("--gpu-memory-share", type=float, required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
-    parser.add_argument("--clock", type=date.fromisoformat)
+    parser.add_argument("--template", type=TemplateSettings.model_validate_json)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     disable_progress_bar()
     generator = Generator(options.model, options.kv_cache_gib, options.gpu_memory_share, options.max_model_len)
-    if options.clock:
-        set_clock(generator.tokenizer, options.clock)
+    if options.template:
+        set_template(generator.tokenizer, options.template)
     if generator.max_model_len < options.max_model_len:
         log.warning("the KV cache holds %d tokens; longer contexts are refused", generator.max_model_len)
     try:

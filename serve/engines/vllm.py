@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-from datetime import date
 from pathlib import Path
 
+from appliance.data.tokenizer import TemplateSettings, thinking_switches
 from appliance.errors import InvalidInput
 from appliance.hardware import total_memory
+from appliance.models import template_and_end
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand
 from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, ask, context_length, weights_in_float32
+from serve.engines.reasoning import reasoning_parser
 from serve.engines.transformers import HONOURS as COMMON
 from serve.engines.vllm_reload import CLOCK, Reload
 
@@ -75,10 +78,12 @@ class VllmEngine(OpenAIEngine):
             return int(self._settings.gpu_memory_share * (total_memory() or 0))
         return weights_in_float32(release) + (self._cache_gib << 30) + OVERHEAD
 
-    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
+    def command(
+        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+    ) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
 
-        The chat template takes `clock` for today (None: what it is).
+        Its chat template is told the settings of `template`.
         """
         options = {
             "--model": release,
@@ -100,8 +105,14 @@ class VllmEngine(OpenAIEngine):
             argv += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2"]
             argv += ["--max-lora-rank", str(self.adapter_rank)]
             environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        if clock:
-            environment[CLOCK] = str(clock)
+        if template and template.today:
+            environment[CLOCK] = str(template.today)
+        chat_template, _ = template_and_end(release)
+        if parser := reasoning_parser(release, chat_template):
+            argv += ["--reasoning-parser", parser]
+        if template and template.thinking is not None and (switches := thinking_switches(chat_template)):
+            # Not by the tokenizer, as the day: what tells a thought from an answer has to know too.
+            argv += ["--default-chat-template-kwargs", json.dumps(dict.fromkeys(switches, template.thinking))]
         if not self._gpu:
             environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(self._cache_gib),

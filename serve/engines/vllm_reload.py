@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from appliance.data.template_input import take_as_text
-from appliance.data.tokenizer import set_clock
+from appliance.data.tokenizer import TemplateSettings, set_template
 from serve.engines.openai_engine import RELOAD
 from serve.gateway.asgi import ClientGone, Reply, read_body, read_json
 from serve.gateway.errors import ChatError
@@ -39,7 +39,7 @@ class Reload:
             # Only now is the server's state there for certain.
             take_as_text(_tokenizer(scope["app"].state))
             if clock := os.environ.get(CLOCK):
-                set_clock(_tokenizer(scope["app"].state), date.fromisoformat(clock))
+                set_template(_tokenizer(scope["app"].state), TemplateSettings(today=date.fromisoformat(clock)))
             self._prepared = True
         if scope["type"] != "http" or scope["path"] != RELOAD:
             await self._app(scope, receive, send)
@@ -70,7 +70,7 @@ async def _reload(state: Any, weights: str, name: str, clock: str | None) -> Non
         models.lora_requests.clear()
         models.base_model_paths[0].name = name
         if clock:
-            set_clock(_tokenizer(state), date.fromisoformat(clock))
+            set_template(_tokenizer(state), TemplateSettings(today=date.fromisoformat(clock)))
     finally:
         await engine.resume_generation()
 

@@ -138,12 +138,17 @@ def _stream_options(value: Any) -> bool:
     return isinstance(value, dict) and set(value) <= {"include_usage"} and all(map(_a(bool), value.values()))
 
 
+def _template_variables(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str | int | float | None) for one in value.values())
+
+
 def _always(value: Any) -> bool:
     return True
 
 
 _BOOLEAN, _STRING, _OBJECT, _LIST = _a(bool), _a(str), _a(dict), _a(list)
 _TOKENS = _integer(1, 1 << 31)
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 _FIELDS: dict[str, _Field] = {
     "model": _Field("a string", _STRING),
@@ -175,7 +180,8 @@ _FIELDS: dict[str, _Field] = {
     "modalities": _Field("a list", _LIST, _one_of(["text"])),
     "audio": _Field("an object", _OBJECT),
     "prediction": _Field("an object", _OBJECT),
-    "reasoning_effort": _Field("a string", _STRING, _one_of("none")),
+    "reasoning_effort": _Field(f"one of {', '.join(_EFFORTS)}", _one_of(*_EFFORTS), _one_of("none")),
+    "chat_template_kwargs": _Field("an object of texts, numbers, true or false", _template_variables, _one_of({})),
     "verbosity": _Field("a string", _STRING, _one_of("medium")),
     # Tools. Without any, how to call them changes nothing.
     "tools": _Field("a list", _LIST, _one_of([])),

@@ -71,7 +71,7 @@ class Upstream:
     async def complete(
         self, request: bytes, reply: Reply, begun: Callable[[bytes], None], seen: Observation | None
     ) -> None:
-        """Pass a chat completion request on, and the engine's answer back, byte for byte; `seen` watches it.
+        """Pass a chat completion request on, and the engine's answer back; `seen` watches it.
 
         `begun` gets the first events of an answer, or the whole of it, before the client does.
         Raises ChatError where the engine cannot be reached, refuses, or does not finish its answer.
@@ -86,7 +86,7 @@ class Upstream:
                 if response.content_type == "text/event-stream":
                     await _relay(response.content, reply, begun, seen)
                 else:
-                    body = await response.read()
+                    body = _as_clients_read(await response.read())
                     begun(body)
                     if seen:
                         seen.document(body)
@@ -117,7 +117,7 @@ async def _relay(
         rest += chunk
         end = rest.rfind(b"\n\n") + 2
         if end > 1:
-            frames, rest = rest[:end], rest[end:]
+            frames, rest = _as_clients_read(rest[:end]), rest[end:]
             complete = frames.endswith(_LAST_EVENT)
             if not reply.streaming:
                 begun(frames)
@@ -127,6 +127,12 @@ async def _relay(
     if not complete:
         raise _cut_short()
     await reply.end_events()
+
+
+def _as_clients_read(answer: bytes) -> bytes:
+    """An answer with a thought under the key that most clients read, and not the one that vLLM has for it."""
+    # A text in JSON has a backslash before each quote, so that this is a key.
+    return answer.replace(b'"reasoning":', b'"reasoning_content":')
 
 
 def _cut_short() -> ChatError:

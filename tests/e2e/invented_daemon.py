@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 from collections.abc import AsyncIterator
-from datetime import date
 from pathlib import Path
 
 import uvicorn
@@ -21,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from appliance.data.tokenizer import TemplateSettings
 from appliance.settings import load_settings
 from appliance.supervisor.engines import EngineCommand
 from serve import daemon
@@ -39,7 +39,9 @@ class InventedEngine(OpenAIEngine):
     def memory(self, release: Path) -> int:
         return 0
 
-    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
+    def command(
+        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+    ) -> EngineCommand:
         return EngineCommand([sys.executable, __file__, str(release), name, str(socket)], {}, f"unix:{socket}")
 
 

@@ -7,27 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import trl
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import chat_templates
-from chat_templates import make_tokenizer
+from chat_templates import templates, tokenizer_of
 
 from appliance.data.render import Conversation, render_conversation
 from appliance.data.template_input import Message, Tools
 from appliance.errors import InvalidInput
-
-PUBLISHED = Path(trl.__file__).parent / "chat_templates"
-READ_PICTURES = {"idefics3", "llava_next", "smolvlm", "diffusion_gemma"}
-"""Of models that are not trained here."""
-OF_OUR_OWN = {
-    "granite": "GRANITE",
-    "mistral": "MISTRAL_V3",
-    "olmo2": "OLMO",
-    "phi4": "PHI4",
-    "smollm2": "DEFAULT_SYSTEM",
-}
-"""Written after those of models that TRL has no template of."""
 
 
 class Said(NamedTuple):
@@ -86,27 +71,6 @@ ROWS: dict[str, tuple[list[Message], Tools]] = {
     "text beside a call": ([_FIRST, {**_ANSWER, "tool_calls": [_CALL]}, _RESULT, _OTHER], TOOLS),
 }
 """Rows of every kind."""
-_SPECIAL = re.compile(
-    r"<\|[^|<>\s']+\|>|<｜[^｜<>]+｜>|</?s>|\[/?[A-Z_]{4,}\]|<(?:start|end)_of_turn>|<\|?(?:turn|channel)\|?>"
-    r"|<\|?tool_(?:call|response)\|>|<\|tool_(?:call|response)>"
-)
-
-
-def templates() -> dict[str, str]:
-    """Chat templates by name: the publishers', and ours for models that TRL has none of."""
-    published = {
-        path.stem: path.read_text()
-        for path in sorted(PUBLISHED.glob("*.jinja"))
-        if not path.stem.endswith("_training") and path.stem not in READ_PICTURES
-    }
-    return published | {name: getattr(chat_templates, ours) for name, ours in OF_OUR_OWN.items()}
-
-
-def tokenizer_of(template: str) -> Any:
-    """A small tokenizer to which the template's marks are special tokens."""
-    tokenizer = make_tokenizer(template)
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*_SPECIAL.findall(template), "<|endoftext|>"})})
-    return tokenizer
 
 
 def trained_as(tokenizer: Any, kind: str) -> Conversation | InvalidInput:

@@ -27,6 +27,15 @@ SHAREGPT = [
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
+def test_rows_with_a_thought_are_counted(imported: Import) -> None:
+    rows = [
+        {"prompt": "Two and two?", "completion": "<think>I add.</think>Four."},
+        {"messages": [{"role": "user", "content": "3?"}, {"role": "assistant", "content": "3.", "reasoning": "Easy."}]},
+        {"prompt": 'What is "<think>"?', "completion": 'A mark: "<think>", or "reasoning_content": "x".'},
+    ]
+    assert imported(rows, "some.jsonl")["thoughts"] == 2
+
+
 def test_the_report_accounts_for_every_row(imported: Import, home: Home) -> None:
     rows = [ALPACA[0], ALPACA[0], {"instruction": "q", "output": " "}, SHAREGPT[1], 7, {**ALPACA[2], "output": " x "}]
     report = imported(rows, "some.jsonl")
@@ -46,6 +55,7 @@ def test_the_report_accounts_for_every_row(imported: Import, home: Home) -> None
         "drop_codes": {"empty_answer": 1, "not_an_object": 1},
         "unread": {},
         "private": {},
+        "thoughts": 0,
         "near_duplicates": 0,
         "near": [],
         "conflicts": 0,

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from template_table import templates, tokenizer_of
+from chat_templates import templates, tokenizer_of
 
 from appliance.data.dropped import Dropped
 from appliance.data.formats import Canonical, to_canonical

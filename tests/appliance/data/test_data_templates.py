@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from template_table import ROWS, SAID, main, templates, tokenizer_of, trained_as
+from chat_templates import templates, tokenizer_of
+from template_table import ROWS, SAID, main, trained_as
 
 from appliance.data.render import Rendered, render_prompt
 from appliance.data.template_input import special_ids

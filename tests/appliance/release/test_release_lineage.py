@@ -73,6 +73,12 @@ def test_other_settings_than_the_adapters_are_refused(home: Home, asked: str, fa
         assert start(home, text).adapter.rank == 3
 
 
+def test_the_model_thinks_on_as_it_did(home: Home) -> None:
+    release(home, 'thinking = "on"\n' + MADE_BY)
+    assert start(home).thinking == "on"
+    assert start(home, 'thinking = "off"\n' + RECIPE).thinking == "off"
+
+
 def test_a_recipe_that_starts_from_its_base_stays_as_it_is(home: Home) -> None:
     text = RECIPE.replace('start = "r-1"\n', "")
     assert start(home, text) == parse_recipe(text)

@@ -21,7 +21,7 @@ from appliance.supervisor.engines import Probe
 
 def probes(home: Home, id: str) -> list[Probe]:
     recipe = read_recipe(home.runs / id)
-    return make_probes(home, recipe, load_tokenizer(home.models / "tiny", recipe.clock))
+    return make_probes(home, recipe, load_tokenizer(home.models / "tiny", recipe.template))
 
 
 def on_rows(home: Home, rows: Sequence[dict[str, Any]], **settings: Any) -> list[Probe]:

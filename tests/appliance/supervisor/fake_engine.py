@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 
 from appliance.canary import Comparison
+from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import InvalidInput
 from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
 
@@ -38,6 +39,8 @@ class FakeEngine:
     """What it says of every conversation, if it can."""
     clocks: dict[str, date | None] = field(default_factory=dict)
     """What each process takes for today, by its address."""
+    thinking: dict[str, bool | None] = field(default_factory=dict)
+    """Whether each process was started with a template that has the model think, by its address."""
     forgetful: dict[str, set[str]] = field(default_factory=dict)
     probed: list[str] = field(default_factory=list)
     unreachable: int = 0
@@ -58,8 +61,11 @@ class FakeEngine:
             raise InvalidInput("engine_refused", self.refusal, "")
         self.adapters.append(name)
 
-    def command(self, release: Path, name: str, socket: Path, clock: date | None = None) -> EngineCommand:
-        self.clocks[f"unix:{socket}"] = clock
+    def command(
+        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+    ) -> EngineCommand:
+        self.clocks[f"unix:{socket}"] = template and template.today
+        self.thinking[f"unix:{socket}"] = template and template.thinking
         socket.unlink(missing_ok=True)
         code = f"open({str(socket)!r}, 'w').close(); import time; time.sleep(60)"
         argv = [sys.executable, "-c", "raise SystemExit(1)" if name in self.broken else code]

@@ -67,6 +67,22 @@ async def test_a_rollback_on_a_later_day_takes_the_day_of_the_release_for_today(
     assert daemon.supervisor.releases.setback() == ""
 
 
+async def test_a_release_that_thinks_otherwise_gets_a_process_of_its_own(daemon: Daemon) -> None:
+    """What tells thoughts from answers is set when an engine starts."""
+    releases = {}
+    for thinking in ("on", "off"):
+        run = daemon.queue(RECIPE.model_copy(update={"thinking": thinking}))
+        await daemon.until(lambda run=run: daemon.supervisor.routed == run)
+        releases[run] = thinking == "on"
+    daemon.engine.reloads = True
+    for release, thinks in releases.items():
+        daemon.supervisor.promote(release)
+        await daemon.until(lambda release=release: daemon.supervisor.routed == release)
+        (row,) = (row for row in daemon.supervisor.processes.all() if row.kind == "engine" and row.owner == release)
+        assert daemon.engine.thinking[row.address] is thinks
+    assert daemon.engine.loaded == []
+
+
 async def test_a_release_that_has_no_clock_takes_the_day_it_was_made_on(daemon: Daemon) -> None:
     first, _ = await two_releases(daemon)
     path = daemon.home.releases / first / "manifest.json"

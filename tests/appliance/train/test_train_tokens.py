@@ -15,12 +15,14 @@ import pytest
 from tiny import FACTS, JUDGEMENTS, PREFERENCES, add_dataset, add_run, failure, read_recipe, stage, work
 
 from appliance.data.dataset import Dataset
-from appliance.data.tokenizer import load_tokenizer
+from appliance.data.tokenizer import TemplateSettings, load_tokenizer
 from appliance.errors import InvalidInput
 from appliance.home import Home
 from appliance.train import examples as tokens
 from appliance.train.examples import Examples, chosen, tokenised
 from appliance.train.stage import METHODS, forecast_of
+
+PLAIN = TemplateSettings()
 
 ROWS = {"sft": FACTS, "dpo": PREFERENCES, "kto": JUDGEMENTS}
 
@@ -50,7 +52,7 @@ def files(dataset: Dataset) -> list[Path]:
 @pytest.mark.parametrize("method", ROWS)
 def test_what_is_kept_is_what_the_method_makes_of_each_row(home: Home, method: str) -> None:
     dataset = opened(home, ROWS[method])
-    table = tokenised(home, dataset, home.models / "tiny", None, method)
+    table = tokenised(home, dataset, home.models / "tiny", PLAIN, method)
     order = [2, 0, 1]
     found, left_out = chosen(table, dataset, order, read_recipe(add_run(home, "r", stage(method, "FACTS"))).stages[0])
     made = METHODS[method]
@@ -98,7 +100,7 @@ def test_what_examples_follow_from_makes_a_file_of_its_own(
 ) -> None:
     monkeypatch.setattr(tokens, "_CODE", tokens._CODE)
     base = Path(shutil.copytree(home.models / "tiny", tmp_path / "base"))
-    given = {"dataset": opened(home), "base": base, "clock": None, "method": "sft"}
+    given = {"dataset": opened(home), "base": base, "template": PLAIN, "method": "sft"}
     tokenised(home, **given)
     tokenised(home, **given)
     assert len(count) == 1
@@ -108,19 +110,19 @@ def test_what_examples_follow_from_makes_a_file_of_its_own(
 
 def test_each_method_has_a_file_of_its_own(home: Home) -> None:
     dataset, base = opened(home), home.models / "tiny"
-    assert len({tokens._key(dataset, base, None, method) for method in METHODS}) == len(METHODS)
+    assert len({tokens._key(dataset, base, PLAIN, method) for method in METHODS}) == len(METHODS)
 
 
 def test_the_day_counts_where_the_template_asks_for_it(home: Home, tmp_path: Path, count: list[int]) -> None:
     dataset, days = opened(home), (date(2026, 1, 1), date(2026, 1, 2))
     for day in days:
-        tokenised(home, dataset, home.models / "tiny", day, "sft")
+        tokenised(home, dataset, home.models / "tiny", TemplateSettings(today=day), "sft")
     assert len(count) == 1
     base = Path(shutil.copytree(home.models / "tiny", tmp_path / "base"))
     path = base / "chat_template.jinja"
     path.write_text("{{ strftime_now('%d') }}" + path.read_text())
     for day in days:
-        tokenised(home, dataset, base, day, "sft")
+        tokenised(home, dataset, base, TemplateSettings(today=day), "sft")
     assert len(count) == 3
 
 
@@ -128,11 +130,11 @@ def test_many_rows_are_tokenised_by_several_processes_in_their_order(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(home)
-    alone = tokenised(home, dataset, home.models / "tiny", None, "sft")
+    alone = tokenised(home, dataset, home.models / "tiny", PLAIN, "sft")
     shutil.rmtree(dataset.directory / "tokens")
     monkeypatch.setattr(tokens, "_batches", _in_small_batches)
-    assert tokenised(home, dataset, home.models / "tiny", None, "sft").equals(alone.combine_chunks()) or (
-        tokenised(home, dataset, home.models / "tiny", None, "sft").to_pylist() == alone.to_pylist()
+    assert tokenised(home, dataset, home.models / "tiny", PLAIN, "sft").equals(alone.combine_chunks()) or (
+        tokenised(home, dataset, home.models / "tiny", PLAIN, "sft").to_pylist() == alone.to_pylist()
     )
 
 
@@ -148,7 +150,7 @@ def _in_small_batches(work: Any, starts: Any) -> Any:
 
 def test_a_row_that_cannot_be_trained_on_is_named_when_it_is_chosen(home: Home) -> None:
     dataset = opened(home)
-    table = tokenised(home, dataset, home.models / "tiny", None, "sft")
+    table = tokenised(home, dataset, home.models / "tiny", PLAIN, "sft")
     refusal = json.dumps({"code": "no", "message": "it is bad", "next": "mend it"})
     columns = table.to_pylist()
     columns[3] |= {"refused": refusal, "input_ids": None, "labels": None, "length": None, "trained": None}
@@ -179,9 +181,9 @@ def test_a_file_that_was_not_finished_is_not_there(home: Home, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space"):
-            tokenised(home, dataset, home.models / "tiny", None, "sft")
+            tokenised(home, dataset, home.models / "tiny", PLAIN, "sft")
     assert files(dataset) == []
-    tokenised(home, dataset, home.models / "tiny", None, "sft")
+    tokenised(home, dataset, home.models / "tiny", PLAIN, "sft")
     assert len(files(dataset)) == 1
 
 
@@ -194,10 +196,10 @@ def test_the_last_used_files_are_kept(home: Home, tmp_path: Path) -> None:
             "{# " + str(number) + " #}" + (base / "chat_template.jinja").read_text()
         )
         bases.append(base)
-        tokenised(home, dataset, base, None, "sft")
+        tokenised(home, dataset, base, PLAIN, "sft")
         for age, file in enumerate(sorted(files(dataset), key=lambda file: -file.stat().st_mtime)):
             os.utime(file, (1e9 - age, 1e9 - age + number))
-        tokenised(home, dataset, bases[0], None, "sft")
+        tokenised(home, dataset, bases[0], PLAIN, "sft")
     assert len(files(dataset)) == tokens.KEPT
 
 

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from template_table import templates, tokenizer_of
+from chat_templates import templates, tokenizer_of
 
 FAMILIES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 """Types of models that answer texts, or texts and images."""

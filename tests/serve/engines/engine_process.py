@@ -11,11 +11,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import uvicorn
 
+from appliance.data.tokenizer import TemplateSettings
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineKind
 from serve.engines.choose import choose_engine
@@ -38,14 +38,16 @@ class Served:
 
 
 @contextmanager
-def serving(settings: Settings, model: Path, directory: Path, clock: date | None = None) -> Iterator[Served]:
+def serving(
+    settings: Settings, model: Path, directory: Path, template: TemplateSettings | None = None
+) -> Iterator[Served]:
     """Start the engine that `settings` choose, wait until it is ready, and end its whole process group afterwards."""
     kind = choose_engine(settings)
     path = directory / "engine.sock"
     # What a killed engine leaves behind.
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    command = kind.command(model, "r1", path, clock)
+    command = kind.command(model, "r1", path, template)
     log = directory / "engine.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -73,3 +73,15 @@ def test_usage_comes_last_and_is_null_before() -> None:
     assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in chunks)
     assert last["choices"] == []
     assert last["usage"] == {"prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13}
+
+
+def test_a_thought_has_a_key_of_its_own_whole_and_in_chunks() -> None:
+    pieces = [Piece(0, "", 1, None, "I add"), Piece(0, "", 1, None, "."), Piece(0, "Four.", 1, "stop")]
+    answer = Answer("r1", 7, 1, False)
+    deltas = [event["choices"][0]["delta"] for piece in pieces for event in events(answer.chunks(piece))]
+    thoughts = [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta]
+    assert thoughts == ["I add", "."]
+    assert [delta.get("content") for delta in deltas if delta.get("content")] == ["Four."]
+    message = answer.whole()["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Four.", "I add.")
+    ChatCompletion.model_validate(answer.whole(), strict=True)

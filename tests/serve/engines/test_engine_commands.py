@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import InvalidInput
 from appliance.hardware import total_memory
 from appliance.settings import load_settings
@@ -112,9 +113,23 @@ def test_vllms_command(release: Path, gpu: bool, dtype: str, share: str) -> None
 def test_an_engine_is_told_what_its_release_takes_for_today(release: Path) -> None:
     day, socket = date(2024, 2, 29), release / "engine.sock"
     embedded, vllm = TransformersEngine(load_settings({})), VllmEngine(load_settings({}), gpu=True)
-    assert options(embedded.command(release, "r1", socket, day).argv)["--clock"] == "2024-02-29"
-    assert vllm.command(release, "r1", socket, day).environment["APPLIANCE_CLOCK"] == "2024-02-29"
+    template = TemplateSettings(today=day)
+    told = options(embedded.command(release, "r1", socket, template).argv)["--template"]
+    assert TemplateSettings.model_validate_json(told) == template
+    assert vllm.command(release, "r1", socket, template).environment["APPLIANCE_CLOCK"] == "2024-02-29"
     assert "APPLIANCE_CLOCK" not in vllm.command(release, "r1", socket).environment
+
+
+def test_vllm_is_told_whether_the_model_thinks_by_the_name_that_its_template_has_for_it(release: Path) -> None:
+    (release / "chat_template.jinja").write_text("{% if enable_thinking %}<think></think>{% endif %}{{ messages }}")
+    vllm, socket = VllmEngine(load_settings({}), gpu=True), release / "engine.sock"
+    for thinking, told in ((True, '{"enable_thinking": true}'), (False, '{"enable_thinking": false}'), (None, None)):
+        given = options(vllm.command(release, "r1", socket, TemplateSettings(thinking=thinking)).argv)
+        assert given.get("--default-chat-template-kwargs") == told
+        assert given["--reasoning-parser"] == "qwen3"
+    (release / "chat_template.jinja").write_text("{{ messages }}")
+    given = options(vllm.command(release, "r1", socket, TemplateSettings(thinking=False)).argv)
+    assert not {"--reasoning-parser", "--default-chat-template-kwargs"} & given.keys()
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", 6), ("bfloat16", 12), (None, 12)])

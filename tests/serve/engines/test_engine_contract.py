@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from appliance.data.messages import Reading
 from appliance.data.render import render_prompt
-from appliance.data.tokenizer import load_tokenizer
+from appliance.data.tokenizer import TemplateSettings, load_tokenizer
 from appliance.errors import InvalidInput
 from appliance.settings import Settings
 from appliance.supervisor.engines import Probe
+from serve.engines.openai_engine import ask
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ async def test_probing_renders_as_the_trainer_does_and_is_repeatable(served: Ser
 def long_ago(settings: Settings, smollm2: Path, tmp_path: Path) -> Iterator[Served]:
     """An engine of a release of another day, whose chat template asks for the date."""
     template = "{{ strftime_now('%d %b %Y') }}" + (smollm2 / "chat_template.jinja").read_text()
-    with serving(settings, with_template(smollm2, tmp_path, template), tmp_path, DAY) as served:
+    with serving(settings, with_template(smollm2, tmp_path, template), tmp_path, TemplateSettings(today=DAY)) as served:
         yield served
 
 
@@ -116,13 +117,42 @@ async def test_today_is_what_its_release_takes_for_it(long_ago: Served) -> None:
     """Whatever the day on which it runs, a prompt is rendered as when the release was made, also after a swap."""
     served, rendered = long_ago, {}
     for day in (DAY, LATER):
-        rendered[day] = render_prompt(load_tokenizer(served.model, day), MESSAGES)
+        rendered[day] = render_prompt(load_tokenizer(served.model, TemplateSettings(today=day)), MESSAGES)
     answer = await served.kind.probe(served.address, "r1", Probe(MESSAGES, [], 2))
     assert answer.token_ids == rendered[DAY] != rendered[LATER]
     if served.kind.reloads:
         await served.kind.reload(served.address, served.model, "r2", LATER)
         answer = await served.kind.probe(served.address, "r2", Probe(MESSAGES, [], 2))
         assert answer.token_ids == rendered[LATER]
+
+
+@pytest.fixture
+def thoughtless(settings: Settings, smollm2: Path, tmp_path: Path) -> Iterator[Served]:
+    """An engine of a release that does not think unless it is asked to."""
+    switch = "{% if add_generation_prompt and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    template = (smollm2 / "chat_template.jinja").read_text() + switch
+    with serving(
+        settings, with_template(smollm2, tmp_path, template), tmp_path, TemplateSettings(thinking=False)
+    ) as it:
+        yield it
+
+
+async def test_it_thinks_as_its_release_does_and_as_a_request_asks(thoughtless: Served) -> None:
+    served, tokenizer = thoughtless, load_tokenizer(thoughtless.model)
+    rendered = {thinks: render_prompt(tokenizer, MESSAGES, enable_thinking=thinks) for thinks in (False, True)}
+    answer = await served.kind.probe(served.address, "r1", Probe(MESSAGES, [], 2))
+    assert answer.token_ids == rendered[False] != rendered[True]
+    asked: list[tuple[dict[str, Any], bool]] = [
+        ({}, False),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"reasoning_effort": "high"}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, True),
+    ]
+    for fields, thinks in asked:
+        body = {"model": "r1", "messages": MESSAGES, "max_tokens": 2, **fields}
+        told = await ask(served.address, "/v1/chat/completions", body)
+        assert told["usage"]["prompt_tokens"] == len(rendered[thinks]), fields
 
 
 async def test_what_it_finds_likely_is_what_transformers_does_or_it_cannot_say(served: Served, probe: Probe) -> None:

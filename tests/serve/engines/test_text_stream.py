@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engines.text import StopStrings, TextStream
+from serve.engines.text import StopStrings, TextStream, Thoughts
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -122,3 +122,35 @@ def test_stopping_does_not_depend_on_how_the_text_is_cut(text: str, stop: list[s
     got = "".join(stops.push(piece) for piece in pieces(text, cuts))
     assert got + stops.finish() == expected
     assert stops.found == bool(ends)
+
+
+@pytest.mark.parametrize(
+    ("begun", "text", "thought", "said"),
+    [
+        (False, "<think>\nI add.\n</think>\n\nFour.", "I add.", "Four."),
+        (False, "  <think>I add.</think>Four.", "I add.", "Four."),
+        (False, "<think>\n\n</think>\n\nFour.", "", "Four."),
+        (False, "<think>\nI  add\n\nand", "I  add\n\nand", ""),
+        (True, "\nI add.\n</think>\n\nFour.\n", "I add.", "Four.\n"),
+        (True, "I add.", "I add.", ""),
+        (False, "<thin ice", "", "<thin ice"),
+        (False, "<thin", "", "<thin"),
+        (False, " Four <think>5</think>", "", " Four <think>5</think>"),
+        (False, "<think>a </thin b</think>c</think>", "a </thin b", "c</think>"),
+        (None, "<think>5</think> is a mark", "", "<think>5</think> is a mark"),
+        (False, "", "", ""),
+    ],
+)
+@given(cuts=st.lists(st.integers(0, 60), max_size=8))
+def test_a_thought_is_told_from_the_answer_however_it_comes(
+    begun: bool | None, text: str, thought: str, said: str, cuts: list[int]
+) -> None:
+    thoughts = Thoughts(begun=begun)
+    found = [thoughts.push(piece, last=False) for piece in pieces(text, cuts)] + [thoughts.push("", last=True)]
+    assert ("".join(one for one, _ in found), "".join(other for _, other in found)) == (thought, said)
+
+
+def test_a_thought_is_not_held_back_for_longer_than_a_mark_may_be() -> None:
+    thoughts = Thoughts(begun=False)
+    found = [thoughts.push(piece, last=False) for piece in ("<think>", "I add", " two", "</", "think>", "Four", ".")]
+    assert found == [("", ""), ("I add", ""), (" two", ""), ("", ""), ("", ""), ("", "Four"), ("", ".")]

@@ -48,6 +48,23 @@ async def test_tokenize_renders_as_the_tokenizer_does(http: httpx.AsyncClient, g
     assert used == len(expected)
 
 
+async def test_a_thought_is_told_apart_where_the_template_knows_thoughts(
+    http: httpx.AsyncClient, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt opens it, and this model never closes it."""
+    said = (await http.post(CHAT, json=ASK)).json()["choices"][0]["message"]
+    assert said["content"]
+    assert "reasoning_content" not in said
+    opens = "{% if add_generation_prompt and enable_thinking %}<think>{% endif %}{# </think> #}"
+    monkeypatch.setattr(generator.tokenizer, "chat_template", str(generator.tokenizer.chat_template) + opens)
+    said = (await http.post(CHAT, json=ASK)).json()["choices"][0]["message"]
+    assert said["content"]
+    for asked in ({"chat_template_kwargs": {"enable_thinking": True, "messages": "x"}}, {"reasoning_effort": "low"}):
+        said = (await http.post(CHAT, json={**ASK, **asked})).json()["choices"][0]["message"]
+        assert said["content"] == ""
+        assert said["reasoning_content"]
+
+
 @pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
 async def test_without_a_limit_an_answer_ends_with_the_context(
     http: httpx.AsyncClient, generator: Generator, limit: str

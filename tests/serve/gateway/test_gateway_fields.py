@@ -83,6 +83,7 @@ def test_a_neutral_value_of_an_honoured_field_is_passed_on() -> None:
         ("store", True),
         ("service_tier", "priority"),
         ("reasoning_effort", "low"),
+        ("chat_template_kwargs", {"enable_thinking": False}),
         ("top_k", 0),
     ],
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from scripted_engine import ANSWER, ScriptedEngine, route
+from scripted_engine import ANSWER, ScriptedEngine, answer, events, route
 
 from serve.gateway.app import BODY_LIMIT, Gateway
 from serve.gateway.feedback import Ledger
@@ -31,6 +32,24 @@ async def test_an_answer_comes_through_byte_for_byte(http: httpx.AsyncClient, en
     assert response.json() == ANSWER
     assert response.headers["x-request-id"].startswith("req_")
     assert engine.requests == [{**ASK, "model": "r1"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_thought_comes_under_the_key_that_clients_know(
+    http: httpx.AsyncClient, engine: ScriptedEngine, stream: bool
+) -> None:
+    """vLLM has another; a text that names it stays as it is."""
+    text = 'The key "reasoning": is told.'
+    said = {"content": text, "reasoning": text}
+    choice = {"index": 0, "message": {"role": "assistant", **said}, "delta": said, "finish_reason": "stop"}
+    whole = {**ANSWER, "choices": [choice]}
+    event = b"data: " + json.dumps(whole).encode() + b"\n\n"
+    engine.script = events(event, b"data: [DONE]\n\n") if stream else answer(200, whole)
+    got = (await http.post(CHAT, json={**ASK, "stream": stream})).text
+    found = json.loads(got.partition("data: ")[2].partition("\n\n")[0] if stream else got)["choices"][0]
+    for part in ("delta", "message"):
+        assert (found[part]["content"], found[part]["reasoning_content"]) == (text, text)
+        assert "reasoning" not in found[part]
 
 
 @pytest.mark.parametrize("model", ["live", "r1", None])

@@ -1,0 +1,40 @@
+"""By which of vLLM's parsers the thought in a model's answer is told from what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from appliance.data.tokenizer import thinking_switches
+
+_BY_TYPE = (
+    ("gpt_oss", "<|channel|>", "openai_gptoss"),
+    ("gemma4", "<|channel>", "gemma4"),
+    ("glm4_moe", "<think>", "glm45"),
+    ("nemotron_h", "<think>", "nemotron_v3"),
+)
+"""How the type of the model begins, the mark of a thought in its template, and the parser."""
+_SWITCHED, _ALWAYS = "qwen3", "deepseek_r1"
+"""For models of any other type that think between `<think>` and `</think>`: those that can be told not to, and those
+whose prompt begins the thought."""
+_BEGINS_A_THOUGHT = re.compile(r"add_generation_prompt[^%]*%\}[^%]*<think>")
+
+
+def reasoning_parser(model: Path, template: str) -> str:
+    """The name of the parser for the model in `model` with this chat template; empty: its answers have no thoughts.
+
+    A model that may think, or not, without being told is left alone: all that it says would be taken for a thought.
+    """
+    try:
+        config = json.loads((model / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return ""
+    for begins, mark, parser in _BY_TYPE:
+        if str(config.get("model_type", "")).startswith(begins) and mark in template:
+            return parser
+    if "</think>" not in template:
+        return ""
+    if thinking_switches(template):
+        return _SWITCHED
+    return _ALWAYS if _BEGINS_A_THOUGHT.search(template) else ""
