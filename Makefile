@@ -75,7 +75,7 @@ bench-merge: $(READY)
 
 # Writes docs/MODELS.md; 40 minutes on 2 cores. ARGUMENTS="llama gemma3": these families alone, and no page.
 bench-models: $(READY) $(VLLM_VENV)/ready
-	@PYTHONPATH=.:bench:tests/appliance/train HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python bench/models.py --vllm $(VLLM_VENV)/bin/python $(ARGUMENTS)
+	@PYTHONPATH=.:bench:tests:tests/appliance/train HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python bench/models.py --vllm $(VLLM_VENV)/bin/python $(ARGUMENTS)
 
 bench-swap: $(VLLM_VENV)/ready
 	@PYTHONPATH=.:tests/e2e HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python bench/swap.py $(ARGUMENTS)

@@ -39,6 +39,13 @@ falcon falcon_h1 nemotron_h mamba2 gpt2
 """
 """What people train, of which at least TARGET has to go through."""
 
+TORCHVISION = "torchvision==0.28.0"
+_OPERATORS = """import torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
 _PAGE = """# Models
 
 <!-- `make bench-models` writes this page. -->
@@ -47,7 +54,7 @@ Every family of models that Transformers {version} has for texts, or for texts a
 chat template such as its own, through `sft`, `dpo`, merge and gates on a CPU. Of models with images or sound the text
 is trained, and the rest stays byte for byte. A mixture of experts goes through twice: with adapters beside the experts,
 as by default, and on them too (`target_parameters`). vLLM's CPU build is given the merged model, and served is what it
-says the same of as Transformers; it loads no class that reads images there.
+says the same of as Transformers; a class that reads images is loaded as itself, for texts alone.
 
 {trained} of {made} are trained, {refused} refused before training, {failed} fail.
 Of {others} no tiny model could be made: {names}.
@@ -85,12 +92,27 @@ def keep(model: Path, kept: Path) -> None:
 def served(python: Path, kept: Path) -> Iterator[tuple[str, str]]:
     """Each family whose merged model is in `kept`, with what vLLM makes of it; `python` is where vLLM is."""
     command = [python, Path(__file__).with_name("models_served.py"), kept]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as asked:
+    environment = os.environ | {"PYTHONPATH": str(_torchvision(python, kept / "modules"))}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as asked:
         for line in asked.stdout or ():
             print(line.strip(), file=sys.stderr)
             yield from json.loads(line).items()
     if asked.returncode:
         raise SystemExit(f"vLLM could not be tried: exit {asked.returncode}")
+
+
+def _torchvision(python: Path, folder: Path) -> Path:
+    """A folder of modules with torchvision, which classes that read images import, though no image is read here.
+
+    PyPI's build is compiled for CUDA. Beside torch's CPU build it lacks its operators, and is imported all the same
+    where two of them are declared.
+    """
+    command = [python, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, TORCHVISION]
+    subprocess.run(command, check=True)
+    (folder / "sitecustomize.py").write_text(_OPERATORS)
+    return folder
 
 
 def try_family(family: str, folder: Path) -> dict[str, Any]:

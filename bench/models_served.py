@@ -49,6 +49,7 @@ def _served(folder: Path) -> str:
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 26,
         distributed_executor_backend="uni",
+        language_model_only=True,
     )
     answer: Any = engine.generate(
         [{"prompt_token_ids": ids}], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False

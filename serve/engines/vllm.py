@@ -99,6 +99,8 @@ class VllmEngine(OpenAIEngine):
         argv += [str(part) for option in options.items() for part in option]
         argv += ["--middleware", f"{Reload.__module__}.{Reload.__qualname__}"]
         argv += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
+        # The gateway takes texts: what a model has for images or sound is neither loaded nor given memory.
+        argv += ["--language-model-only"]
         environment = dict(_ENVIRONMENT)
         if self.adapter_rank:
             # One adapter answers; the one before it may still finish, so that both stay in the machine's memory.
