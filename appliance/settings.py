@@ -60,7 +60,11 @@ class Settings:
         "",
         "the GPU to work on: its number in the order of the PCI bus, or its UUID; empty: that with the most memory",
     )
-    gpu_memory_share: float = _setting(0.85, "share of the GPU's memory that vLLM may take")
+    gpu_memory_share: float = _setting(
+        0.92,
+        "largest share of the GPU's memory that vLLM may take, which takes no more than is free when it starts; "
+        "lower it where training goes on beside it (APPLIANCE_LEASE=share)",
+    )
     max_model_len: int = _setting(0, "longest context that is served, in tokens; 0: the model's own, at most 8192")
 
 

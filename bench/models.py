@@ -109,7 +109,7 @@ def _torchvision(python: Path, folder: Path) -> Path:
     PyPI's build is compiled for CUDA. Beside torch's CPU build it lacks its operators, and is imported all the same
     where two of them are declared.
     """
-    command = [python, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, TORCHVISION]
+    command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), TORCHVISION]
     subprocess.run(command, check=True)
     (folder / "sitecustomize.py").write_text(_OPERATORS)
     return folder

@@ -13,6 +13,7 @@ from appliance.hardware import total_memory
 from appliance.models import template_and_end
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand
+from serve.engines import vllm_start
 from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, ask, context_length, weights_in_float32
 from serve.engines.reasoning import reasoning_parser
 from serve.engines.transformers import HONOURS as COMMON
@@ -20,9 +21,6 @@ from serve.engines.vllm_reload import CLOCK, Reload
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for."""
-
-# Binding is all that vLLM does for its socket: what a dead process left goes first, and only this user may connect.
-_ON_A_PRIVATE_SOCKET = ["/bin/sh", "-c", 'umask 077; rm -f -- "$0"; exec "$@"']
 
 _ENVIRONMENT = {
     **OFFLINE,
@@ -85,17 +83,22 @@ class VllmEngine(OpenAIEngine):
 
         Its chat template is told the settings of `template`.
         """
+        # Without a GPU the share is one of the machine's memory.
+        share = self._settings.gpu_memory_share if self._gpu else 0.3
+        argv = [
+            sys.executable,
+            "-m",
+            vllm_start.__name__,
+            str(release),
+            str(socket.parent / name),
+            str(socket),
+            str(share),
+        ]
         options = {
-            "--model": release,
             "--served-model-name": name,
-            "--uds": socket,
             "--max-model-len": context_length(release, self._settings.max_model_len),
             "--dtype": "auto" if self._gpu else "float32",
-            # Without a GPU this is a share of the machine's memory.
-            "--gpu-memory-utilization": self._settings.gpu_memory_share if self._gpu else 0.3,
         }
-        argv = [*_ON_A_PRIVATE_SOCKET, str(socket)]
-        argv += [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         argv += [str(part) for option in options.items() for part in option]
         argv += ["--middleware", f"{Reload.__module__}.{Reload.__qualname__}"]
         argv += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
