@@ -63,6 +63,8 @@ class Workers:
         """Start the process of the run's present stage; `live` is the release that quality is compared with, if any."""
         directory = self._home.runs / run.id
         environment = {
+            # Rows of many lengths leave pieces of memory that fit no other.
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
             **os.environ,
             "APPLIANCE_LIVE_RELEASE": live or "",
             "HF_HUB_OFFLINE": "1",

@@ -38,6 +38,11 @@ SLACK_TWICE = 1.0 if ON_GPU else 7.5
 """The same with gradient checkpointing: the pieces of a layer come and go between the inputs that stay."""
 LOGITS_SLACK = 1.0 if ON_GPU else 1.25
 """The same for logits: the softmax and the products have buffers of their own size."""
+CHECKPOINTED = (4, 2, 1) if ON_GPU else (1,)
+"""Each nth layer is computed twice where there is no room without, of these n the first that has room. On a CPU
+SLACK_TWICE is known of all layers alone."""
+LARGER_PASSES = (4096, 8192) if ON_GPU else ()
+"""Tokens of a forward pass where there is room for more than usual."""
 MARGIN = 1.15
 """Times the forecast there has to be, for a stage to do without gradient checkpointing: how wrong a forecast may be."""
 
@@ -67,8 +72,10 @@ class Forecast:
     memory: Memory
     available: int
     """Bytes that this process could hold."""
-    gradient_checkpointing: bool
-    """Whether layers are computed again in the backward pass: as the recipe says, or as the memory asks for."""
+    every_n_layers: int
+    """Each nth layer is computed again in the backward pass: as the recipe says, or as the memory asks for. 0: none."""
+    micro_batch_tokens: int
+    """Most tokens of a forward pass of several rows."""
     rows_at_once: int
     width_at_once: int
     """Sequences, and tokens of each, of the largest forward pass."""
@@ -84,10 +91,15 @@ class Forecast:
     def fits(self) -> bool:
         return self.memory.total <= self.available
 
+    @property
+    def has_room(self) -> bool:
+        """Whether it fits however wrong it may be."""
+        return MARGIN * self.memory.total <= self.available
+
     def event(self) -> dict[str, Any]:
         """The fields of the run's event."""
         memory = asdict(self.memory) | {"total": self.memory.total}
-        return asdict(self) | {"memory": memory, "fits": self.fits}
+        return asdict(self) | {"memory": memory, "fits": self.fits, "gradient_checkpointing": bool(self.every_n_layers)}
 
 
 class NoForecast(InvalidInput):
@@ -149,7 +161,8 @@ class Plan:
     stage: AnyStage
     work: Work
     steps: int
-    checkpointing: bool
+    every_n_layers: int
+    """Each nth layer is computed twice; 0: none."""
 
 
 Change = tuple[str, Callable[[Plan], Plan]]
@@ -180,16 +193,40 @@ def forecast_stage(base: Path, recipe: Recipe, stage: AnyStage, work: Work, step
     Raises NoForecast.
     """
     box = Box.here()
-    plan = Plan(recipe, stage, work, steps, checkpointing=stage.gradient_checkpointing == "on")
+    plan = Plan(recipe, stage, work, steps, every_n_layers=1 if stage.gradient_checkpointing == "on" else 0)
     found = _forecast(base, plan, box)
-    if stage.gradient_checkpointing == "auto" and MARGIN * found.memory.total > found.available:
-        twice = replace(plan, checkpointing=True)
-        # Of a small model it may take no less.
-        plan, found = min((plan, found), (twice, _forecast(base, twice, box)), key=lambda one: one[1].memory.total)
+    if stage.gradient_checkpointing == "auto" and not found.has_room:
+        plan, found = _checkpointed(base, plan, found, box)
+    elif found.has_room and not plan.every_n_layers and not work.limit.settled:
+        found = _with_larger_passes(base, plan, found, box)
     if found.fits:
         return found
     advice = _advice(plan, found.rows_at_once // work.sequences, lambda other: _forecast(base, other, box).fits)
     return replace(found, advice=advice)
+
+
+def _checkpointed(base: Path, plan: Plan, found: Forecast, box: Box) -> tuple[Plan, Forecast]:
+    """The plan that computes the fewest layers twice of those that have room, else the one that takes the least."""
+    tried = [(plan, found)]
+    for every in CHECKPOINTED:
+        twice = replace(plan, every_n_layers=every)
+        tried.append((twice, _forecast(base, twice, box)))
+        if tried[-1][1].has_room:
+            return tried[-1]
+    # Of a small model it may take no less.
+    return min(tried, key=lambda one: one[1].memory.total)
+
+
+def _with_larger_passes(base: Path, plan: Plan, found: Forecast, box: Box) -> Forecast:
+    """The forecast of the largest passes that there is room for: a large card is not busy with small ones."""
+    for tokens in LARGER_PASSES:
+        limit = replace(plan.work.limit, tokens=tokens)
+        larger = _forecast(base, replace(plan, work=replace(plan.work, limit=limit)), box)
+        taken, before = (one.rows_at_once * one.width_at_once for one in (larger, found))
+        if not larger.has_room or taken <= before:
+            break
+        found = larger
+    return found
 
 
 def _process_memory() -> int:
@@ -210,7 +247,7 @@ def matmul_speed(size: int = 2048) -> float:
 def _forecast(base: Path, plan: Plan, box: Box) -> Forecast:
     recipe, stage, work = plan.recipe, plan.stage, plan.work
     try:
-        model = meta_model(base, recipe.adapter, checkpointing=plan.checkpointing)
+        model = meta_model(base, recipe.adapter, every_n_layers=plan.every_n_layers)
     except InvalidInput as error:
         if error.code != "bad_model":
             raise
@@ -223,20 +260,21 @@ def _forecast(base: Path, plan: Plan, box: Box) -> Forecast:
         taken = simulate(model, *largest)
     except Exception as error:  # models are their publishers' code, which may look at numbers that are not there
         raise NoForecast(error) from error
-    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    trained = sum(weight.numel() * torch.float32.itemsize for weight in model.parameters() if weight.requires_grad)
     memory = Memory(
         weights=_weights(model, quantised=recipe.adapter.kind == "qlora"),
         adapter=trained,
         gradients=trained,
         optimiser=2 * trained,
-        activations=round((SLACK_TWICE if plan.checkpointing else SLACK) * taken.activations),
+        activations=round((SLACK_TWICE if plan.every_n_layers else SLACK) * taken.activations),
         logits=round(LOGITS_SLACK * taken.logits),
         overhead=box.overhead,
     )
     return Forecast(
         memory=memory,
         available=box.available,
-        gradient_checkpointing=plan.checkpointing,
+        every_n_layers=plan.every_n_layers,
+        micro_batch_tokens=work.limit.tokens,
         rows_at_once=largest.rows,
         width_at_once=largest.width,
         disk=(2 + 3 * (KEPT + 1)) * trained + sum(file.stat().st_size for file in base.glob("*.safetensors")),
@@ -293,8 +331,8 @@ def _advice(plan: Plan, rows: int, fits: Callable[[Plan], bool]) -> str:
     """
     fewer: list[Change] = [(f"micro_batch_size = {count}", partial(_with_rows, count)) for count in _halves(rows, 1)]
     others: list[Change] = []
-    if not plan.checkpointing:
-        others.append(('gradient_checkpointing = "on"', partial(replace, checkpointing=True)))
+    if plan.every_n_layers != 1:
+        others.append(('gradient_checkpointing = "on"', partial(replace, every_n_layers=1)))
     if ON_GPU and plan.recipe.adapter.kind != "qlora":
         others.append(('kind = "qlora" in [adapter]', _quantised))
     for said, change in (*fewer, *others):

@@ -24,17 +24,19 @@ class MicroBatchLimit:
     """Takes the fields of a warning: code, message, the new `micro_batch_tokens`, when the memory was too little."""
     last_resort: Callable[[], str] = lambda: ""
     """What else takes less memory, done and told, once every micro-batch is a single row; empty: nothing is left."""
+    settled: bool = False
+    """The memory has been too little before: no more tokens than these."""
     _tried: int = 0
     """Tokens of the largest micro-batch of several rows in the last division."""
 
     @classmethod
     def after(cls, events: Iterable[dict[str, Any]], rows: int, warn: Callable[..., Any]) -> MicroBatchLimit:
         """The limit of a stage whose `events` say how often its memory was not enough, killed by the kernel or not."""
-        tokens = MICRO_BATCH_TOKENS
+        tokens, settled = MICRO_BATCH_TOKENS, False
         for event in events:
             if event.get("code") == "out_of_memory":
-                tokens = max(event.get("micro_batch_tokens", tokens // 2), 1)
-        return cls(rows, tokens, warn)
+                tokens, settled = max(event.get("micro_batch_tokens", tokens // 2), 1), True
+        return cls(rows, tokens, warn, settled=settled)
 
     def divide(self, lengths: Sequence[int], sequences_per_row: int) -> list[slice]:
         """Where to cut a batch whose rows have these lengths."""

@@ -51,8 +51,12 @@ class Pass:
         return self.forward + self.backward + self.head
 
 
-def meta_model(base: Path, adapter: Adapter, *, checkpointing: bool = False) -> Any:
-    """The base with a new adapter, on the meta device, where asked for with gradient checkpointing."""
+def meta_model(base: Path, adapter: Adapter, *, every_n_layers: int = 0) -> Any:
+    """The base with a new adapter, on the meta device, with gradient checkpointing of each nth layer, 0: of none.
+
+    The adapter is in the precision of the products that it is in, which autocast brings its weights to: its fp32
+    weights would make fp32 of all that they meet. Autocast itself has no say on this device.
+    """
     AttentionInterface.register(ATTENTION, _attention)
     try:
         model = empty_model(base, dtype=DTYPE, attn_implementation=ATTENTION)
@@ -60,8 +64,11 @@ def meta_model(base: Path, adapter: Adapter, *, checkpointing: bool = False) -> 
         raise InvalidInput(error.code, "the model has an attention of its own kind", error.next) from error
     with torch.device("meta"):
         model = add_adapter(model.eval(), adapter, 0).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(DTYPE)
+    if every_n_layers:
+        model.gradient_checkpointing_enable(every_n_layers=every_n_layers)
     return model
 
 

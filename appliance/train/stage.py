@@ -146,11 +146,11 @@ def _train(
     limit = MicroBatchLimit.after(
         said, stage.micro_batch_size or stage.batch_size, partial(events.append, "warning", stage.name)
     )
-    checkpointing = stage.gradient_checkpointing == "on"
+    every_n_layers = 1 if stage.gradient_checkpointing == "on" else 0
     try:
         forecast = _forecast(base, recipe, stage, train, held_out, limit)
         events.append("forecast", stage.name, **forecast.event())
-        checkpointing = forecast.gradient_checkpointing
+        every_n_layers, limit.tokens = forecast.every_n_layers, forecast.micro_batch_tokens
     except NoForecast as error:
         events.append("warning", stage.name, message=error.message)
     model = _adapted_model(run, recipe, stage, base)
@@ -165,13 +165,15 @@ def _train(
     best = Best(folder, events, stage)
     if checkpoint is None:
         best.forget()
-    arguments = _arguments(folder, recipe, stage, len(train), checkpointing=checkpointing)
+    arguments = _arguments(folder, recipe, stage, len(train))
     arguments["eval_on_start"] = bool(len(held_out)) and _evaluation_due(
         checkpoint, stage, arguments["max_steps"], said
     )
     given = TrainerInputs(model, tokenizer, train, held_out, limit, interruption)
     trainer = METHODS[stage.method].trainer(stage, arguments, given)
     trainer.origin = made_from
+    if every_n_layers:
+        model.gradient_checkpointing_enable(every_n_layers=every_n_layers)
     trainer.remove_callback(PrinterCallback)
     cadence = Cadence(folder, stage, interruption, evaluates=bool(len(held_out)))
     for callback in (Reporter(events, stage), Guard(events, stage), samples, best, cadence):
@@ -243,9 +245,7 @@ def _steps(stage: AnyStage, rows: int) -> int:
     return min(steps, stage.max_steps) if stage.max_steps else steps
 
 
-def _arguments(
-    folder: Path, recipe: Recipe, stage: AnyStage, rows: int, *, checkpointing: bool = False
-) -> dict[str, Any]:
+def _arguments(folder: Path, recipe: Recipe, stage: AnyStage, rows: int) -> dict[str, Any]:
     """Transformers' training arguments for `stage` over `rows` examples."""
     steps = _steps(stage, rows)
     return {
@@ -253,7 +253,8 @@ def _arguments(
         "seed": recipe.seed,
         "use_cpu": not ON_GPU,
         "bf16": ON_GPU,
-        "gradient_checkpointing": checkpointing,
+        # It is turned on by hand: Transformers would take all layers.
+        "gradient_checkpointing": False,
         "dataloader_pin_memory": ON_GPU,
         "per_device_train_batch_size": stage.batch_size,
         "per_device_eval_batch_size": HELD_OUT_ROWS,

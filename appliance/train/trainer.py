@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -102,9 +103,11 @@ class MicroBatchTrainer(Trainer):
             # So that dropout follows from the recipe's seed and the step alone, whatever came before.
             torch.manual_seed(seed_for(self.args.seed, "dropout", self.state.global_step))
             losses = []
-            for loss in self._losses(model, inputs, num_items_in_batch):
-                self.accelerator.backward(loss)
-                losses.append(loss.detach())
+            # Under autocast its products are bf16 all the same, and the adapter's input would be kept in fp32 too.
+            with disable_input_dtype_casting(model, active=ON_GPU):
+                for loss in self._losses(model, inputs, num_items_in_batch):
+                    self.accelerator.backward(loss)
+                    losses.append(loss.detach())
             return torch.stack(losses).sum()
 
         loss = self.limit.fit(attempt)

@@ -29,11 +29,19 @@ def recipe(**settings: Any) -> Recipe:
 
 
 def foretold(
-    tiny_model: Path, *, sequences: int = 1, compared: int = 0, trained: float = 0.5, **settings: Any
+    tiny_model: Path,
+    *,
+    sequences: int = 1,
+    compared: int = 0,
+    trained: float = 0.5,
+    tokens: int = 1024,
+    settled: bool = False,
+    **settings: Any,
 ) -> Forecast:
     """For rows of LENGTHS of which that share is trained."""
     chosen = recipe(**settings)
-    limit = MicroBatchLimit(chosen.stages[0].micro_batch_size or 4, tokens=1024)
+    rows_at_most = chosen.stages[0].micro_batch_size or chosen.stages[0].batch_size
+    limit = MicroBatchLimit(rows_at_most, tokens=tokens, settled=settled)
     rows, held_out = ([Size(length, round(trained * length)) for length in some] for some in (LENGTHS, [30, 30]))
     return forecast_stage(tiny_model, chosen, chosen.stages[0], Work(rows, held_out, sequences, compared, limit), 8)
 
@@ -104,21 +112,52 @@ def test_checkpointing_is_chosen_where_the_forecast_has_no_room_without(
 ) -> None:
     give(monkeypatch, 1 << 40)
     usual, less = (foretold(tiny_model, gradient_checkpointing=word) for word in ("off", "on"))
-    assert (usual.gradient_checkpointing, less.gradient_checkpointing) == (False, True)
+    assert (usual.every_n_layers, less.every_n_layers) == (0, 1)
     assert less.memory.activations < 0.8 * usual.memory.activations
     assert 1.2 * usual.seconds < less.seconds < 1.6 * usual.seconds
     assert foretold(tiny_model) == usual
     give(monkeypatch, int(MARGIN * usual.memory.total) - 1)
-    assert foretold(tiny_model).gradient_checkpointing
+    assert foretold(tiny_model).every_n_layers == 1
     assert foretold(tiny_model).event()["gradient_checkpointing"] is True
-    assert not foretold(tiny_model, gradient_checkpointing="off").gradient_checkpointing
+    assert foretold(tiny_model, gradient_checkpointing="off").every_n_layers == 0
+
+
+def test_no_more_layers_are_computed_twice_than_there_has_to_be(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "CHECKPOINTED", (2, 1))
+    give(monkeypatch, 1 << 40)
+    none, every = (foretold(tiny_model, gradient_checkpointing=word) for word in ("off", "on"))
+    give(monkeypatch, int(MARGIN * none.memory.total) - 1)
+    second = foretold(tiny_model)
+    assert second.every_n_layers == 2
+    assert every.memory.total < second.memory.total < none.memory.total
+    assert none.seconds < second.seconds < every.seconds
+    give(monkeypatch, int(MARGIN * second.memory.total) - 1)
+    assert foretold(tiny_model).every_n_layers == 1
+
+
+def test_passes_are_as_large_as_there_is_room_for(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "LARGER_PASSES", (800, 3200))
+    wide = {"batch_size": 16, "gradient_checkpointing": "auto"}
+    give(monkeypatch, 1 << 40)
+    large = foretold(tiny_model, tokens=400, **wide)
+    assert (large.micro_batch_tokens, large.rows_at_once * large.width_at_once) == (3200, 16 * 200)
+    usual = foretold(tiny_model, tokens=400, settled=True, **wide)
+    assert (usual.micro_batch_tokens, usual.rows_at_once) == (400, 2), "the memory was too little before"
+    give(monkeypatch, int(MARGIN * large.memory.total) - 1)
+    assert foretold(tiny_model, tokens=400, **wide).micro_batch_tokens == 800
+    give(monkeypatch, int(MARGIN * usual.memory.total))
+    assert foretold(tiny_model, tokens=400, **wide).micro_batch_tokens == 400
+    give(monkeypatch, 1 << 40)
+    assert foretold(tiny_model, tokens=400, **{**wide, "batch_size": 2}).micro_batch_tokens == 400, "two rows are all"
 
 
 def test_checkpointing_that_saves_nothing_is_not_chosen(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, 1 << 20)
-    assert foretold(tiny_model).gradient_checkpointing
+    assert foretold(tiny_model).every_n_layers == 1
     monkeypatch.setattr(forecast, "SLACK_TWICE", 4.0)
-    assert not foretold(tiny_model).gradient_checkpointing
+    assert foretold(tiny_model).every_n_layers == 0
 
 
 def test_only_trained_tokens_meet_the_vocabulary(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

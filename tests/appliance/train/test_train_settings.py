@@ -140,3 +140,25 @@ def test_layers_are_counted_from_either_end(home: Home) -> None:
     model = load_model(home.models / "tiny")
     found = targeted_modules(model, ("q_proj",), (-2, 1))
     assert found == {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
+
+
+def test_on_a_gpu_the_adapters_inputs_are_no_copies_in_fp32(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast has the products in bf16, and what PEFT would cast for them is kept for the backward pass."""
+    monkeypatch.setattr("appliance.train.model.DTYPE", torch.bfloat16)
+    monkeypatch.setattr("appliance.train.trainer.ON_GPU", True)
+    monkeypatch.setattr("appliance.train.stage.ON_GPU", True)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    built = trainer(home, tmp_path)
+    seen = set()
+    for name, module in built.model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, given: seen.add(given[0].dtype))
+    batch = next(iter(built.get_train_dataloader()))
+    (inputs,), items = built.get_batch_samples(iter([batch]), 1, built.args.device)
+    built.training_step(built.accelerator.prepare_model(built.model), inputs, items)
+    assert seen == {torch.bfloat16}
+    layers = [module for module in built.model.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    assert layers
+    assert all(layer.cast_input_dtype_enabled for layer in layers), "as generation without autocast needs it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_logits_are_those_of_the_trained_tokens(tiny_model: Path) -> None:
 
 
 def test_with_checkpointing_it_holds_less_and_computes_the_layers_once_more(tiny_model: Path) -> None:
-    kept, again = (meta_model(tiny_model, ADAPTER, checkpointing=on) for on in (False, True))
+    kept, again = (meta_model(tiny_model, ADAPTER, every_n_layers=every) for every in (0, 1))
     usual, less = (simulate(model, 1, 256, 16) for model in (kept, again))
     layer = simulate(meta_model(tiny_model, ADAPTER), 1, 256, 16).activations / 2
     assert layer / 2 < less.activations < 0.75 * usual.activations, "one of two layers at a time"
@@ -89,6 +90,35 @@ def test_real_layers_that_are_computed_twice_keep_what_the_simulation_says(tiny_
     model.gradient_checkpointing_enable()
     kept, _ = real_pass(model, 1, 96)
     layer = usual / 2
-    found = simulate(meta_model(tiny_model, ADAPTER, checkpointing=True), 1, 96, 96)
+    found = simulate(meta_model(tiny_model, ADAPTER, every_n_layers=1), 1, 96, 96)
     assert kept < 0.2 * usual
     assert 0.8 * (kept + layer) < found.activations < 1.5 * (kept + layer)
+
+
+MEASURED = json.loads((Path(__file__).parents[3] / "bench" / "results" / "gpu.json").read_text())["figures"]
+LLAMA_8B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+LONGEST = 1271
+"""Tokens of the longest row of the self-test's sft parts."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "every_n_layers"), [("sft", 0), ("sft_checkpointed", 1)])
+def test_on_a_gpu_it_holds_what_an_h100_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, every_n_layers: int
+) -> None:
+    """Of 8 billion parameters in NF4 under autocast, within the tenth that the forecast may be wrong by."""
+    monkeypatch.setattr(simulation, "DTYPE", torch.bfloat16)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    model = meta_model(tmp_path, Adapter(kind="qlora", rank=16), every_n_layers=every_n_layers)
+    taken = simulate(model, 1, LONGEST, LONGEST)
+    fixed = sum(MEASURED[part]["forecast_parts"][name] for name in ("weights", "adapter", "gradients", "optimiser"))
+    assert fixed + taken.activations + taken.logits == pytest.approx(MEASURED[part]["peak"], rel=0.05)
