@@ -243,6 +243,22 @@ class Status(Shape):
     hardware: Hardware
 
 
+class Serving(Shape):
+    """Bytes that verifying and serving a release takes at least, and that this box could give it (None: unknown)."""
+
+    needed: int
+    available: int | None
+    fits: bool
+
+
+class Forecasts(Shape):
+    """What a recipe would take: each training stage by the fields of its `forecast` event, and serving its release."""
+
+    stages: tuple[dict[str, Any], ...]
+    serving: Serving | None
+    """None: it makes no release."""
+
+
 class ShippedRecipe(Shape):
     """A recipe that comes with the appliance."""
 

@@ -133,10 +133,9 @@ class Client:
         """Queue a run of the recipe, given as TOML text."""
         return await self._call("POST", "/v1/runs", api.Run, json={"recipe": recipe})
 
-    async def forecast(self, recipe: str) -> list[dict[str, Any]]:
-        """What each training stage of the recipe would take: the fields of its `forecast` event."""
-        json = {"recipe": recipe}
-        return await self._call("POST", "/v1/forecasts", list[dict[str, Any]], json=json, timeout=600)
+    async def forecast(self, recipe: str) -> api.Forecasts:
+        """What each training stage of the recipe would take, and serving its release."""
+        return await self._call("POST", "/v1/forecasts", api.Forecasts, json={"recipe": recipe}, timeout=600)
 
     async def runs(self) -> list[api.Run]:
         """All runs, newest first."""

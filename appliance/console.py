@@ -47,8 +47,9 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_forecasts(forecasts: Sequence[dict[str, Any]]) -> None:
+def print_forecasts(found: api.Forecasts) -> None:
     """What stages would take, a column each; what does not fit, and what would make it."""
+    forecasts = found.stages
     parts = [part for part in forecasts[0]["memory"] if part != "total"] if forecasts else []
     rows = [(part, *(size(one["memory"][part]) for one in forecasts)) for part in parts]
     rows += [
@@ -56,7 +57,7 @@ def print_forecasts(forecasts: Sequence[dict[str, Any]]) -> None:
         ("available", *(size(one["available"]) for one in forecasts)),
         ("disk", *(size(one["disk"]) for one in forecasts)),
         ("largest pass", *(f"{one['rows_at_once']} x {one['width_at_once']} tokens" for one in forecasts)),
-        ("gradient checkpointing", *("on" if one["gradient_checkpointing"] else "off" for one in forecasts)),
+        ("gradient checkpointing", *(_checkpointed(one["every_n_layers"]) for one in forecasts)),
         ("tokens", *(f"{one['tokens']:,}" for one in forecasts)),
         ("steps", *(f"{one['steps']:,}" for one in forecasts)),
         ("time", *(f"about {duration(one['seconds'])}" for one in forecasts)),
@@ -66,6 +67,15 @@ def print_forecasts(forecasts: Sequence[dict[str, Any]]) -> None:
     for one in forecasts:
         if not one["fits"]:
             say(f"{one['stage']} does not fit: {one['advice']}")
+    if serving := found.serving:
+        has = "" if serving.available is None else f" of {size(serving.available)}"
+        print(f"the release takes {size(serving.needed)}{has} to be verified and served")
+        if not serving.fits:
+            say('it does not fit: take a smaller base, or set end = "adapter" to train its adapter alone')
+
+
+def _checkpointed(every_n_layers: int) -> str:
+    return {0: "off", 1: "on"}.get(every_n_layers, f"1 layer in {every_n_layers}")
 
 
 def canary_lines(canary: api.Canary) -> list[str]:

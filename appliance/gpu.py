@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,18 @@ def environment() -> dict[str, str]:
     """What a child's environment has so that it sees the chosen GPU alone, and counts as the driver does."""
     card = chosen()
     return {"CUDA_VISIBLE_DEVICES": card.uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if card else {}
+
+
+def held_by(pids: Set[int]) -> int | None:
+    """Bytes of the chosen GPU that these processes hold; None where the driver does not tell, or there is no GPU."""
+    nvml, card = _driver(), chosen()
+    if nvml is None or card is None:
+        return None
+    using = _told(nvml, "GetComputeRunningProcesses", nvml.nvmlDeviceGetHandleByUUID(card.uuid))
+    if using is None:
+        return None
+    held = [one.usedGpuMemory for one in using if one.pid in pids]
+    return None if None in held else sum(held)
 
 
 _started: list[Any] = []

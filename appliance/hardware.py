@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Set
 from pathlib import Path
 
 import psutil
@@ -45,6 +47,17 @@ def total_memory() -> int | None:
     """Bytes of the GPU, else of the machine; None where the GPU does not tell."""
     card = gpu.chosen()
     return int(psutil.virtual_memory().total) if card is None else card.memory_total
+
+
+def held_by(pids: Set[int]) -> int:
+    """Bytes that processes hold of what models are in: of the GPU, else of the machine; 0 where nobody tells."""
+    if gpu.chosen() is not None:
+        return gpu.held_by(pids) or 0
+    held = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            held += psutil.Process(pid).memory_info().rss
+    return held
 
 
 def has_gpu() -> bool:

@@ -29,6 +29,7 @@ from appliance.release.lineage import copy_start, going_on
 from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
 from appliance.store.runs import ACTIVE
+from appliance.supervisor.engines import Room
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.dry_run import DryRunRequest
 from appliance.train.events import EventLog
@@ -134,18 +135,27 @@ def control_app(
             recipe = recipe.model_copy(update={"thinking": "on" if thought else "off"})
         return recipe.model_copy(update={"stages": stages})
 
+    def room_to_serve(recipe: Recipe) -> Room | None:
+        """What the recipe's release takes to be served; None where it makes none."""
+        return supervisor.engines.kind.room(model_path(home, recipe.base)) if recipe.end == "release" else None
+
     @app.post("/v1/forecasts")
-    async def forecast(request: Request, new: NewRun) -> list[dict[str, Any]]:
-        """What each training stage of a recipe would take, without a run."""
-        asked = DryRunRequest(recipe=dump_recipe(complete(new.recipe)))
+    async def forecast(request: Request, new: NewRun) -> api.Forecasts:
+        """What each training stage of a recipe would take, and serving its release, without a run."""
+        recipe = complete(new.recipe)
+        room = room_to_serve(recipe)
+        freed = supervisor.engines.held() if supervisor.exclusive else 0
+        asked = DryRunRequest(recipe=dump_recipe(recipe), freed=freed)
         with tempfile.TemporaryDirectory(dir=home.incoming) as folder:
             outcome = await run_module("appliance.train.dry_run", home, asked, Path(folder), request)
-        stages: list[dict[str, Any]] = outcome["stages"]
-        return stages
+        serving = room and api.Serving(needed=room.needed, available=room.available, fits=room.suffices)
+        return api.Forecasts(stages=outcome["stages"], serving=serving)
 
     @app.post("/v1/runs")
     async def train(new: NewRun) -> api.Run:
         recipe = complete(new.recipe)
+        if room := room_to_serve(recipe):
+            room.require(recipe.base)
         weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
         require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
         id = runs.new_id(recipe)

@@ -157,6 +157,7 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         weights = sum(file.stat().st_size for file in model_path(home, base).glob("*.safetensors"))
         if quantised:
             require_quantisable(model_path(home, base))
+        supervisor.engines.kind.room(model_path(home, base)).require(base)
         judged_on = datasets.find(dataset).id if dataset else ""
         with _incoming(home) as folder:
             await _receive(request, folder / "upload")

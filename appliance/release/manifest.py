@@ -22,7 +22,7 @@ from appliance.home import Home, fsync_directory, json_bytes, sha256, write_atom
 from appliance.models import SOURCE
 from appliance.release.card import CARD, model_card
 from appliance.release.gates import GATES, UNMEASURED, Gate, verdicts
-from appliance.train.recipe import Recipe
+from appliance.train.recipe import THINKS, Recipe
 
 MANIFEST = "manifest.json"
 SIXTEEN_BIT, DEQUANTISED = "16-bit", "dequantised"
@@ -255,8 +255,7 @@ def clock_of(manifest: dict[str, Any]) -> date:
 
 def template_of(manifest: dict[str, Any]) -> TemplateSettings:
     """What a release's chat template is told."""
-    recipe = Recipe.model_validate(manifest["recipe"])
-    return recipe.template.model_copy(update={"today": clock_of(manifest)})
+    return TemplateSettings(today=clock_of(manifest), thinking=THINKS.get(manifest["recipe"].get("thinking", "auto")))
 
 
 def same_but_for_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:

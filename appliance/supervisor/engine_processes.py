@@ -178,6 +178,10 @@ class EngineProcesses:
         free = hardware.free_memory()
         return free is None or needed <= free
 
+    def held(self) -> int:
+        """Bytes that engines hold, which are free when they have stopped."""
+        return hardware.held_by({pid for row in self.rows() for pid in processes.members(row)})
+
     def directory(self, release: str) -> Path:
         """The model files of a release, or of a run's merged model that is to become one."""
         directory = self._home.releases / release

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from appliance.data.tokenizer import TemplateSettings
+from appliance.errors import Conflict
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,29 @@ class ProbeAnswer:
     text: str
     finish_reason: str
     completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that serving a model takes, and that there are for it when nothing of ours runs beside it."""
+
+    needed: int
+    available: int | None
+    """None: nobody knows."""
+
+    @property
+    def suffices(self) -> bool:
+        return self.available is None or self.needed <= self.available
+
+    def require(self, base: str) -> None:
+        """Raise Conflict where a release of `base` could not be verified and served."""
+        if not self.suffices:
+            raise Conflict(
+                "cannot_be_served",
+                f"a release of {base} takes {self.needed / 2**30:.1f} GiB to be verified and served, of which this box "
+                f"has {(self.available or 0) / 2**30:.1f}",
+                'take a smaller base, or set end = "adapter" to train its adapter alone',
+            )
 
 
 @dataclass(frozen=True)
@@ -102,6 +126,10 @@ class EngineKind(Protocol):
 
     def memory(self, release: Path) -> int:
         """Bytes of memory that a process for the model files in `release` will take."""
+        ...
+
+    def room(self, model: Path) -> Room:
+        """What serving the model files in `model` takes at least, and what this box could give it."""
         ...
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:

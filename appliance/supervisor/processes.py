@@ -107,12 +107,17 @@ async def stop_group(row: ProcessRow, grace: float) -> None:
 
 async def kill_group(row: ProcessRow) -> None:
     """Kill all that is left of the group, also after its leader: a dead server's children hold memory."""
-    while members := [pid for pid in psutil.pids() if _belongs(pid, row)]:
-        for pid in members:
+    while pids := members(row):
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(0.05)
         alive(row)
+
+
+def members(row: ProcessRow) -> list[int]:
+    """The living processes of the session that the process of `row` leads or led."""
+    return [pid for pid in psutil.pids() if _belongs(pid, row)]
 
 
 def kill_unrecorded(home: Path, rows: Sequence[ProcessRow]) -> int:

@@ -18,9 +18,10 @@ from appliance.train.recipe import parse_recipe
 
 
 class DryRunRequest(BaseModel):
-    """A recipe, with its datasets by id and its learning rates."""
+    """A recipe, with its datasets by id and its learning rates, and the bytes that are freed before it would train."""
 
     recipe: str
+    freed: int = 0
 
 
 def main(home_root: Path, request: Path, result: Path) -> None:
@@ -30,8 +31,8 @@ def main(home_root: Path, request: Path, result: Path) -> None:
     asked = DryRunRequest.model_validate_json(request.read_bytes())
     try:
         recipe, home = parse_recipe(asked.recipe), Home(home_root)
-        stages = [{"stage": one.name, **forecast_of(home, recipe, one.name).event()} for one in recipe.stages]
-        outcome: dict[str, Any] = {"stages": stages}
+        forecasts = {one.name: forecast_of(home, recipe, one.name, asked.freed) for one in recipe.stages}
+        outcome: dict[str, Any] = {"stages": [{"stage": name, **one.event()} for name, one in forecasts.items()]}
     except ApplianceError as error:
         outcome = {"problem": error.problem()}
     except Exception as error:  # whatever a model's code raises is told, not the death of a process

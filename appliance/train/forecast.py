@@ -181,18 +181,19 @@ class Box:
     """Floating-point operations a second of a training step."""
 
     @classmethod
-    def here(cls) -> Box:
+    def here(cls, freed: int = 0) -> Box:
+        """This box, once so many more bytes are free than now."""
         process = _process_memory()
         available = torch.cuda.mem_get_info()[0] if ON_GPU else psutil.virtual_memory().available + process
-        return cls(available, 0 if ON_GPU else process, EFFICIENCY * matmul_speed())
+        return cls(available + freed, 0 if ON_GPU else process, EFFICIENCY * matmul_speed())
 
 
-def forecast_stage(base: Path, recipe: Recipe, stage: AnyStage, work: Work, steps: int) -> Forecast:
+def forecast_stage(base: Path, recipe: Recipe, stage: AnyStage, work: Work, steps: int, freed: int = 0) -> Forecast:
     """The forecast for `stage` in this process, and with it whether the stage uses gradient checkpointing.
 
-    Raises NoForecast.
+    `freed`: bytes that will be free before it begins, and are not now. Raises NoForecast.
     """
-    box = Box.here()
+    box = Box.here(freed)
     plan = Plan(recipe, stage, work, steps, every_n_layers=1 if stage.gradient_checkpointing == "on" else 0)
     found = _forecast(base, plan, box)
     if stage.gradient_checkpointing == "auto" and not found.has_room:

@@ -206,6 +206,8 @@ class KtoStage(Stage):
 
 
 AnyStage = Annotated[SftStage | DpoStage | KtoStage, Field(discriminator="method")]
+THINKS = {"auto": None, "on": True, "off": False}
+"""What a chat template is told by a recipe's `thinking`."""
 AFTER_TRAINING = ("merge", "verify", "probe")
 """The stages that make a release of what was trained last."""
 BASE = "base"
@@ -338,7 +340,7 @@ class Recipe(_Section):
     @property
     def template(self) -> TemplateSettings:
         """What the base's chat template is told."""
-        return TemplateSettings(today=self.clock, thinking={"on": True, "off": False}.get(self.thinking))
+        return TemplateSettings(today=self.clock, thinking=THINKS[self.thinking])
 
     @property
     def changes_weights(self) -> bool:

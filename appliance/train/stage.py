@@ -106,8 +106,11 @@ def _examples(
     return train, held_out, (left_out, left_out_too)
 
 
-def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
-    """What the stage `name` will take. Raises ApplianceError for what could not be trained on or with."""
+def forecast_of(home: Home, recipe: Recipe, name: str, freed: int = 0) -> Forecast:
+    """What the stage `name` will take, once so many more bytes are free than now.
+
+    Raises ApplianceError for what could not be trained on or with.
+    """
     base = model_path(home, recipe.base)
     stage = recipe.stage(name)
     dataset = Dataset.open(home, stage.dataset)
@@ -116,16 +119,22 @@ def forecast_of(home: Home, recipe: Recipe, name: str) -> Forecast:
     both = train_rows, held_out_rows[:HELD_OUT_ROWS]
     train, held_out, _ = _examples(home, dataset, both, base, recipe, stage)
     limit = MicroBatchLimit(stage.micro_batch_size or stage.batch_size)
-    return _forecast(base, recipe, stage, train, held_out, limit)
+    return _forecast(base, recipe, stage, train, held_out, limit, freed)
 
 
 def _forecast(
-    base: Path, recipe: Recipe, stage: AnyStage, train: Examples, held_out: Examples, limit: MicroBatchLimit
+    base: Path,
+    recipe: Recipe,
+    stage: AnyStage,
+    train: Examples,
+    held_out: Examples,
+    limit: MicroBatchLimit,
+    freed: int = 0,
 ) -> Forecast:
     method = METHODS[stage.method]
     rows, others = (list(map(Size, some.lengths, some.trained)) for some in (train, held_out))
     work = Work(rows, others, method.sequences, method.compared, limit)
-    return forecast_stage(base, recipe, stage, work, _steps(stage, len(train)))
+    return forecast_stage(base, recipe, stage, work, _steps(stage, len(train)), freed)
 
 
 def _train(

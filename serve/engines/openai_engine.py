@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from appliance.errors import InvalidInput
+from appliance.models import count_parameters
 from appliance.supervisor.engines import Probe, ProbeAnswer
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -125,6 +126,23 @@ def weights_in_float32(release: Path) -> int:
         if config.get("dtype", config.get("torch_dtype")) == "float32":
             return stored
     return 2 * stored
+
+
+def weights_in_16_bits(model: Path) -> int:
+    """Bytes of the model's weights in 16 bits each, or as they are stored where that is less."""
+    stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return min(2 * count_parameters(model), stored)
+
+
+def cache_bytes(model: Path, tokens: int) -> int:
+    """Bytes that keys and values of so many tokens take in 16 bits; 0 where config.json does not say their shape."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        config = json.loads((model / "config.json").read_bytes())
+        config = config.get("text_config", config)
+        heads = config["num_attention_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        return int(4 * tokens * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width)
+    return 0
 
 
 def context_length(release: Path, setting: int) -> int:

@@ -6,9 +6,18 @@ import sys
 from pathlib import Path
 
 from appliance.data.tokenizer import TemplateSettings
+from appliance.hardware import has_gpu, total_memory
 from appliance.settings import Settings
-from appliance.supervisor.engines import EngineCommand
-from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, context_length, weights_in_float32
+from appliance.supervisor.engines import EngineCommand, Room
+from serve.engines.openai_engine import (
+    OFFLINE,
+    OVERHEAD,
+    OpenAIEngine,
+    cache_bytes,
+    context_length,
+    weights_in_16_bits,
+    weights_in_float32,
+)
 
 HONOURS = frozenset(
     {
@@ -45,6 +54,13 @@ class TransformersEngine(OpenAIEngine):
     def memory(self, release: Path) -> int:
         """Bytes of memory that a process for the model files in `release` will take."""
         return weights_in_float32(release) + int(self._settings.kv_cache_gib * (1 << 30)) + OVERHEAD
+
+    def room(self, model: Path) -> Room:
+        """What serving the model files in `model` takes at least, and what this box could give it."""
+        if not has_gpu():
+            return Room(self.memory(model), total_memory())
+        one_request = cache_bytes(model, context_length(model, self._settings.max_model_len))
+        return Room(weights_in_16_bits(model) + one_request + OVERHEAD, total_memory())
 
     def command(
         self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None

@@ -12,13 +12,24 @@ from appliance.errors import InvalidInput
 from appliance.hardware import total_memory
 from appliance.models import template_and_end
 from appliance.settings import Settings
-from appliance.supervisor.engines import EngineCommand
+from appliance.supervisor.engines import EngineCommand, Room
 from serve.engines import vllm_start
-from serve.engines.openai_engine import OFFLINE, OVERHEAD, OpenAIEngine, ask, context_length, weights_in_float32
+from serve.engines.openai_engine import (
+    OFFLINE,
+    OVERHEAD,
+    OpenAIEngine,
+    ask,
+    cache_bytes,
+    context_length,
+    weights_in_16_bits,
+    weights_in_float32,
+)
 from serve.engines.reasoning import reasoning_parser
 from serve.engines.transformers import HONOURS as COMMON
 from serve.engines.vllm_reload import CLOCK, Reload
 
+_OVERHEAD_ON_GPU = 3 << 29
+"""Bytes beside weights and cache: CUDA's context, graphs, and the passes that vLLM makes room for. Estimated."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for."""
 
@@ -75,6 +86,15 @@ class VllmEngine(OpenAIEngine):
         if self._gpu:
             return int(self._settings.gpu_memory_share * (total_memory() or 0))
         return weights_in_float32(release) + (self._cache_gib << 30) + OVERHEAD
+
+    def room(self, model: Path) -> Room:
+        """What serving the model files in `model` takes at least, and what this box could give it."""
+        if not self._gpu:
+            return Room(self.memory(model), total_memory())
+        total = total_memory()
+        one_request = cache_bytes(model, context_length(model, self._settings.max_model_len))
+        needed = weights_in_16_bits(model) + one_request + _OVERHEAD_ON_GPU
+        return Room(needed, None if total is None else int(self._settings.gpu_memory_share * total))
 
     def command(
         self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None

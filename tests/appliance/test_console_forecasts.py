@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from appliance import api
 from appliance.console import event_line, print_forecasts
 
 FITS = {
@@ -11,6 +12,7 @@ FITS = {
     "rows_at_once": 2,
     "width_at_once": 512,
     "gradient_checkpointing": False,
+    "every_n_layers": 0,
     "disk": 300_000_000,
     "tokens": 1_234_567,
     "steps": 330,
@@ -22,13 +24,15 @@ TOO_LARGE = FITS | {
     "stage": "dpo",
     "available": 500_000_000,
     "gradient_checkpointing": True,
+    "every_n_layers": 2,
     "fits": False,
     "advice": "set micro_batch_size = 1",
 }
 
 
 def test_a_column_for_each_stage_and_advice_where_it_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    print_forecasts([FITS, TOO_LARGE])
+    serving = api.Serving(needed=4_000_000_000, available=8_000_000_000, fits=True)
+    print_forecasts(api.Forecasts(stages=(FITS, TOO_LARGE), serving=serving))
     told, advice = capsys.readouterr()
     assert [line.split() for line in told.splitlines()] == [
         ["SFT", "DPO"],
@@ -38,13 +42,22 @@ def test_a_column_for_each_stage_and_advice_where_it_does_not_fit(capsys: pytest
         ["available", "8.0", "GB", "500.0", "MB"],
         ["disk", "300.0", "MB", "300.0", "MB"],
         ["largest", "pass", "2", "x", "512", "tokens", "2", "x", "512", "tokens"],
-        ["gradient", "checkpointing", "off", "on"],
+        ["gradient", "checkpointing", "off", "1", "layer", "in", "2"],
         ["tokens", "1,234,567", "1,234,567"],
         ["steps", "330", "330"],
         ["time", "about", "50", "min", "about", "50", "min"],
         ["fits", "yes", "NO"],
+        ["the", "release", "takes", "4.0", "GB", "of", "8.0", "GB", "to", "be", "verified", "and", "served"],
     ]
     assert advice == "dpo does not fit: set micro_batch_size = 1\n"
+
+
+def test_a_release_that_cannot_be_served_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    serving = api.Serving(needed=9_000_000_000, available=8_000_000_000, fits=False)
+    print_forecasts(api.Forecasts(stages=(FITS,), serving=serving))
+    assert 'set end = "adapter" to train its adapter alone' in capsys.readouterr().err
+    print_forecasts(api.Forecasts(stages=(FITS,), serving=None))
+    assert "served" not in "".join(capsys.readouterr())
 
 
 def test_the_event_as_a_line() -> None:

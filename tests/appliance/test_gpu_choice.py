@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ class Device:
     used: int = 0
     load: int | None = 7
     parts: list[Device] = field(default_factory=list)
+    users: Mapping[int, int | None] | None = None
 
 
 class Driver:
@@ -68,6 +71,14 @@ class Driver:
         if device.total is None:
             raise NVMLError
         return SimpleNamespace(total=device.total, used=device.used)
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Device:
+        return next(device for device in self.devices if device.uuid == uuid)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, device: Device) -> Any:
+        if device.users is None:
+            raise NVMLError
+        return [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in device.users.items()]
 
     def nvmlDeviceGetUtilizationRates(self, device: Device) -> Any:
         if device.load is None:
@@ -152,3 +163,18 @@ def test_what_a_virtual_gpu_does_not_tell_is_missing_not_the_machines(monkeypatc
     (shown,) = hardware.measure(Path("/")).gpus
     assert (shown.memory_total, shown.memory_used, shown.utilisation) == (None, None, None)
     assert (hardware.has_gpu(), hardware.free_memory(), hardware.total_memory()) == (True, None, None)
+
+
+@pytest.mark.parametrize(
+    ("users", "held"), [({7: 3 * GIB, 8: GIB, 9: 5 * GIB}, 4 * GIB), ({}, 0), ({7: None}, 0), (None, 0)]
+)
+def test_what_our_own_processes_hold_is_told_where_the_driver_tells_it(
+    monkeypatch: pytest.MonkeyPatch, users: dict[int, int | None] | None, held: int
+) -> None:
+    plug(monkeypatch, DISPLAY, Device("GPU-bb22", 24 * GIB, 20 * GIB, users=users))
+    assert hardware.held_by({7, 8}) == held
+
+
+def test_without_a_gpu_processes_hold_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug(monkeypatch)
+    assert hardware.held_by({os.getpid(), 1 << 30}) > 1 << 20

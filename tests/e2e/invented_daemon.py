@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from appliance.data.tokenizer import TemplateSettings
 from appliance.settings import load_settings
-from appliance.supervisor.engines import EngineCommand
+from appliance.supervisor.engines import EngineCommand, Room
 from serve import daemon
 from serve.engines.answer import Answer, Piece
 from serve.engines.openai_engine import OpenAIEngine
@@ -38,6 +38,9 @@ class InventedEngine(OpenAIEngine):
 
     def memory(self, release: Path) -> int:
         return 0
+
+    def room(self, model: Path) -> Room:
+        return Room(0, None)
 
     def command(
         self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None

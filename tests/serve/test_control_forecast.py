@@ -10,8 +10,10 @@ from chat_templates import CHATML, make_tokenizer
 from controlling import Control
 from safetensors.numpy import save_file
 
-from appliance.errors import InvalidInput, NotFound
+from appliance import api
+from appliance.errors import Conflict, InvalidInput, NotFound
 from appliance.sources import find_sources
+from appliance.supervisor.engines import Room
 
 RECIPE = """
 name = "r"
@@ -50,12 +52,45 @@ async def test_each_stage_is_forecast_and_nothing_is_queued(control: Control, tm
     with pytest.raises(NotFound):
         await control.client.forecast(RECIPE.format(second="sft"))
     await import_rows(control, tmp_path)
-    first, again = await control.client.forecast(RECIPE.format(second="sft"))
+    found = await control.client.forecast(RECIPE.format(second="sft"))
+    first, again = found.stages
+    assert found.serving is not None
+    assert found.serving.fits
     assert (first["stage"], first["steps"], first["fits"], first["advice"]) == ("sft", 6, True, "")
     assert again["steps"] == 9
     assert first["memory"]["total"] == sum(size for part, size in first["memory"].items() if part != "total")
     assert await control.client.runs() == []
     assert list(control.home.incoming.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("base")
+async def test_what_our_own_engines_hold_counts_as_free_where_they_stop_for_a_training(
+    control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await import_rows(control, tmp_path)
+    monkeypatch.setattr(control.supervisor.engines, "held", lambda: 1 << 40)
+    told = []
+    for control.supervisor.exclusive in (False, True):
+        found = await control.client.forecast(RECIPE.format(second="sft"))
+        told.append(found.stages[0]["available"] >= 1 << 40)
+    assert told == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("base")
+async def test_a_run_whose_release_could_not_be_served_is_refused_before_its_first_step(
+    control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await import_rows(control, tmp_path)
+    monkeypatch.setattr(control.supervisor.engines.kind, "room", lambda model: Room(3 << 30, 2 << 30))
+    recipe = RECIPE.format(second="sft")
+    with pytest.raises(Conflict, match=r"takes 3\.0 GiB to be verified and served, of which this box has 2\.0 — take"):
+        await control.client.train(recipe)
+    found = await control.client.forecast(recipe)
+    assert found.serving == api.Serving(needed=3 << 30, available=2 << 30, fits=False)
+    assert (await control.client.train('end = "adapter"\n' + recipe)).state == "queued"
+    assert (await control.client.forecast('end = "adapter"\n' + recipe)).serving is None
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 from appliance.canary import Comparison
 from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import InvalidInput
-from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer
+from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer, Room
 
 
 @dataclass
@@ -76,6 +76,9 @@ class FakeEngine:
 
     async def logprobs(self, address: str, name: str, token_ids: list[int]) -> list[float] | None:
         return self.logps
+
+    def room(self, model: Path) -> Room:
+        return Room(self.size, None)
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
         self.probed.append(name)

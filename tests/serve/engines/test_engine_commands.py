@@ -17,8 +17,9 @@ from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import InvalidInput
 from appliance.hardware import total_memory
 from appliance.settings import load_settings
+from appliance.supervisor.engines import Room
 from serve.engines.choose import choose_engine
-from serve.engines.openai_engine import OVERHEAD, context_length
+from serve.engines.openai_engine import OVERHEAD, cache_bytes, context_length
 from serve.engines.transformers import TransformersEngine
 from serve.engines.vllm import VllmEngine
 
@@ -142,6 +143,48 @@ def test_the_memory_that_an_engine_takes(release: Path, dtype: str | None, expec
     assert embedded - OVERHEAD == expected + (3 << 29)
     assert VllmEngine(settings, gpu=False).memory(release) - OVERHEAD == expected + (2 << 30)
     assert VllmEngine(settings, gpu=True).memory(release) == int(settings.gpu_memory_share * total_memory())
+
+
+LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "max_position_embeddings": 131072,
+}
+
+
+@pytest.mark.parametrize(
+    ("card", "parameters", "fits"), [(24, 8, True), (16, 8, False), (24, 14, False), (48, 14, True)]
+)
+def test_the_room_that_a_model_takes_on_a_card(
+    release: Path, monkeypatch: pytest.MonkeyPatch, card: int, parameters: int, fits: bool
+) -> None:
+    """Weights in 16 bits, one request of the context's length, and what vLLM takes beside; of the share that it may."""
+    (release / "config.json").write_text(json.dumps(LLAMA_8B))
+    monkeypatch.setattr("serve.engines.vllm.total_memory", lambda: card << 30)
+    monkeypatch.setattr("serve.engines.vllm.weights_in_16_bits", lambda model: parameters * 2 * 10**9)
+    room = VllmEngine(load_settings({}), gpu=True).room(release)
+    assert room.needed == parameters * 2 * 10**9 + (8192 * 128 << 10) + (3 << 29)
+    assert room.available == int(0.92 * (card << 30))
+    assert room.suffices is fits
+
+
+def test_where_the_gpu_does_not_tell_its_memory_nothing_is_refused(release: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("serve.engines.vllm.total_memory", lambda: None)
+    room = VllmEngine(load_settings({}), gpu=True).room(release)
+    assert room.suffices
+    room.require("tiny")
+
+
+def test_without_a_gpu_it_is_the_machines_memory(release: Path) -> None:
+    for engine in (TransformersEngine(load_settings({})), VllmEngine(load_settings({}), gpu=False)):
+        assert engine.room(release) == Room(engine.memory(release), total_memory())
+
+
+def test_the_cache_of_a_model_whose_shape_nobody_knows_is_left_out(release: Path) -> None:
+    (release / "config.json").write_text("{}")
+    assert cache_bytes(release, 8192) == 0
 
 
 @pytest.mark.parametrize(
