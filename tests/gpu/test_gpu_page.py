@@ -1,0 +1,58 @@
+"""The page about GPUs says what the code says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gpu_page import BASES, CARDS, GIB, as_on_a_gpu, folder_of, measured, said_of, served_on, simulated, trained_on
+
+from appliance.train import simulation
+from appliance.train.recipe import Adapter
+
+PAGE = (Path(__file__).parents[2] / "docs" / "GPU.md").read_text()
+SMALL, *_ = BASES
+pytestmark = pytest.mark.slow
+
+
+def test_few_layers_tell_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes on the page come from a few layers of each model: they are those of the whole model."""
+    with as_on_a_gpu():
+        folder, adapter = folder_of(SMALL, tmp_path), Adapter()
+        model = simulation.meta_model(folder, adapter, every_n_layers=2)
+        whole, told = simulation.simulate(model, 2, 512, 512), simulated(folder, adapter, 2, 2, 512, 512)
+    for figure in ("activations", "logits", "forward", "backward", "head"):
+        assert getattr(told, figure) == pytest.approx(getattr(whole, figure), rel=0.02), figure
+
+
+def test_a_row_of_the_page_is_what_the_forecast_says_now(tmp_path: Path) -> None:
+    with as_on_a_gpu():
+        found = [trained_on(24, folder_of(base, tmp_path), longest) for base in (SMALL,) for longest in (400, 4096)]
+    cells = [said_of(one) for one in found]
+    (row,) = (line for line in PAGE.splitlines() if line.startswith("| 24 GB |") and "GiB" in line)
+    assert row.split(" | ")[1:3] == cells
+
+
+def test_a_display_leaves_less(tmp_path: Path) -> None:
+    with as_on_a_gpu():
+        folder = folder_of(SMALL, tmp_path)
+        free, shared = (trained_on(12, folder, 400, display=display) for display in (False, True))
+    assert free.available - shared.available == GIB
+
+
+def test_what_is_served_grows_with_the_card_and_is_on_the_page(tmp_path: Path) -> None:
+    for base in BASES:
+        folder = folder_of(base, tmp_path)
+        fits, tokens = zip(*(served_on(card, base, folder) for card in CARDS), strict=True)
+        assert list(fits) == sorted(fits)
+        assert list(tokens) == sorted(tokens)
+        (row,) = (
+            line for line in PAGE.splitlines() if line.startswith("| 24 GB |") and ("yes" in line or "| no" in line)
+        )
+        fits_here, room = fits[CARDS.index(24)], tokens[CARDS.index(24)]
+        cell = row.strip("| ").split(" | ")[1 + BASES.index(base)]
+        assert cell == (f"yes, {room // 1000},000 tokens of cache" if fits_here else "no")
+
+
+def test_the_measured_figures_are_those_of_the_record() -> None:
+    assert measured() in PAGE
