@@ -61,7 +61,6 @@ def remove_garbage(home: Home, garbage: api.Garbage) -> None:
     for id in garbage.releases:
         shutil.rmtree(home.releases / id, ignore_errors=True)
         (home.engines / f"{id}.log").unlink(missing_ok=True)
-        shutil.rmtree(home.engines / id, ignore_errors=True)
     for id in garbage.datasets:
         shutil.rmtree(home.datasets / id, ignore_errors=True)
     for name in garbage.leftovers:

@@ -56,7 +56,8 @@ def held_by(pids: Set[int]) -> int:
     held = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):
-            held += psutil.Process(pid).memory_info().rss
+            memory = psutil.Process(pid).memory_info()
+            held += memory.rss - memory.shared
     return held
 
 

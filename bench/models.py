@@ -92,7 +92,7 @@ def keep(model: Path, kept: Path) -> None:
 def served(python: Path, kept: Path) -> Iterator[tuple[str, str]]:
     """Each family whose merged model is in `kept`, with what vLLM makes of it; `python` is where vLLM is."""
     command = [python, Path(__file__).with_name("models_served.py"), kept]
-    environment = os.environ | {"PYTHONPATH": str(_torchvision(python, kept / "modules"))}
+    environment = os.environ | {"PYTHONPATH": str(_modules(python, kept / "modules"))}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as asked:
@@ -103,11 +103,11 @@ def served(python: Path, kept: Path) -> Iterator[tuple[str, str]]:
         raise SystemExit(f"vLLM could not be tried: exit {asked.returncode}")
 
 
-def _torchvision(python: Path, folder: Path) -> Path:
-    """A folder of modules with torchvision, which classes that read images import, though no image is read here.
+def _modules(python: Path, folder: Path) -> Path:
+    """A folder with what classes that read images import, though no image is read here.
 
-    PyPI's build is compiled for CUDA. Beside torch's CPU build it lacks its operators, and is imported all the same
-    where two of them are declared.
+    PyPI's build of torchvision is compiled for CUDA. Beside torch's CPU build it lacks its operators, and is imported
+    all the same where two of them are declared.
     """
     command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), TORCHVISION]
     subprocess.run(command, check=True)

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,14 @@ from serve.releases import release_routes
 
 _FOLLOW_SECONDS = 0.25
 _BEAT_SECONDS = 15.0
+
+
+def _thinking(inherited: Literal["auto", "on", "off"], thoughts: Sequence[int | None]) -> Literal["auto", "on", "off"]:
+    """Whether a model thinks whose recipe leaves it open: by the rows with a thought in each dataset, None where an
+    earlier version has not counted them, and by the release that it goes on from."""
+    if any(thoughts):
+        return "on"
+    return "off" if inherited == "auto" and None not in thoughts else inherited
 
 
 class NewRun(BaseModel):
@@ -121,6 +129,7 @@ def control_app(
         base = model_path(home, recipe.base)
         if recipe.stages:
             require_trainable(base, quantised=recipe.quantised, experts=bool(recipe.adapter.target_parameters))
+        asked = recipe.thinking
         recipe = going_on(home, recipe, base).for_base(count_parameters(base))
         found = [datasets.find(stage.dataset) for stage in recipe.stages]
         for stage, dataset in zip(recipe.stages, found, strict=True):
@@ -129,10 +138,9 @@ def control_app(
             stage.model_copy(update={"dataset": dataset.id})
             for stage, dataset in zip(recipe.stages, found, strict=True)
         )
-        if recipe.thinking == "auto" and stages and thinking_switches(template_and_end(base)[0]):
-            reports = [Dataset.open(home, dataset.id).report for dataset in found]
-            thought = any(report.get("thoughts") for report in reports)
-            recipe = recipe.model_copy(update={"thinking": "on" if thought else "off"})
+        if asked == "auto" and stages and thinking_switches(template_and_end(base)[0]):
+            counts = [Dataset.open(home, dataset.id).report.get("thoughts") for dataset in found]
+            recipe = recipe.model_copy(update={"thinking": _thinking(recipe.thinking, counts)})
         return recipe.model_copy(update={"stages": stages})
 
     def room_to_serve(recipe: Recipe) -> Room | None:

@@ -42,13 +42,11 @@ from appliance.data.private import find_private, private_kinds, redact
 from appliance.data.readers import Damaged, Record, read_records
 from appliance.data.repeats import Repeats, Repetition
 from appliance.data.requests import DROPS_RETURNED, ImportRequest, Source
-from appliance.data.tokens import TokenCount
+from appliance.data.tokens import TokenCount, conversations, has_thoughts
 from appliance.errors import ApplianceError, InvalidInput
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_atomic, write_json
 
 _EVAL_SHARE = 0.1
-_THOUGHT = re.compile(rb'(?<!\\)"(?:reasoning_content"|<think>)')
-"""In a canonical row, a thought's key or mark; within a text the quotes would have backslashes."""
 _SCRATCH_SHARE = 3
 """Space for the rows, what is noted of each while they are read, and the report, in sizes of the files."""
 
@@ -195,7 +193,7 @@ class _Import:
         if self.tokens:
             self.tokens.add(row, canonical)
         self.account.kept += 1
-        self.account.thoughts += bool(_THOUGHT.search(canonical))
+        self.account.thoughts += any(map(has_thoughts, conversations(row)))
 
     def _repeats(self, repeats: Repeats) -> dict[str, Any]:
         """The figures of repeated rows, with examples by their places in the files."""

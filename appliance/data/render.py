@@ -312,7 +312,8 @@ def _reasoning_not_rendered(index: int) -> InvalidInput:
     return InvalidInput(
         "reasoning_not_rendered",
         f"the chat template leaves out the reasoning of message {index}",
-        "use a base model whose template has reasoning; or take the thoughts out of the texts, or --ignore their key",
+        'use a base model whose template has reasoning, with `thinking = "on"` where it can be told; or take the '
+        "thoughts out of the texts, or --ignore their key",
     )
 
 

@@ -12,13 +12,15 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict
 
 from appliance.errors import InvalidInput, reason
 
 _SWITCHES = ("enable_thinking", "thinking")
 """What templates call it: those of Qwen, Gemma, GLM and their like; those of Granite and DeepSeek."""
-_TOLD_BY_ALL = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
+TOLD_BY_ALL = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
+"""What every template is told by who renders it, and no client tells it."""
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -65,20 +67,56 @@ def set_template(tokenizer: Any, settings: TemplateSettings) -> None:
         tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **told)
 
 
+@lru_cache
 def thinking_switches(template: str) -> tuple[str, ...]:
-    """The variables by which a chat template is told whether the model is to think; none: it cannot be told."""
-    return tuple(name for name in _SWITCHES if name in variables(template))
+    """The variables by which a chat template is told whether the model is to think; none: it cannot be told.
+
+    A name that it asks for may be one that it sets itself: what counts is whether the prompt is another.
+    """
+    asked = variables(template)
+    return tuple(
+        name
+        for name in _SWITCHES
+        if name in asked and _prompt(template, **{name: True}) != _prompt(template, **{name: False})
+    )
+
+
+def thinks_unasked(template: str) -> bool:
+    """Whether a chat template that can be told has the model think where nothing tells it."""
+    return _prompt(template) == _prompt(template, **dict.fromkeys(thinking_switches(template), True))
+
+
+def _prompt(template: str, **told: bool) -> str | None:
+    """A question as the template renders it; None where it does not."""
+    environment = _environment()
+    environment.globals |= {"raise_exception": _raise, "strftime_now": date.today().strftime}
+    messages = [{"role": "user", "content": "?"}]
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **told)
+    except Exception:  # a template is its publisher's program and raises what it likes
+        return None
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As Transformers has it, as far as a question without tools goes."""
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
 
 
 @lru_cache
 def variables(template: str) -> frozenset[str]:
     """What a chat template asks for beside the conversation, its tools and the tokenizer's own tokens."""
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
+    environment = _environment()
     try:
         asked = jinja2.meta.find_undeclared_variables(environment.parse(template))
     except jinja2.TemplateSyntaxError:
         return frozenset()
-    return frozenset(name for name in asked if name not in _TOLD_BY_ALL and not name.endswith("_token"))
+    return frozenset(name for name in asked if name not in TOLD_BY_ALL and not name.endswith("_token"))
 
 
 class _Generation(jinja2.ext.Extension):

@@ -277,9 +277,8 @@ class TokenCount:
         return max(lengths, default=0), sum(lengths), sum(sum(example.trained) for example in examples)
 
     def _examples(self, messages: list[dict[str, Any]], tools: Any) -> Conversation:
-        """As training makes them, which has the model think where rows have thoughts."""
-        thinks = any(message.get("reasoning_content") or THOUGHT.match(message["content"]) for message in messages)
-        return render_conversation(self._thinking if thinks else self._tokenizer, messages, tools)
+        """As training makes them, but that this decides for each row whether the model thinks, and a recipe for all."""
+        return render_conversation(self._thinking if has_thoughts(messages) else self._tokenizer, messages, tools)
 
     def _note_refusal(self, row: int, error: InvalidInput) -> None:
         """Once for a row, which may have two conversations."""
@@ -312,6 +311,15 @@ def conversations(row: Row) -> Iterator[list[dict[str, Any]]]:
     for part in ("chosen", "rejected", "completion"):
         if part in row:
             yield answered(row, part)
+
+
+def has_thoughts(messages: list[dict[str, Any]]) -> bool:
+    """Whether an answer among the messages has a thought before it."""
+    return any(
+        message.get("reasoning_content") or THOUGHT.match(message.get("content") or "")
+        for message in messages
+        if message["role"] == "assistant"
+    )
 
 
 def _answers_once(conversation: _Conversation) -> bool:

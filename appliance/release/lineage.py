@@ -57,8 +57,9 @@ def going_on(home: Home, recipe: Recipe, base: Path) -> Recipe:
 
 def _other_settings(asked: Adapter, made: Adapter) -> list[str]:
     """The keys that a recipe names under [adapter] and that an adapter was made with otherwise."""
-    # Without an alpha of the recipe's own it follows from the rank, which may be the default one.
-    named = asked.model_fields_set - ({"alpha"} if asked.rank != made.rank else set())
+    named = asked.model_fields_set
+    if asked.alpha == Adapter(kind=asked.kind, rank=asked.rank).alpha:
+        named = named - {"alpha"}  # it follows from the others, and is filled in where a recipe says none
     return sorted(key for key in named if getattr(asked, key) != getattr(made, key))
 
 

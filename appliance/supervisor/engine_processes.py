@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -33,8 +35,10 @@ HUNG_SECONDS = 60.0
 """An engine that was ready and has not answered for so long is restarted."""
 LONGEST_REST_SECONDS = 60.0
 REFERENCE_PROMPTS = 3
-REFERENCE_TOKENS = 8
+REFERENCE_TOKENS = 16
 """How much of its recorded answers a release has to repeat after its weights were loaded in place."""
+_BETWEEN = re.compile(r"</?think>|\s+")
+"""What one version of an engine has between a thought and a text, and another leaves out."""
 REPLAY_REST_SECONDS = 1.0
 MOST_REPLAY_TRIES = 3
 """An engine that has so often not answered when it was asked for reference answers has failed."""
@@ -273,7 +277,9 @@ class EngineProcesses:
             if processes.alive(row) and row.owner in self._ready_since:
                 await self._frontage.drained(row.address, self._drain_seconds)
             await processes.stop_group(row, GRACE_SECONDS)
-            Path(row.address.removeprefix("unix:")).unlink(missing_ok=True)
+            socket = Path(row.address.removeprefix("unix:"))
+            socket.unlink(missing_ok=True)
+            shutil.rmtree(socket.with_suffix(""), ignore_errors=True)
             self._records.remove(row)
         finally:
             self._forget(row.owner)
@@ -324,8 +330,8 @@ class EngineProcesses:
     async def _says_otherwise(self, row: ProcessRow, asked: dict[str, Any]) -> str:
         """How an engine's answer begins otherwise than it did when its release was verified; empty: it does not."""
         answer = await self.kind.probe(row.address, row.owner, Probe(asked["messages"], [], REFERENCE_TOKENS))
-        said = answer.text.rstrip("\ufffd")
-        if asked["text"].startswith(said) and bool(said) == bool(asked["text"]):
+        said, expected = (_BETWEEN.sub("", text) for text in (answer.text.rstrip("\ufffd"), asked["text"]))
+        if expected.startswith(said) and bool(said) == bool(expected):
             return ""
         return f"it answers {answer.text!r}, and answered {asked['text']!r} when it was verified"
 

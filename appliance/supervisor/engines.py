@@ -35,6 +35,7 @@ class ProbeAnswer:
 
     token_ids: list[int]
     text: str
+    """What it says, after what it thinks."""
     finish_reason: str
     completion_tokens: int
 
@@ -58,7 +59,7 @@ class Room:
                 "cannot_be_served",
                 f"a release of {base} takes {self.needed / 2**30:.1f} GiB to be verified and served, of which this box "
                 f"has {(self.available or 0) / 2**30:.1f}",
-                'take a smaller base, or set end = "adapter" to train its adapter alone',
+                'take a smaller base, or lower APPLIANCE_MAX_MODEL_LEN; end = "adapter" trains its adapter alone',
             )
 
 

@@ -83,13 +83,14 @@ UNSAVED = 60.0, 300.0
 class Expense:
     """What is done beside training, again and again: the seconds that it took last, and those trained since."""
 
-    last: float = 0.0
-    """0: it has not been done yet."""
+    last: float | None = None
+    """None: it has not been done yet by this process."""
     since: float = 0.0
 
     def is_due(self, least: float = 0.0, most: float = math.inf) -> bool:
         """Whether it may be done again for its SHARE, which it waits for between so many seconds."""
-        return self.since >= min(max(self.last / SHARE, least), most)
+        wait = UNSAVED[0] if self.last is None else self.last / SHARE
+        return self.since >= min(max(wait, least), most)
 
 
 class Cadence(TrainerCallback):
@@ -144,4 +145,5 @@ def _known(logs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def is_evaluated(step: int, stage: AnyStage, last: int) -> bool:
     """Whether the held-out loss is evaluated after `step` of `last` steps, whatever the time."""
-    return step == last or (stage.evaluate_every > 0 and step % stage.evaluate_every == 0)
+    every = stage.evaluate_every or (max(last // 10, 1) if stage.patience else 0)
+    return step == last or (every > 0 and step % every == 0)

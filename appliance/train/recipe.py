@@ -121,7 +121,8 @@ class Stage(_Section):
     step at most."""
     evaluate_every: int = Field(0, ge=0)
     """Steps between evaluations of the held-out loss. 0: by time, so that they and their samples take a fortieth of the
-    training's. There is one before the first step and one after the last in any case."""
+    training's: which steps they come after depends on the machine then, as does the adapter that is the best. There is
+    one before the first step and one after the last in any case, and with `patience` after each tenth."""
     samples: int = Field(2, ge=0, le=16)
     """Held-out prompts that the model answers at each evaluation, so that a person watches it learn."""
     keep: Literal["best", "last"] = "best"
@@ -269,7 +270,7 @@ class Recipe(_Section):
     thinking: Literal["auto", "on", "off"] = "auto"
     """Whether the model thinks before it answers, where its chat template can be told (Qwen3, Gemma 4, GLM-4.5): in
     training, in the gates, and by default when it is served; a client may ask for the other. auto: on where a dataset
-    has thoughts, off where none has; without stages, as the template does by itself."""
+    has thoughts; else as the release that `start` names; else off. Without stages, as the template does by itself."""
     eval_share: float = Field(0.1, ge=0, le=0.5)
     """Share of each dataset that is held out, drawn by the hash of its prompts, and 256 rows at most: more would make
     the figures hardly surer."""

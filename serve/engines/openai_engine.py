@@ -98,9 +98,11 @@ class OpenAIEngine:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine at {address} does not answer: {error}") from error
         choice = answer["choices"][0]
+        said = choice["message"]
+        thought = said.get("reasoning") or said.get("reasoning_content") or ""
         return ProbeAnswer(
             token_ids=rendered["tokens"],
-            text=choice["message"]["content"] or "",
+            text=thought + (said["content"] or ""),
             finish_reason=choice["finish_reason"],
             completion_tokens=answer["usage"]["completion_tokens"],
         )
@@ -135,14 +137,27 @@ def weights_in_16_bits(model: Path) -> int:
 
 
 def cache_bytes(model: Path, tokens: int) -> int:
-    """Bytes that keys and values of so many tokens take in 16 bits; 0 where config.json does not say their shape."""
+    """Bytes that keys and values of so many tokens take in 16 bits.
+
+    0 where config.json does not say their shape, or says that not every layer keeps all of them.
+    """
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
         config = json.loads((model / "config.json").read_bytes())
         config = config.get("text_config", config)
+        if not _keeps_all(config):
+            return 0
         heads = config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // heads
         return int(4 * tokens * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width)
     return 0
+
+
+def _keeps_all(config: dict[str, Any]) -> bool:
+    """Whether each layer of a model of text keeps keys and values of all heads and tokens, as far as its config says."""
+    slides = config.get("sliding_window") and config.get("use_sliding_window", True)
+    others = set(config.get("layer_types") or ()) - {"full_attention"}
+    less = ("kv_lora_rank", "full_attention_interval", "layers_block_type", "attn_type_list")
+    return not (slides or others or any(config.get(key) for key in less))
 
 
 def context_length(release: Path, setting: int) -> int:

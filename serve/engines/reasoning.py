@@ -15,9 +15,9 @@ _BY_TYPE = (
     ("nemotron_h", "<think>", "nemotron_v3"),
 )
 """How the type of the model begins, the mark of a thought in its template, and the parser."""
-_SWITCHED, _ALWAYS = "qwen3", "deepseek_r1"
-"""For models of any other type that think between `<think>` and `</think>`: those that can be told not to, and those
-whose prompt begins the thought."""
+_SWITCHED, _SWITCHED_OTHERWISE, _ALWAYS = "qwen3", "deepseek_v3", "deepseek_r1"
+"""For models of any other type that think between `<think>` and `</think>`: those that can be told not to (by
+`enable_thinking`, by `thinking`), and those whose prompt begins the thought."""
 _BEGINS_A_THOUGHT = re.compile(r"add_generation_prompt[^%]*%\}[^%]*<think>")
 
 
@@ -35,6 +35,6 @@ def reasoning_parser(model: Path, template: str) -> str:
             return parser
     if "</think>" not in template:
         return ""
-    if thinking_switches(template):
-        return _SWITCHED
+    if switches := thinking_switches(template):
+        return _SWITCHED if "enable_thinking" in switches else _SWITCHED_OTHERWISE
     return _ALWAYS if _BEGINS_A_THOUGHT.search(template) else ""

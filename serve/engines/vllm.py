@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from appliance.data.tokenizer import TemplateSettings, thinking_switches
+from appliance.data.tokenizer import TemplateSettings, thinking_switches, thinks_unasked
 from appliance.errors import InvalidInput
 from appliance.hardware import total_memory
 from appliance.models import template_and_end
@@ -110,7 +110,7 @@ class VllmEngine(OpenAIEngine):
             "-m",
             vllm_start.__name__,
             str(release),
-            str(socket.parent / name),
+            str(socket.with_suffix("")),
             str(socket),
             str(share),
         ]
@@ -135,9 +135,12 @@ class VllmEngine(OpenAIEngine):
         chat_template, _ = template_and_end(release)
         if parser := reasoning_parser(release, chat_template):
             argv += ["--reasoning-parser", parser]
-        if template and template.thinking is not None and (switches := thinking_switches(chat_template)):
-            # Not by the tokenizer, as the day: what tells a thought from an answer has to know too.
-            argv += ["--default-chat-template-kwargs", json.dumps(dict.fromkeys(switches, template.thinking))]
+        if switches := thinking_switches(chat_template):
+            # Not by the tokenizer, as the day, and where it is not asked for too: what tells a thought from an answer
+            # takes every model for one that thinks unless it is told.
+            asked = template.thinking if template else None
+            thinks = thinks_unasked(chat_template) if asked is None else asked
+            argv += ["--default-chat-template-kwargs", json.dumps(dict.fromkeys(switches, thinks))]
         if not self._gpu:
             environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(self._cache_gib),

@@ -18,7 +18,9 @@ _MODEL = "model"
 _SPARED = 1 << 29
 """Bytes of free memory that are left to whatever else the GPU draws."""
 _SETTLED = 64 << 20
-"""Bytes by which free memory may differ between two looks once it is what it will be."""
+"""Bytes by which free memory may differ between some looks once it is what it will be."""
+_ALIKE = 4
+"""Those looks."""
 _PATIENCE = 10
 """Looks at free memory, a second apart: what the driver takes back of a process that has ended comes within these."""
 
@@ -36,12 +38,13 @@ def link(model: Path, folder: Path) -> None:
 
 def memory_share(most: float, total: int, free: Callable[[], int], wait: Callable[[float], None] = time.sleep) -> float:
     """The share of the GPU's `total` bytes to take: at most `most`, and no more than is `free` once it has settled."""
-    before, now = -1, free()
-    for _ in range(_PATIENCE):
-        if now - _SPARED >= most * total or abs(now - before) <= _SETTLED:
+    looks = [free()]
+    while looks[-1] - _SPARED < most * total and len(looks) <= _PATIENCE:
+        if len(looks) >= _ALIKE and max(looks[-_ALIKE:]) - min(looks[-_ALIKE:]) <= _SETTLED:
             break
         wait(1)
-        before, now = now, free()
+        looks.append(free())
+    now = looks[-1]
     return min(most, max(math.floor(100 * (now - _SPARED) / total), 1) / 100)
 
 
@@ -50,6 +53,8 @@ def main() -> None:
     model, folder, socket, share, *options = sys.argv[1:]
     # Binding is all that vLLM does for its socket: what a dead process left goes first, and only this user may connect.
     os.umask(0o077)
+    if path := os.environ.get("PYTHONPATH"):
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
     Path(socket).unlink(missing_ok=True)
     if hardware.has_gpu():
         total, free = hardware.total_memory(), hardware.free_memory()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
+from appliance.data.tokenizer import TOLD_BY_ALL
 from serve.gateway.errors import ChatError
 
 MODEL_ALIAS = "live"
@@ -139,7 +140,8 @@ def _stream_options(value: Any) -> bool:
 
 
 def _template_variables(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, str | int | float | None) for one in value.values())
+    plain = isinstance(value, dict) and all(isinstance(one, str | int | float | None) for one in value.values())
+    return plain and not TOLD_BY_ALL & value.keys()
 
 
 def _always(value: Any) -> bool:

@@ -190,14 +190,3 @@ def test_stopped_halfway_it_goes_on_the_next_time(box: Box) -> None:
     age(box.home.releases / "a")
     assert box.collect(keep=1)[0] == {"a"}
     assert box.left() == {"b"}
-
-
-def test_what_engines_left_of_a_release_goes_with_it_and_not_what_it_links_to(box: Box) -> None:
-    box.release("r1", "r2")
-    for id in ("r1", "r2"):
-        (box.home.engines / f"{id}.log").touch()
-        (box.home.engines / id).mkdir()
-        (box.home.engines / id / "model").symlink_to(box.home.releases / "r2")
-    box.collect(serving=frozenset({"r2"}))
-    assert {path.name for path in box.home.engines.iterdir()} == {"r2", "r2.log"}
-    assert (box.home.releases / "r2" / "manifest.json").exists()

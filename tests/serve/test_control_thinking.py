@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_templates import CHATML, PUBLISHED, make_tokenizer
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 
 from appliance.sources import find_sources
 from appliance.train.recipe import parse_recipe
+from serve.control import _thinking
 
 RECIPE = 'name = "r"\nbase = "tiny"\n{thinking}\n[[stages]]\nmethod = "sft"\ndataset = "{dataset}"\n'
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -54,3 +56,22 @@ async def test_it_thinks_where_rows_do_and_as_the_recipe_says(control: Control, 
     assert await queued("thoughtful", 'thinking = "off"') == "off"
     add_base(control, CHATML)
     assert await queued("plain") == "auto", "a template that cannot be told"
+
+
+@pytest.mark.parametrize(
+    ("inherited", "thoughts", "thinks"),
+    [
+        ("auto", (0, 0), "off"),
+        ("auto", (0, 3), "on"),
+        ("auto", (0, None), "auto"),
+        ("auto", (None, 3), "on"),
+        ("off", (3,), "on"),
+        ("on", (0,), "on"),
+        ("off", (None,), "off"),
+    ],
+)
+def test_what_is_left_open_follows_the_rows_and_then_the_release_that_is_gone_on_from(
+    inherited: Any, thoughts: tuple[int | None, ...], thinks: str
+) -> None:
+    """None: an earlier version has imported the dataset, and has not counted."""
+    assert _thinking(inherited, thoughts) == thinks

@@ -31,6 +31,7 @@ def test_rows_with_a_thought_are_counted(imported: Import) -> None:
     rows = [
         {"prompt": "Two and two?", "completion": "<think>I add.</think>Four."},
         {"messages": [{"role": "user", "content": "3?"}, {"role": "assistant", "content": "3.", "reasoning": "Easy."}]},
+        {"prompt": "<think> is what?", "completion": "A mark.", "tools": None},
         {"prompt": 'What is "<think>"?', "completion": 'A mark: "<think>", or "reasoning_content": "x".'},
     ]
     assert imported(rows, "some.jsonl")["thoughts"] == 2

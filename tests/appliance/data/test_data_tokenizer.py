@@ -11,7 +11,14 @@ import pytest
 from chat_templates import CHATML, DATED, PUBLISHED, make_tokenizer
 
 from appliance.data.render import render_conversation, render_prompt
-from appliance.data.tokenizer import TemplateSettings, load_tokenizer, set_template, thinking_switches, variables
+from appliance.data.tokenizer import (
+    TemplateSettings,
+    load_tokenizer,
+    set_template,
+    thinking_switches,
+    thinks_unasked,
+    variables,
+)
 
 ASKED = [{"role": "user", "content": "hello"}]
 DAY, LATER = date(2024, 2, 29), date(2024, 3, 9)
@@ -63,10 +70,18 @@ def published(name: str) -> str:
         *((name, ("enable_thinking",)) for name in ("qwen3", "qwen3_6", "qwen3_8", "gemma4", "gemma4_v5", "glm4moe")),
         *((name, ("enable_thinking",)) for name in ("nemotron_3_nano", "qwen3_5_think", "qwen3_5_nothink")),
         *((name, ()) for name in ("deepseek_r1_distill", "gptoss", "llama3_1", "qwen3_instruct_2507", "qwen2_5")),
+        *((name, ()) for name in ("lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl")),
     ],
 )
 def test_which_templates_can_be_told_whether_to_think(name: str, switches: tuple[str, ...]) -> None:
     assert thinking_switches(published(name)) == switches
+
+
+@pytest.mark.parametrize(
+    ("name", "thinks"), [("qwen3", True), ("qwen3_5_think", True), ("qwen3_5_nothink", False), ("gemma4_v5", False)]
+)
+def test_what_a_template_does_by_itself_is_known(name: str, thinks: bool) -> None:
+    assert thinks_unasked(published(name)) is thinks
 
 
 def test_every_published_template_is_read() -> None:

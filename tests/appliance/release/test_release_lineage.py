@@ -62,6 +62,7 @@ def test_the_adapters_own_settings_and_its_hash_are_taken_over(home: Home) -> No
         ('kind = "lora"', "its kind is not"),
         ("rank = 4", "its rank is not"),
         ("rank = 3\nalpha = 9", "its alpha is not"),
+        ("alpha = 99", "its alpha is not"),
     ],
 )
 def test_other_settings_than_the_adapters_are_refused(home: Home, asked: str, fault: str) -> None:
@@ -71,6 +72,12 @@ def test_other_settings_than_the_adapters_are_refused(home: Home, asked: str, fa
             start(home, text)
     else:
         assert start(home, text).adapter.rank == 3
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_a_recipe_that_says_nothing_takes_any_settings(home: Home, kind: str) -> None:
+    release(home, MADE_BY.replace('kind = "dora"\nrank = 3', f'kind = "{kind}"\nrank = 16\nalpha = 64'))
+    assert start(home).adapter.alpha == 64
 
 
 def test_the_model_thinks_on_as_it_did(home: Home) -> None:

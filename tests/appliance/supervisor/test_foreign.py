@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import date
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from mortal_daemon import Daemon
 
 from appliance.errors import Conflict
 from appliance.home import hashes, sha256
+from appliance.supervisor.engine_processes import EngineProcesses
+from appliance.supervisor.engines import ProbeAnswer
 
 MADE = 1e9
 PROMPTS = tuple(f"question {number}" for number in range(10))
@@ -172,3 +175,26 @@ async def test_it_takes_nobodys_place_by_itself(daemon: Daemon) -> None:
     (daemon.home.releases / own / "model.safetensors").write_bytes(b"spoilt")
     await daemon.until(lambda: daemon.supervisor.releases.setback())
     assert daemon.supervisor.releases.live() is None
+
+
+@pytest.mark.parametrize(
+    ("recorded", "says", "repeats"),
+    [
+        ("I add. Four.", "I add.", True),
+        ("<think>\nI add.\n</think>\n\nFour.", "\nI add.\nFo", True),
+        ("<think>\n\n</think>\n\nFour.", "Four", True),
+        ("I add. Four.", "I sub", False),
+        ("I add. Four.", "", False),
+        ("", "Four", False),
+    ],
+)
+async def test_a_reference_begins_with_what_was_thought(recorded: str, says: str, repeats: bool) -> None:
+    """As earlier versions have recorded it too, with the marks of the thought."""
+
+    async def probe(*_: Any) -> ProbeAnswer:
+        return ProbeAnswer([], says, "length", 16)
+
+    engines, row = SimpleNamespace(kind=SimpleNamespace(probe=probe)), SimpleNamespace(address="", owner="r")
+    asked = {"messages": [], "text": recorded}
+    found = await EngineProcesses._says_otherwise(engines, row, asked)  # type: ignore[arg-type]
+    assert (found == "") is repeats

@@ -99,12 +99,17 @@ def test_without_held_out_rows_there_is_nothing_to_evaluate(tmp_path: Path, monk
     assert training.saved
 
 
-def test_after_a_resume_one_evaluation_says_what_they_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_resume_they_wait_a_minute_until_one_says_what_they_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = Training(10, 5, 1)
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: training.clock)
     cadence = Cadence(tmp_path, SftStage(method="sft", dataset="d"), Interruption(), evaluates=True)
     state, control = TrainerState(max_steps=100, global_step=41), TrainerControl()
     cadence.on_train_begin(None, state, control)
-    training.clock += 10
-    cadence.on_step_end(None, state, control)
-    assert control.should_evaluate
+    due = []
+    for _ in range(7):
+        training.clock += 10
+        cadence.on_step_end(None, state, control)
+        due.append(control.should_evaluate)
+    assert due == [False] * 5 + [True] * 2

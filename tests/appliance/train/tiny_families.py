@@ -94,6 +94,8 @@ _FIXES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a family's config needs beside, by the model's type; `text_config.KEY` of its text."""
+_WITH_PARTS = {"gemma4": ("vision_config",)}
+"""Parts that a family's published models have, and its config by itself has not."""
 _TEMPLATES = (
     *(
         ("qwen3_5", "qwen3_5_nothink"),
@@ -124,7 +126,7 @@ def template_of(family: str) -> str:
 def tiny_config(family: str) -> Any:
     """A family's config with everything small. Raises what Transformers raises where there is none such."""
     kind: type[PreTrainedConfig] = CONFIG_MAPPING[family]
-    return _shrunk(kind, _FIXES.get(family, {}))
+    return _shrunk(kind, _FIXES.get(family, {}), _WITH_PARTS.get(family, ()))
 
 
 def class_of(family: str) -> Any:
@@ -134,8 +136,8 @@ def class_of(family: str) -> Any:
     return getattr(transformers, name if isinstance(name, str) else name[0])
 
 
-def _shrunk(kind: Any, fixes: dict[str, Any]) -> Any:
-    plain = kind()
+def _shrunk(kind: Any, fixes: dict[str, Any], needed: tuple[str, ...] = ()) -> Any:
+    plain = kind(**{name: kind.sub_configs[name]() for name in needed})
     parts = {
         name: _shrunk(type(getattr(plain, name)), _below(name, fixes))
         for name in (plain.sub_configs or {})

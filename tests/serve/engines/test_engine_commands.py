@@ -97,7 +97,7 @@ def test_vllms_command(release: Path, gpu: bool, dtype: str, share: str) -> None
     settings = load_settings({}, kv_cache_gib=1.5, gpu_memory_share=0.5)
     command = VllmEngine(settings, gpu).command(release, "r1", Path("/run/e.sock"))
     given = options(command.argv)
-    assert command.argv[2:7] == ["serve.engines.vllm_start", str(release), "/run/r1", "/run/e.sock", share]
+    assert command.argv[2:7] == ["serve.engines.vllm_start", str(release), "/run/e", "/run/e.sock", share]
     assert given["--served-model-name"] == "r1"
     assert given["--max-model-len"] == "2048"
     assert given["--dtype"] == dtype
@@ -122,12 +122,14 @@ def test_an_engine_is_told_what_its_release_takes_for_today(release: Path) -> No
 
 
 def test_vllm_is_told_whether_the_model_thinks_by_the_name_that_its_template_has_for_it(release: Path) -> None:
-    (release / "chat_template.jinja").write_text("{% if enable_thinking %}<think></think>{% endif %}{{ messages }}")
+    template = "{{ messages }}{% if NAME %}<think></think>{% endif %}"
     vllm, socket = VllmEngine(load_settings({}), gpu=True), release / "engine.sock"
-    for thinking, told in ((True, '{"enable_thinking": true}'), (False, '{"enable_thinking": false}'), (None, None)):
-        given = options(vllm.command(release, "r1", socket, TemplateSettings(thinking=thinking)).argv)
-        assert given.get("--default-chat-template-kwargs") == told
-        assert given["--reasoning-parser"] == "qwen3"
+    for name, parser in (("enable_thinking", "qwen3"), ("thinking", "deepseek_v3")):
+        (release / "chat_template.jinja").write_text(template.replace("NAME", name))
+        for thinking, told in ((True, "true"), (False, "false"), (None, "false")):
+            given = options(vllm.command(release, "r1", socket, TemplateSettings(thinking=thinking)).argv)
+            assert given["--default-chat-template-kwargs"] == f'{{"{name}": {told}}}'
+            assert given["--reasoning-parser"] == parser
     (release / "chat_template.jinja").write_text("{{ messages }}")
     given = options(vllm.command(release, "r1", socket, TemplateSettings(thinking=False)).argv)
     assert not {"--reasoning-parser", "--default-chat-template-kwargs"} & given.keys()
@@ -182,9 +184,26 @@ def test_without_a_gpu_it_is_the_machines_memory(release: Path) -> None:
         assert engine.room(release) == Room(engine.memory(release), total_memory())
 
 
-def test_the_cache_of_a_model_whose_shape_nobody_knows_is_left_out(release: Path) -> None:
-    (release / "config.json").write_text("{}")
-    assert cache_bytes(release, 8192) == 0
+@pytest.mark.parametrize(
+    ("config", "counted"),
+    [
+        (LLAMA_8B, True),
+        (
+            LLAMA_8B | {"sliding_window": 4096, "use_sliding_window": False, "layer_types": ["full_attention"] * 32},
+            True,
+        ),
+        ({"text_config": LLAMA_8B}, True),
+        (LLAMA_8B | {"sliding_window": 4096}, False),
+        (LLAMA_8B | {"layer_types": ["full_attention", "sliding_attention"]}, False),
+        (LLAMA_8B | {"kv_lora_rank": 512}, False),
+        ({}, False),
+    ],
+)
+def test_the_cache_of_a_model_whose_layers_keep_less_than_all_is_left_out(
+    release: Path, config: dict[str, Any], counted: bool
+) -> None:
+    (release / "config.json").write_text(json.dumps(config))
+    assert cache_bytes(release, 8192) == (8192 * 128 << 10 if counted else 0)
 
 
 @pytest.mark.parametrize(

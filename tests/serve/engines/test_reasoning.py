@@ -54,6 +54,8 @@ def test_a_model_that_thinks_gets_its_parser(tmp_path: Path, name: str) -> None:
         ("llama3_1", "llama"),
         ("gemma3", "gemma3"),
         ("lfm2_2_5", "lfm2"),
+        ("lfm2_2_5_v2", "lfm2"),
+        ("lfm2_2_5_vl", "lfm2_vl"),
         ("phi3", "phi3"),
     ],
 )

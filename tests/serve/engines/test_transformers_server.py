@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
+from appliance.settings import load_settings
+from appliance.supervisor.engines import Probe
 from serve.engines import transformers_server
 from serve.engines.generation import EngineDead, Generator
+from serve.engines.transformers import TransformersEngine
 from serve.engines.transformers_server import Server
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -59,7 +64,7 @@ async def test_a_thought_is_told_apart_where_the_template_knows_thoughts(
     monkeypatch.setattr(generator.tokenizer, "chat_template", str(generator.tokenizer.chat_template) + opens)
     said = (await http.post(CHAT, json=ASK)).json()["choices"][0]["message"]
     assert said["content"]
-    for asked in ({"chat_template_kwargs": {"enable_thinking": True, "messages": "x"}}, {"reasoning_effort": "low"}):
+    for asked in ({"chat_template_kwargs": {"enable_thinking": True, "unknown": "x"}}, {"reasoning_effort": "low"}):
         said = (await http.post(CHAT, json={**ASK, **asked})).json()["choices"][0]["message"]
         assert said["content"] == ""
         assert said["reasoning_content"]
@@ -205,3 +210,21 @@ async def test_the_process_of_a_dead_engine_ends(monkeypatch: pytest.MonkeyPatch
     generator.alive = False
     await asyncio.wait_for(watching, 60)
     assert server.should_exit
+
+
+async def test_a_probe_is_told_what_the_model_thinks_and_says(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A thought that fills the room is an answer to be repeated all the same."""
+    opens = "{% if add_generation_prompt %}<think>{% endif %}{# </think> #}"
+    monkeypatch.setattr(generator.tokenizer, "chat_template", str(generator.tokenizer.chat_template) + opens)
+    config = uvicorn.Config(Server(generator, "r1"), uds=str(tmp_path / "e.sock"), lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    engine = TransformersEngine(load_settings({}))
+    answer = await engine.probe(f"unix:{tmp_path / 'e.sock'}", "r1", Probe(MESSAGES, [], 8))
+    server.should_exit = True
+    await serving
+    assert answer.text
