@@ -153,7 +153,7 @@ def cache_bytes(model: Path, tokens: int) -> int:
 
 
 def _keeps_all(config: dict[str, Any]) -> bool:
-    """Whether each layer of a model of text keeps keys and values of all heads and tokens, as far as its config says."""
+    """Whether each layer of a model keeps keys and values of all heads and tokens, as far as its config says."""
     slides = config.get("sliding_window") and config.get("use_sliding_window", True)
     others = set(config.get("layer_types") or ()) - {"full_attention"}
     less = ("kv_lora_rank", "full_attention_interval", "layers_block_type", "attn_type_list")
