@@ -30,6 +30,8 @@ from serve.engines.vllm_reload import CLOCK, Reload
 
 _OVERHEAD_ON_GPU = 3 << 29
 """Bytes beside weights and cache: CUDA's context, graphs, and the passes that vLLM makes room for. Estimated."""
+_WITH_ITS_TOWERS = ("gemma3n",)
+"""Types of models that vLLM 0.32 cannot serve for texts alone: it gives them no embeddings then."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for."""
 
@@ -123,7 +125,8 @@ class VllmEngine(OpenAIEngine):
         argv += ["--middleware", f"{Reload.__module__}.{Reload.__qualname__}"]
         argv += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
         # The gateway takes texts: what a model has for images or sound is neither loaded nor given memory.
-        argv += ["--language-model-only"]
+        if not _has_type(release, _WITH_ITS_TOWERS):
+            argv += ["--language-model-only"]
         environment = dict(_ENVIRONMENT)
         if self.adapter_rank:
             # One adapter answers; the one before it may still finish, so that both stay in the machine's memory.
@@ -148,6 +151,14 @@ class VllmEngine(OpenAIEngine):
                 "VLLM_CPU_CI_ENV": "1",
             }
         return EngineCommand(argv, environment, f"unix:{socket}")
+
+
+def _has_type(release: Path, begins: tuple[str, ...]) -> bool:
+    """Whether the model's type begins with one of these; not where config.json cannot be read."""
+    try:
+        return str(json.loads((release / "config.json").read_bytes()).get("model_type")).startswith(begins)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _room_for_rank(wanted: int) -> int:

@@ -111,6 +111,13 @@ def test_vllms_command(release: Path, gpu: bool, dtype: str, share: str) -> None
     assert isinstance(getattr(importlib.import_module(module), name), type)
 
 
+@pytest.mark.parametrize(("model_type", "alone"), [("gemma3", True), ("gemma3n", False), (None, True)])
+def test_towers_are_left_out_where_vllm_can_do_without(release: Path, model_type: str | None, alone: bool) -> None:
+    (release / "config.json").write_text(json.dumps({"model_type": model_type, "max_position_embeddings": 2048}))
+    argv = VllmEngine(load_settings({}), gpu=True).command(release, "r1", release / "e.sock").argv
+    assert ("--language-model-only" in argv) is alone
+
+
 def test_an_engine_is_told_what_its_release_takes_for_today(release: Path) -> None:
     day, socket = date(2024, 2, 29), release / "engine.sock"
     embedded, vllm = TransformersEngine(load_settings({})), VllmEngine(load_settings({}), gpu=True)
