@@ -82,11 +82,16 @@ def keep(model: Path, kept: Path) -> None:
     from appliance.train.model import load_model
 
     ids = [5 + number * 7 % 300 for number in range(24)]
+
+    def said(dtype: torch.dtype) -> torch.Tensor:
+        logits = load_model(model).to(dtype)(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        return logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
     with torch.no_grad():
-        said = load_model(model)(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
-    logprobs = said.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        exact, rounded = said(torch.float32), said(torch.bfloat16)
+    expected = {"ids": ids, "logprobs": exact.tolist(), "rounding": (rounded - exact).abs().max().item()}
     shutil.copytree(model, kept)
-    (kept / EXPECTED).write_text(json.dumps({"ids": ids, "logprobs": logprobs}))
+    (kept / EXPECTED).write_text(json.dumps(expected))
 
 
 def served(python: Path, kept: Path) -> Iterator[tuple[str, str]]:

@@ -37,7 +37,7 @@ _TINY: dict[str, Any] = {
     **dict.fromkeys(("swa_num_key_value_heads", "num_global_key_value_heads"), 1),
     # The least that vLLM serves on a CPU.
     **dict.fromkeys(("head_dim", "kv_channels", "attention_head_dim", "global_head_dim", "swa_head_dim"), 32),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 128),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
