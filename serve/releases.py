@@ -23,6 +23,7 @@ from appliance.garbage import find_garbage, forget_garbage, remove_garbage
 from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, sha256, write_atomic
 from appliance.models import model_path, require_quantisable
 from appliance.release.foreign import ForeignRequest
+from appliance.release.given import GivenRequest
 from appliance.release.manifest import accept_quality, read_foreign, read_manifest
 from appliance.release.recheck import plan_recheck, write_recheck
 from appliance.store.datasets import Datasets
@@ -165,6 +166,9 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
             (folder / "adapter").mkdir()
             about = await asyncio.to_thread(_split_adapter, folder / "upload", folder / "adapter")
             require_meant_for(model_path(home, base), about, same_base=same_base, base_template=base_template)
+            await run_module(
+                "appliance.release.given", home, GivenRequest(adapter=folder / "adapter", base=base), folder, request
+            )
             given = Given(sha256=sha256(folder / "adapter" / WEIGHTS), quantised=quantised, dataset=judged_on)
             recipe = Recipe(name=_checked_name(name), base=base, given=given)
             id = runs.new_id(recipe)

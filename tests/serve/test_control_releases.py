@@ -58,13 +58,6 @@ class Box(Control):
         self.supervisor.releases.add(id, "tiny", manifest["state"], reason, passed, False, digest)
         return folder
 
-    def model(self) -> None:
-        folder = self.home.models / "tiny"
-        folder.mkdir()
-        for name, content in (("config.json", '{"a": 1}'), ("tokenizer.json", "{}"), ("chat_template.jinja", "x")):
-            (folder / name).write_text(content)
-        (folder / "model.safetensors").write_bytes(b"weights")
-
 
 @pytest.fixture
 async def box(tmp_path: Path) -> AsyncIterator[Box]:
@@ -549,63 +542,6 @@ async def test_killed_while_unpacking_there_is_no_half_release(
     assert [path for path in other.home.releases.iterdir() if path.name[0] != "."] == []
     assert (await other.client.import_release(tmp_path / "r.tar")).id == "r-1"
     assert hashes(other.home.releases / "r-1") == hashes(box.home.releases / "r-1")
-
-
-def adapter(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text('{\n "peft_type": "LORA",\n "r": 4\n}')
-    header = b'{"layer.lora_A.weight": {"dtype": "U8", "shape": [13000], "data_offsets": [0, 13000]}}'
-    weights = len(header).to_bytes(8, "little") + header + b"line\nanother\x00" * 1000
-    (folder / "adapter_model.safetensors").write_bytes(weights)
-    return folder
-
-
-async def test_an_adapter_from_elsewhere_becomes_a_run_that_merges(box: Box, tmp_path: Path) -> None:
-    box.model()
-    source = adapter(tmp_path / "mine")
-    run = await box.client.merge(source, "tiny", "mine", quantised=True)
-    assert (run.id, run.stages, run.state) == ("mine-1", ("merge", "verify", "probe"), "queued")
-    folder = box.home.runs / run.id
-    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
-        source / "adapter_model.safetensors"
-    ).read_bytes()
-    assert json.loads((folder / "adapter" / "adapter_config.json").read_bytes()) == {"peft_type": "LORA", "r": 4}
-    recipe = parse_recipe((folder / "recipe.toml").read_text())
-    assert recipe.given is not None
-    assert (recipe.quantised, recipe.changes_weights, recipe.datasets) == (True, True, {})
-    assert recipe.given.sha256 == hashes(folder)["adapter/adapter_model.safetensors"]
-    assert list(box.home.incoming.iterdir()) == []
-
-
-async def test_an_adapter_on_nf4_of_a_base_with_experts_in_mxfp4_is_refused(box: Box, tmp_path: Path) -> None:
-    box.model()
-    (box.home.models / "tiny" / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
-    with pytest.raises(InvalidInput, match="tiny are in MXFP4"):
-        await box.client.merge(adapter(tmp_path / "mine"), "tiny", "mine", quantised=True)
-    with pytest.raises(InvalidInput, match="tiny are in MXFP4"):
-        await box.client.train('name = "r"\nbase = "tiny"\n[[stages]]\nmethod = "sft"\ndataset = "d"\n')
-    assert list(box.home.runs.iterdir()) == []
-
-
-async def test_an_adapter_that_is_none_or_has_no_base_is_refused(box: Box, tmp_path: Path) -> None:
-    source = adapter(tmp_path / "mine")
-    with pytest.raises(NotFound, match="no base model tiny"):
-        await box.client.merge(source, "tiny", "mine")
-    box.model()
-    with pytest.raises(NotFound, match="no dataset"):
-        await box.client.merge(source, "tiny", "mine", dataset="none")
-    with pytest.raises(InvalidInput, match="no name"):
-        await box.client.merge(source, "tiny", "../mine")
-    (source / "adapter_config.json").write_text('{"base_model_name_or_path": "org/Other-1B"}')
-    with pytest.raises(InvalidInput, match=r"trained on org/Other-1B, and not on tiny .*--same-base"):
-        await box.client.merge(source, "tiny", "mine")
-    assert list(box.home.runs.iterdir()) == []
-    assert (await box.client.merge(source, "tiny", "mine", same_base=True)).id == "mine-1"
-    shutil.rmtree(box.home.runs / "mine-1")
-    (source / "adapter_config.json").unlink()
-    with pytest.raises(InvalidInput, match=r"holds no adapter_config.json"):
-        await box.client.merge(source, "tiny", "mine")
-    assert list(box.home.runs.iterdir()) == []
 
 
 async def test_gates_are_repeated_by_a_run_of_the_base_and_the_adapter_that_are_here(box: Box) -> None:

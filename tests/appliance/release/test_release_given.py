@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from tiny import FACTS, add_dataset, failure, read_recipe, result, work
 from appliance.errors import Exit
 from appliance.home import Home, hashes, sha256
 from appliance.release.gates import Gate, load_probes
+from appliance.release.given import GivenRequest, main
 from appliance.release.manifest import finalise
 from appliance.train.recipe import Given, Recipe, dump_recipe
 
@@ -101,3 +106,44 @@ def test_one_that_lacks_layers_of_its_settings_fails_by_name(home: Home) -> None
     assert work(run, "merge") == Exit.FAILED
     assert failure(run, "merge")["code"] == "not_mergeable"
     assert "its file lacks 7 of them, such as model.layers.1." in failure(run, "merge")["reason"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda tensors: {name.replace("mlp.up_proj", "mlp.fc1"): one for name, one in tensors.items()}, "no module"),
+        (
+            lambda tensors: {name: one[:, :7] if "lora_A" in name else one for name, one in tensors.items()},
+            "which the adapter does not fit",
+        ),
+        (lambda tensors: {name: one for name, one in tensors.items() if "layers.1." not in name}, "lacks 7 of them"),
+    ],
+    ids=["of-another-architecture", "of-another-size", "not-whole"],
+)
+def test_what_would_end_the_merge_is_said_before_a_run_is_queued(
+    home: Home, tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], why: str
+) -> None:
+    def problem(adapter: Path) -> dict[str, Any]:
+        request = tmp_path / "request.json"
+        request.write_text(GivenRequest(adapter=adapter, base="tiny").model_dump_json())
+        main(home.root, request, tmp_path / "result.json")
+        found: dict[str, Any] = json.loads((tmp_path / "result.json").read_bytes())
+        return found.get("problem", {})
+
+    adapter = home.runs / "lora" / "sft" / "adapter"
+    assert problem(adapter) == {}
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in spoil(load_file(path)).items()}, path)
+    found = problem(adapter)
+    assert found["code"] == "not_mergeable"
+    assert re.search(why, found["message"]), found
+
+
+def test_settings_that_peft_does_not_know_are_a_sentence(home: Home, tmp_path: Path) -> None:
+    adapter = home.runs / "lora" / "sft" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": 7}))
+    request = tmp_path / "request.json"
+    request.write_text(GivenRequest(adapter=adapter, base="tiny").model_dump_json())
+    main(home.root, request, tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_bytes())["problem"]["code"] == "not_mergeable"
