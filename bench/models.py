@@ -85,7 +85,8 @@ def keep(model: Path, kept: Path) -> None:
 
     def said(dtype: torch.dtype) -> torch.Tensor:
         logits = load_model(model).to(dtype)(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
-        return logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        logprobs: torch.Tensor = logits.float().log_softmax(-1)
+        return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
     with torch.no_grad():
         exact, rounded = said(torch.float32), said(torch.bfloat16)
