@@ -39,7 +39,7 @@ falcon falcon_h1 nemotron_h mamba2 gpt2
 """
 """What people train, of which at least TARGET has to go through."""
 
-TORCHVISION = "torchvision==0.28.0"
+OF_IMAGES = ("torchvision==0.28.0", "timm==1.0.31", "pillow")
 _OPERATORS = """import torch
 library = torch.library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
@@ -54,7 +54,7 @@ Every family of models that Transformers {version} has for texts, or for texts a
 chat template such as its own, through `sft`, `dpo`, merge and gates on a CPU. Of models with images or sound the text
 is trained, and the rest stays byte for byte. A mixture of experts goes through twice: with adapters beside the experts,
 as by default, and on them too (`target_parameters`). vLLM's CPU build is given the merged model, and served is what it
-says the same of as Transformers; a class that reads images is loaded as itself, for texts alone.
+says the same of as Transformers; a class that reads images is loaded as itself, for texts alone where it can be.
 
 {trained} of {made} are trained, {refused} refused before training, {failed} fail.
 Of {others} no tiny model could be made: {names}.
@@ -98,10 +98,7 @@ def keep(model: Path, kept: Path) -> None:
 def served(python: Path, kept: Path) -> Iterator[tuple[str, str]]:
     """Each family whose merged model is in `kept`, with what vLLM makes of it; `python` is where vLLM is."""
     command = [python, Path(__file__).with_name("models_served.py"), kept]
-    environment = os.environ | {"PYTHONPATH": str(_modules(python, kept / "modules"))}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as asked:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as asked:
         for line in asked.stdout or ():
             print(line.strip(), file=sys.stderr)
             yield from json.loads(line).items()
@@ -109,16 +106,17 @@ def served(python: Path, kept: Path) -> Iterator[tuple[str, str]]:
         raise SystemExit(f"vLLM could not be tried: exit {asked.returncode}")
 
 
-def _modules(python: Path, folder: Path) -> Path:
-    """A folder with what classes that read images import, though no image is read here.
+def install_for_images(folder: Path) -> None:
+    """Put in `folder` what classes that read images import, though no image is read here, for every process from now.
 
     PyPI's build of torchvision is compiled for CUDA. Beside torch's CPU build it lacks its operators, and is imported
     all the same where two of them are declared.
     """
-    command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), TORCHVISION]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *OF_IMAGES]
     subprocess.run(command, check=True)
     (folder / "sitecustomize.py").write_text(_OPERATORS)
-    return folder
+    sys.path.insert(0, str(folder))  # which forked processes have from here
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
 def try_family(family: str, folder: Path) -> dict[str, Any]:
@@ -261,8 +259,10 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, required=True, help="the Python that has vLLM")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        outcomes = dict(trials(given.families or FAMILIES, given.workers, Path(scratch)))
-        for family, outcome in served(given.vllm, Path(scratch)):
+        kept, modules = Path(scratch) / "kept", Path(scratch) / "modules"
+        install_for_images(modules)
+        outcomes = dict(trials(given.families or FAMILIES, given.workers, kept))
+        for family, outcome in served(given.vllm, kept):
             outcomes[family]["vllm"] = outcome
     PAGE.write_text(updated(PAGE.read_text() if given.families else "", outcomes))
     listed = [outcomes[family]["outcome"] for family in LISTED.split() if family in outcomes]

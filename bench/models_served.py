@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from serve.engines.vllm import LEAST_IMAGES, WITH_ITS_TOWERS
+
 EXPECTED = "expected.json"
 PATIENCE = 240
 """Seconds after which a model is given up."""
@@ -49,6 +51,7 @@ def _served(folder: Path, dtype: str) -> str:
 
     expected = json.loads((folder / EXPECTED).read_bytes())
     ids: list[int] = expected["ids"]
+    with_towers = json.loads((folder / "config.json").read_bytes())["model_type"] in WITH_ITS_TOWERS
     engine = LLM(
         str(folder),
         dtype=dtype,
@@ -57,7 +60,8 @@ def _served(folder: Path, dtype: str) -> str:
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 26,
         distributed_executor_backend="uni",
-        language_model_only=True,
+        language_model_only=not with_towers,
+        limit_mm_per_prompt=LEAST_IMAGES if with_towers else None,
     )
     answer: Any = engine.generate(
         [{"prompt_token_ids": ids}], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False

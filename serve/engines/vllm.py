@@ -30,8 +30,10 @@ from serve.engines.vllm_reload import CLOCK, Reload
 
 _OVERHEAD_ON_GPU = 3 << 29
 """Bytes beside weights and cache: CUDA's context, graphs, and the passes that vLLM makes room for. Estimated."""
-_WITH_ITS_TOWERS = ("gemma3n",)
+WITH_ITS_TOWERS = ("gemma3n",)
 """Types of models that vLLM 0.32 cannot serve for texts alone: it gives them no embeddings then."""
+LEAST_IMAGES = {"image": 1, "audio": 0}
+"""What vLLM makes room for in a request to such models, which nobody sends images."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for."""
 
@@ -125,7 +127,9 @@ class VllmEngine(OpenAIEngine):
         argv += ["--middleware", f"{Reload.__module__}.{Reload.__qualname__}"]
         argv += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
         # The gateway takes texts: what a model has for images or sound is neither loaded nor given memory.
-        if not _has_type(release, _WITH_ITS_TOWERS):
+        if _has_type(release, WITH_ITS_TOWERS):
+            argv += ["--limit-mm-per-prompt", json.dumps(LEAST_IMAGES)]
+        else:
             argv += ["--language-model-only"]
         environment = dict(_ENVIRONMENT)
         if self.adapter_rank:

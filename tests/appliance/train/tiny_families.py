@@ -96,6 +96,17 @@ _FIXES: dict[str, dict[str, Any]] = {
 """What a family's config needs beside, by the model's type; `text_config.KEY` of its text."""
 _WITH_PARTS = {"gemma4": ("vision_config",)}
 """Parts that a family's published models have, and its config by itself has not."""
+_PROCESSORS = {
+    "gemma3n": {
+        "processor_class": "Gemma3nProcessor",
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 224, "width": 224},
+        "feature_extractor_type": "Gemma3nAudioFeatureExtractor",
+    }
+}
+"""What vLLM makes images and sounds into numbers with, for families that it cannot load without."""
+_MARKS = {f"{token}_token": f"<{token}>" for token in ("image", "audio", "boi", "eoi", "boa", "eoa")}
+_OF_IMAGE_AND_SOUND = {**_MARKS, "extra_special_tokens": _MARKS}
 _TEMPLATES = (
     *(
         ("qwen3_5", "qwen3_5_nothink"),
@@ -189,9 +200,15 @@ def make_family(folder: Path, family: str, **settings: Any) -> Path:
     model = kind._from_config(config) if hasattr(kind, "_from_config") else kind(config)
     model.save_pretrained(folder)
     tokenizer = tokenizer_of(templates()[template_of(family)])
+    if family in _PROCESSORS:
+        tokenizer.add_tokens(["\n" * times for times in range(1, 5)])
+        (folder / "preprocessor_config.json").write_text(json.dumps(_PROCESSORS[family]))
     if len(tokenizer) > VOCABULARY:
         raise ValueError(f"{len(tokenizer)} tokens")
     tokenizer.save_pretrained(folder)
+    if family in _PROCESSORS:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | _OF_IMAGE_AND_SOUND))
     (folder / "source.json").write_text('{"source": "made here"}')
     return folder
 

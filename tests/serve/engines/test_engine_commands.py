@@ -116,6 +116,7 @@ def test_towers_are_left_out_where_vllm_can_do_without(release: Path, model_type
     (release / "config.json").write_text(json.dumps({"model_type": model_type, "max_position_embeddings": 2048}))
     argv = VllmEngine(load_settings({}), gpu=True).command(release, "r1", release / "e.sock").argv
     assert ("--language-model-only" in argv) is alone
+    assert ("--limit-mm-per-prompt" in argv) is not alone
 
 
 def test_an_engine_is_told_what_its_release_takes_for_today(release: Path) -> None:
