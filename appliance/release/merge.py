@@ -20,6 +20,7 @@ from appliance.release.fidelity import Measured
 from appliance.release.held_out import held_out_set, last_stage_rows, render, render_answered
 from appliance.release.manifest import DEQUANTISED, SIXTEEN_BIT
 from appliance.release.scores import score
+from appliance.release.streaming import load_to_score
 from appliance.release.weights import write_weights
 from appliance.train.model import ON_GPU, load_adapter, load_model, release_memory, stop_token_ids
 from appliance.train.recipe import Recipe
@@ -79,22 +80,23 @@ def _merge(home: Home, run: Path, recipe: Recipe, base: Path, folder: Path) -> t
     chosen = render(tokenizer, held_out_set(home, recipe, tokenizer).conversations)
     answered = last_stage_rows(home, recipe, tokenizer)
     conversations = [*chosen, *render_answered(tokenizer, answered)]
-    model = load_adapter(load_model(base, quantised=recipe.quantised), adapter, trainable=False).eval()
+    as_trained = load_model(base, quantised=True) if recipe.quantised else load_to_score(base)
+    model = load_adapter(as_trained, adapter, trainable=False).eval()
     trained = merged_into = score(model, conversations)
     judged = conversations[len(chosen) :] if any(answer.sign for answer in answered) else []
     reference = _before_last_stage(model, run, recipe, judged)
-    del model
+    del model, as_trained
     losses = {"adapter": trained.part(0, len(chosen)).loss}
     for candidate, its_changes in candidates.items():
         release_memory()
         write_weights(base, folder, its_changes)
-        losses[candidate] = score(load_model(folder), chosen).loss
+        losses[candidate] = score(load_to_score(folder), chosen).loss
     kept = min(candidates, key=losses.__getitem__)
     release_memory()
     if kept != list(candidates)[-1]:
         write_weights(base, folder, candidates[kept])
     if recipe.quantised and kept == SIXTEEN_BIT:
-        model = load_adapter(load_model(base), adapter, trainable=False).eval()
+        model = load_adapter(load_to_score(base), adapter, trainable=False).eval()
         merged_into = score(model, conversations, trained.ids)
         reference = _before_last_stage(model, run, recipe, judged)
     figures = {

@@ -10,10 +10,13 @@ import torch
 
 from appliance.data.render import Conversation, Rendered
 from appliance.errors import is_out_of_memory
+from appliance.release.streaming import is_streamed
 from appliance.train.model import ON_GPU, release_memory
 
 TOKENS_AT_ONCE = 2048 if ON_GPU else 512
 """Padded tokens in a forward pass: what is computed of them is the peak of memory."""
+TOKENS_AT_ONCE_STREAMED = 8192
+"""The same where each pass reads the model's layers anew."""
 LOGITS_AT_ONCE = 1 << 24
 """Logits that are made at once."""
 LIKELIEST = 32
@@ -64,7 +67,7 @@ def score(model: Any, conversations: Sequence[Conversation], ids: torch.Tensor |
         torch.empty(ends[-1], LIKELIEST, dtype=torch.int32) if ids is None else ids,
         torch.empty(ends[-1], LIKELIEST),
     )
-    batches = _batches(examples)
+    batches = _batches(examples, TOKENS_AT_ONCE_STREAMED if is_streamed(model) else TOKENS_AT_ONCE)
     while batches:
         batch = batches.pop(0)
         rows, at = [examples[number] for number in batch], [ends[number] for number in batch]
@@ -140,11 +143,11 @@ def divergence(expected: Scores, found: Scores) -> torch.Tensor:
     return apart.clamp(min=0)
 
 
-def _batches(examples: Sequence[Rendered]) -> list[list[int]]:
-    """Numbers of the examples by length, in batches of at most TOKENS_AT_ONCE padded tokens."""
+def _batches(examples: Sequence[Rendered], at_once: int) -> list[list[int]]:
+    """Numbers of the examples by length, in batches of at most `at_once` padded tokens."""
     batches: list[list[int]] = []
     for number in sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids)):
-        if batches and (len(batches[-1]) + 1) * len(examples[number].input_ids) <= TOKENS_AT_ONCE:
+        if batches and (len(batches[-1]) + 1) * len(examples[number].input_ids) <= at_once:
             batches[-1].append(number)
         else:
             batches.append([number])

@@ -43,10 +43,11 @@ from appliance.release.quality import (
 )
 from appliance.release.rounding import Rounding
 from appliance.release.scores import Scores, score
+from appliance.release.streaming import load_to_score, make_writable
 from appliance.release.structure import judge_layout, judge_weights
 from appliance.release.weights import DTYPES, layout
 from appliance.train.events import EventLog
-from appliance.train.model import DTYPE, load_model, release_memory
+from appliance.train.model import DTYPE, release_memory
 from appliance.train.recipe import Recipe
 
 SERVED_CONVERSATIONS = 16
@@ -100,10 +101,11 @@ def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, 
     kept = json.loads((run / "merge" / "result.json").read_bytes())["kept"]
     oracle = Oracle(folder / "adapter", base, rounded=kept == DEQUANTISED)
 
-    model = load_model(folder)
+    model = load_to_score(folder)
     own = score(model, conversations, measured.merged_into.ids)
     own_of_live = score(model, lived) if lived else None
     own_of_answers = [score(model, render(tokenizer, rows)) for rows in answers]
+    make_writable(model, run / "verify")
     structure = judge_weights(base, folder, oracle, partial(_round_again, model, oracle, _coarser(folder)))
     if not structure.passed:
         return {"structure": structure}
@@ -182,7 +184,7 @@ def _rival(home: Home, recipe: Recipe, live: str, judged: list[list[Row]]) -> _R
         try:
             tokenizer = load_tokenizer(folder, template_of(read_manifest(home, live)))
             rendered = [render(tokenizer, rows) for rows in judged]
-            return _Rival(f"the live release {live}", load_model(folder), rendered, live=True)
+            return _Rival(f"the live release {live}", load_to_score(folder), rendered, live=True)
         except Exception as error:  # running out of memory has many names
             if not (isinstance(error, ApplianceError) or is_out_of_memory(error)):
                 raise
@@ -191,7 +193,7 @@ def _rival(home: Home, recipe: Recipe, live: str, judged: list[list[Row]]) -> _R
     base = model_path(home, recipe.base)
     tokenizer = load_tokenizer(base, recipe.template)
     rendered = [render(tokenizer, rows) for rows in judged]
-    return _Rival(f"the base {recipe.base}", load_model(base), rendered, live=False)
+    return _Rival(f"the base {recipe.base}", load_to_score(base), rendered, live=False)
 
 
 def _live_set(home: Home, recipe: Recipe, live: str, tokenizer: Any) -> tuple[list[Conversation], list[Conversation]]:

@@ -34,12 +34,13 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 """bf16 is far slower than fp32 on most CPUs."""
 
 
-def load_model(folder: Path, *, quantised: bool = False) -> Any:
+def load_model(folder: Path, *, quantised: bool = False, mapped: bool = False) -> Any:
     """A causal language model in evaluation mode: fp32 on a CPU, bf16 on a GPU.
 
     `quantised` gives its linear layers (not the output head) the values of NF4 with double quantisation. On a GPU
     bitsandbytes keeps them in 4 bits. On a CPU they are rounded once: what its layers compute while training, without
     their cost per pass and without the packed form that they take on at evaluation, whose gradients are wrong.
+    `mapped`: not on the GPU; weights that are stored in its type are read from the files as they are needed.
     Raises InvalidInput for files that are no such model.
     """
     skeleton = empty_model(folder)
@@ -48,7 +49,7 @@ def load_model(folder: Path, *, quantised: bool = False) -> Any:
         raise InvalidInput(
             "no_linear_layer", f"{folder.name} has no linear layer that NF4 can hold", 'train it with kind = "lora"'
         )
-    options: dict[str, Any] = {"device_map": {"": 0}} if ON_GPU else {}
+    options: dict[str, Any] = {"device_map": {"": 0}} if ON_GPU and not mapped else {}
     if getattr(skeleton.config.get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # Gemma 2's caps are left out by PyTorch's own attention
     if in_mxfp4(folder):  # its kernels have no gradients
