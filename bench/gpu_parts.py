@@ -119,7 +119,7 @@ def work(run: Path, name: str, *options: str) -> dict[str, Any]:
 
     Where parts run side by side, that is what all of them take.
     """
-    script = [str(HERE / "gpu_worker.py")] if name in ("sft", "dpo") else WORKER
+    script = [str(HERE / "gpu_worker.py")] if options or name in ("sft", "dpo") else WORKER
     say(f"{run.name} {name} {' '.join(options)}")
     before = most = gpu_memory()
     with subprocess.Popen([sys.executable, *script, str(run), name, *options], stdout=sys.stderr) as worker:
@@ -229,18 +229,19 @@ def out_of_memory(bench: Bench) -> dict[str, Any]:
 
 
 def release(bench: Bench) -> dict[str, Any]:
-    """From rows to a merged and verified release of a smaller base."""
+    """From rows to a merged release of a smaller base, verified as a whole and layer by layer."""
     run = bench.run(stage(bench.short_rows(), bench.steps(12), rows=8), base=bench.small, eval_share=0.1)
     figures = {"sft": trained(run, "sft")}
-    for name in ("merge", "verify"):
-        seen = work(run, name)
+    for step, name, *options in (("merge", "merge"), ("verify", "verify"), ("streamed", "verify", "--streamed")):
+        seen = work(run, name, *options)
         result = json.loads((run / name / "result.json").read_text())
         # Hashes of files say nothing here.
-        figures[name] = seen | {key: value for key, value in result.items() if "files" not in key}
-    gates = figures["verify"].get("gates", {})
-    failed = {name: gate for name, gate in gates.items() if not gate.get("passed")}
-    if failed or not gates:
-        raise RuntimeError(f"the gates do not hold: {failed}; {json.dumps(figures)}")
+        figures[step] = seen | {key: value for key, value in result.items() if "files" not in key}
+    for step in ("verify", "streamed"):
+        gates = figures[step].get("gates", {})
+        failed = {name: gate for name, gate in gates.items() if not gate.get("passed")}
+        if failed or not gates:
+            raise RuntimeError(f"the gates of {step} do not hold: {failed}; {json.dumps(figures)}")
     return figures
 
 

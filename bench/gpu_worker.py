@@ -1,4 +1,4 @@
-"""The worker as bench/gpu.sh runs it: python gpu_worker.py RUN STAGE [--padded] [--memory GIB].
+"""The worker as bench/gpu.sh runs it: python gpu_worker.py RUN STAGE [--padded] [--memory GIB] [--streamed].
 
 It differs in what is asked for, and where PyTorch is older than the pinned one. In the end it leaves what torch has
 reserved of the GPU in reserved.json of the run's directory.
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("stage")
     parser.add_argument("--padded", action="store_true", help="pad where rows could be packed")
     parser.add_argument("--memory", type=float, help="GiB that the worker may have of the GPU")
+    parser.add_argument("--streamed", action="store_true", help="score models layer by layer, though they would fit")
     given = parser.parse_args()
     # Before the libraries are imported: they read it then.
     os.environ.update({**worker.PATIENT, **os.environ, **worker.QUIET})
@@ -36,6 +37,9 @@ def main() -> None:
         sft.can_pack = lambda *_: False
     if given.memory:
         limit_memory(given.memory)
+    if given.streamed:
+        streaming: Any = import_module("appliance.release.streaming")
+        streaming.free_room = lambda: 0
     try:
         sys.exit(worker.main(given.run.absolute(), given.stage))
     finally:

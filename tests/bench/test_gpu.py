@@ -47,14 +47,21 @@ def test_parts_that_did_not_run_or_pass_have_met_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_it_runs_dry(tmp_path: Path, smollm2: Path) -> None:
-    command = [str(ROOT / "bench" / "gpu.sh"), "--dry", "--parts", "3,8", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("numbers", "parts"),
+    [
+        ("3,8", {"attention", "weights", "out_of_memory"}),
+        pytest.param(f"1-{len(PARTS)}", {part.name for part in PARTS}, marks=pytest.mark.thorough),
+    ],
+)
+def test_it_runs_dry(tmp_path: Path, smollm2: Path, numbers: str, parts: set[str]) -> None:
+    command = [str(ROOT / "bench" / "gpu.sh"), "--dry", "--parts", numbers, "--out", str(tmp_path)]
     command += ["--tokenizer", str(smollm2), "--scratch", str(tmp_path)]
     environment = os.environ | {"PYTHON": sys.executable}
     said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = json.loads(said.splitlines()[-1])
     ran = {name: state for name, state in found["parts"].items() if state != "not run"}
-    assert ran == dict.fromkeys(("attention", "weights", "out_of_memory"), "passed")
+    assert ran == dict.fromkeys(parts, "passed")
     assert found["ratios"]["halved"] >= 1
     assert not found["met"]
     assert [path.name for path in tmp_path.iterdir()] == ["parts.jsonl"]
