@@ -19,6 +19,10 @@ from appliance.store.runs import Runs
 
 LEFTOVER_SECONDS = 24 * 3600.0
 """What nothing refers to yet may still be coming into being when it is younger than this."""
+UNCOMPILED_SECONDS = 30 * 24 * 3600.0
+"""Compiled code goes when nothing of it was written for so long: the next start that needs it compiles it again."""
+_COMPILED = ("vllm/torch_compile_cache/*", "triton/*", "inductor/*")
+"""Below the home's folder for it, what belongs together."""
 
 
 def find_garbage(
@@ -41,6 +45,8 @@ def find_garbage(
         for path in folder.iterdir()
         if (folder == home.incoming or path.name.startswith(".")) and _written_to(path) < oldest
     ]
+    stale = time.time() - UNCOMPILED_SECONDS
+    leftovers += [one for kind in _COMPILED for one in home.compiled.glob(kind) if _written_to(one) < stale]
     doomed = [*(home.releases / id for id in (*old, *unrecorded)), *(home.datasets / id for id in unnamed), *leftovers]
     return api.Garbage(
         releases=tuple(sorted((*old, *unrecorded))),

@@ -68,6 +68,11 @@ class Home:
         """Uploads on their way to becoming datasets; emptied when the daemon starts."""
         return self.root / "incoming"
 
+    @property
+    def compiled(self) -> Path:
+        """What workers and engines have compiled, which their next start finds again."""
+        return self.root / "compiled"
+
     def control_socket(self) -> Path:
         """The control API's socket: the setting, else this home's own, else the service's where only that exists."""
         if self._socket:
@@ -86,7 +91,8 @@ class Home:
                 "set APPLIANCE_SOCKET to a shorter path, or choose a shorter APPLIANCE_HOME",
             )
         try:
-            for path in (self.models, self.datasets, self.runs, self.releases, self.engines, self.incoming):
+            folders = (self.models, self.datasets, self.runs, self.releases, self.engines, self.incoming, self.compiled)
+            for path in folders:
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise disk_error(error, self.root) from error

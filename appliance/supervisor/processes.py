@@ -16,11 +16,18 @@ import psutil
 
 from appliance import gpu
 from appliance.errors import InvalidInput
+from appliance.home import Home
 from appliance.store.processes import Kind, ProcessRow
 
 MARK = "APPLIANCE_CHILD"
 """Environment variable of every child; its value is the home. It finds children that no record names."""
 
+_CACHES = {
+    "VLLM_CACHE_ROOT": "vllm",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+}
+"""By the variables that say where, the folders of the home that libraries keep compiled code in."""
 _ends: dict[int, int] = {}
 """Exit statuses of dead children that nobody has asked for yet."""
 
@@ -37,6 +44,8 @@ def spawn(
 ) -> ProcessRow:
     """Start a child whose output is appended to `log`, and return how to find it again.
 
+    Where `environment` says nothing else, it keeps what it compiles in the home.
+
     Raises InvalidInput where the program cannot be started.
     """
     program = shutil.which(argv[0])
@@ -46,7 +55,7 @@ def spawn(
     pid = os.posix_spawn(
         program,
         list(argv),
-        {**environment, **gpu.environment(), MARK: str(home)},
+        {**_caches(Home(home)), **environment, **gpu.environment(), MARK: str(home)},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             output,
@@ -55,6 +64,10 @@ def spawn(
         setsid=True,
     )
     return ProcessRow(kind, owner, stage, pid, _start_ticks(pid) or 0, _boot_id(), address)
+
+
+def _caches(home: Home) -> dict[str, str]:
+    return {variable: str(home.compiled / name) for variable, name in _CACHES.items()}
 
 
 def alive(row: ProcessRow) -> bool:

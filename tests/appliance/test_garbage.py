@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from appliance.errors import Conflict
-from appliance.garbage import LEFTOVER_SECONDS, find_garbage, forget_garbage, remove_garbage
+from appliance.garbage import LEFTOVER_SECONDS, UNCOMPILED_SECONDS, find_garbage, forget_garbage, remove_garbage
 from appliance.home import Home
 from appliance.release.manifest import Manifest
 from appliance.store.canaries import Canaries
@@ -171,6 +171,24 @@ def test_old_leftovers_of_kills_go(box: Box) -> None:
     assert box.collect()[2] == {"models/.m.building", "runs/.r.building", "incoming/tmpabc"}
     assert all(folder.exists() for folder in new)
     assert not any(folder.exists() for folder in old)
+
+
+def test_code_goes_that_was_compiled_long_ago(box: Box) -> None:
+    names = ("vllm/torch_compile_cache/1a", "triton/2b", "inductor/3c")
+    old = [box.home.compiled / name for name in names]
+    new = [path.with_name("new") for path in old]
+    beside = box.home.compiled / "vllm" / "modelinfos"
+    for folder in (*old, *new, beside):
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / "code.so").write_bytes(bytes(1000))
+    for path in (*box.home.compiled.rglob("*"), box.home.compiled):
+        long_ago = time.time() - UNCOMPILED_SECONDS - 60
+        os.utime(path, (long_ago, long_ago))
+    for folder in new:
+        os.utime(folder / "inner" / "code.so")
+    assert box.collect()[2] == {f"compiled/{name}" for name in names}
+    assert not any(folder.exists() for folder in old)
+    assert all(folder.exists() for folder in (*new, beside))
 
 
 def test_files_with_another_name_free_nothing(box: Box) -> None:
