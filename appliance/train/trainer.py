@@ -11,6 +11,7 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from trl.trainer import dpo_trainer, kto_trainer
 
 from appliance.train.answers import RowFigures, figures_of, outputs_of, row_loss, sequence_nats
 from appliance.train.checkpoints import saving
@@ -214,6 +215,10 @@ def build_trainer(
     TRL rounds a QLoRA adapter to bf16, which loses small updates.
     """
     model = given.model
+    for module in (dpo_trainer, kto_trainer):
+        # It would hash the whole model to name a file of the reference's log-probabilities, which for rows in memory
+        # has a name of its own anyway.
+        module.hash_module = lambda _: ""
     if not ON_GPU:
         install()
     train, held_out = given.train.by_length(), given.held_out.by_length()

@@ -54,6 +54,19 @@ def step(trainer: MicroBatchTrainer) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return loss, [weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None]
 
 
+def test_the_model_is_not_hashed(trainer: MicroBatchTrainer) -> None:
+    assert getattr(trainer, "_precompute_model_hash", "") == ""
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_no_run_finds_what_the_reference_of_another_has_said(home: Home, method: str) -> None:
+    """What is not hashed must not be looked for."""
+    rows = {"dpo": "PREFERENCES", "kto": "JUDGEMENTS"}[method]
+    run = add_run(home, "r", stage(method, rows, max_steps=1))
+    assert work(run, method) == 0
+    assert not list(home.root.rglob("cache-*.arrow"))
+
+
 def batch_of(trainer: MicroBatchTrainer) -> Batch:
     batch: Batch = next(iter(trainer.get_train_dataloader()))
     return batch
