@@ -17,6 +17,8 @@ ReleaseState = Literal["verified", "verified elsewhere", "refused"]
 EngineState = Literal["starting", "ready", "backoff"]
 CanaryOutcome = Literal["under way", "promoted", "rolled back"]
 Rating = Literal["good", "bad"]
+Precision = Literal["32-bit", "16-bit", "FP8"]
+"""In which the linear layers of a model are served; in FP8 its other weights stay in 16 bits."""
 
 
 class Problem(Shape):
@@ -249,6 +251,8 @@ class Serving(Shape):
     needed: int
     available: int | None
     fits: bool
+    precision: Precision = "16-bit"
+    """In which the release would be served; FP8 where it does not fit in 16 bits."""
 
 
 class Forecasts(Shape):

@@ -69,7 +69,8 @@ def print_forecasts(found: api.Forecasts) -> None:
             say(f"{one['stage']} does not fit: {one['advice']}")
     if serving := found.serving:
         has = "" if serving.available is None else f" of {size(serving.available)}"
-        print(f"the release takes {size(serving.needed)}{has} to be verified and served")
+        how = " in FP8, because it does not fit in 16 bits" if serving.precision == "FP8" else ""
+        print(f"the release takes {size(serving.needed)}{has} to be verified and served{how}")
         if not serving.fits:
             say('it does not fit: take a smaller base, or set end = "adapter" to train its adapter alone')
 

@@ -12,6 +12,8 @@ from appliance.settings import load_settings
 
 _HIDDEN = ("", "-1", "NoDevFiles")
 """What CUDA_VISIBLE_DEVICES is set to where no GPU is to be used."""
+_HOLDS_FP8, _MULTIPLIES_FP8 = (8, 0), (8, 9)
+"""Least compute capabilities: vLLM's Marlin kernels take weights in FP8, and the card itself multiplies in FP8."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,18 @@ class Card:
     memory_used: int | None
     utilisation: int | None
     """Percent."""
+    capability: tuple[int, int] | None = None
+    """Compute capability: major and minor version."""
+
+    @property
+    def holds_fp8(self) -> bool:
+        """Whether a model's weights can be served in FP8 on it; no where it does not tell what it can."""
+        return self.capability is not None and self.capability >= _HOLDS_FP8
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether it multiplies in FP8, so that what goes into a layer is rounded too."""
+        return self.capability is not None and self.capability >= _MULTIPLIES_FP8
 
 
 def cards() -> tuple[Card, ...]:
@@ -36,7 +50,8 @@ def cards() -> tuple[Card, ...]:
     found: list[Card] = []
     for number in range(nvml.nvmlDeviceGetCount()):
         device = nvml.nvmlDeviceGetHandleByIndex(number)
-        found += [_card(nvml, number, part) for part in _parts(nvml, device)] or [_card(nvml, number, device)]
+        capability = _told(nvml, "GetCudaComputeCapability", device)
+        found += [_card(nvml, number, part, capability) for part in _parts(nvml, device) or [device]]
     return tuple(found)
 
 
@@ -107,7 +122,7 @@ def _parts(nvml: Any, device: Any) -> list[Any]:
     return [part for part in parts if part is not None]
 
 
-def _card(nvml: Any, number: int, device: Any) -> Card:
+def _card(nvml: Any, number: int, device: Any, capability: Any | None) -> Card:
     memory = _told(nvml, "GetMemoryInfo", device)
     rates = _told(nvml, "GetUtilizationRates", device)
     return Card(
@@ -117,6 +132,7 @@ def _card(nvml: Any, number: int, device: Any) -> Card:
         int(memory.total) if memory else None,
         int(memory.used) if memory else None,
         int(rates.gpu) if rates else None,
+        (int(capability[0]), int(capability[1])) if capability else None,
     )
 
 

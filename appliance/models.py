@@ -44,6 +44,8 @@ MODEL_FILES = (
 
 _LARGEST_HEADER = 100_000_000
 """In bytes; the format's own limit."""
+_IN_16_BITS = re.compile(r"embed|(^|\.)(lm_head|wte|wpe|gate|router|shared_expert_gate|conv1d)\.")
+"""Names of matrices that stay so where a model is quantised: embeddings, output heads, routers, convolutions."""
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -213,6 +215,24 @@ def context_length(directory: Path) -> int:
 def count_parameters(directory: Path) -> int:
     """How many numbers the model's weight files hold, by their headers. Raises InvalidInput for a broken file."""
     return sum(math.prod(shape) for path in directory.glob("model*.safetensors") for _, shape, _ in _tensors(path)[1])
+
+
+def count_linear(directory: Path) -> int:
+    """How many of these numbers are weights of linear layers and of experts. Raises InvalidInput for a broken file."""
+    return sum(
+        math.prod(shape)
+        for path in directory.glob("model*.safetensors")
+        for name, shape, _ in _tensors(path)[1]
+        if len(shape) in (2, 3)
+        and (name.endswith("weight") or "experts" in name.split("."))
+        and not name.endswith("bias")
+        and not _IN_16_BITS.search(name)
+    )
+
+
+def is_quantised(directory: Path) -> bool:
+    """Whether the model in `directory` is stored in fewer than 16 bits, all of it or a part."""
+    return bool(_read_json(directory / "config.json").get("quantization_config"))
 
 
 def published_as(directory: Path) -> str:

@@ -36,7 +36,7 @@ from appliance.train.events import EventLog
 from appliance.train.fit import require_fit
 from appliance.train.recipe import Recipe, dump_recipe, parse_recipe
 from serve.datasets import datasets_router, run_module
-from serve.releases import release_routes
+from serve.releases import release_routes, warn_of_fp8
 
 _FOLLOW_SECONDS = 0.25
 _BEAT_SECONDS = 15.0
@@ -156,13 +156,16 @@ def control_app(
         asked = DryRunRequest(recipe=dump_recipe(recipe), freed=freed)
         with tempfile.TemporaryDirectory(dir=home.incoming) as folder:
             outcome = await run_module("appliance.train.dry_run", home, asked, Path(folder), request)
-        serving = room and api.Serving(needed=room.needed, available=room.available, fits=room.suffices)
+        serving = room and api.Serving(
+            needed=room.needed, available=room.available, fits=room.suffices, precision=room.precision
+        )
         return api.Forecasts(stages=outcome["stages"], serving=serving)
 
     @app.post("/v1/runs")
     async def train(new: NewRun) -> api.Run:
         recipe = complete(new.recipe)
-        if room := room_to_serve(recipe):
+        room = room_to_serve(recipe)
+        if room:
             room.require(recipe.base)
         weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
         require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
@@ -170,6 +173,8 @@ def control_app(
         with building(home.runs / id) as directory:
             copy_start(home, recipe, directory)
             write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
+            if room:
+                warn_of_fp8(directory, recipe, room)
         run = runs.add(id, recipe)
         supervisor.poke()
         return run

@@ -28,7 +28,9 @@ from appliance.release.manifest import accept_quality, read_foreign, read_manife
 from appliance.release.recheck import plan_recheck, write_recheck
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Proof
+from appliance.supervisor.engines import Room
 from appliance.supervisor.supervisor import Supervisor
+from appliance.train.events import EventLog
 from appliance.train.recipe import Given, Recipe, dump_recipe
 from serve.datasets import run_module
 
@@ -158,7 +160,8 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         weights = sum(file.stat().st_size for file in model_path(home, base).glob("*.safetensors"))
         if quantised:
             require_quantisable(model_path(home, base))
-        supervisor.engines.kind.room(model_path(home, base)).require(base)
+        room = supervisor.engines.kind.room(model_path(home, base))
+        room.require(base)
         judged_on = datasets.find(dataset).id if dataset else ""
         with _incoming(home) as folder:
             await _receive(request, folder / "upload")
@@ -175,6 +178,7 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
             with building(home.runs / id) as directory:
                 (folder / "adapter").rename(directory / "adapter")
                 write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
+                warn_of_fp8(directory, recipe, room)
         run = runs.add(id, recipe)
         supervisor.poke()
         return run
@@ -190,6 +194,13 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         return garbage
 
     return routes
+
+
+def warn_of_fp8(run: Path, recipe: Recipe, room: Room) -> None:
+    """Say in the events of a new run that its release will be served in FP8, where it will."""
+    if room.precision == "FP8":
+        message = f"the release does not fit in 16 bits: it takes {room.figures}"
+        EventLog(run / "events.jsonl").append("warning", recipe.pipeline()[0], code="fp8", message=message)
 
 
 @contextmanager

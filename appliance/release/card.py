@@ -66,7 +66,7 @@ Kept: the merge into the {manifest.merge["kept"]} base. {manifest.merge.get("tra
 |---|---|
 {losses or "| nothing was trained | |"}
 
-{warnings}
+{warnings}{_probed(manifest)}
 All figures and the SHA-256 of every file are in `manifest.json`.
 
 ## Recipe
@@ -82,6 +82,15 @@ def _lineage(manifest: Manifest) -> str:
     if not start:
         return ""
     return f"## Lineage\n\nGoes on with the adapter of {start['release']} (SHA-256 `{start['sha256']}`).\n\n"
+
+
+def _probed(manifest: Manifest) -> str:
+    """On which engine gates 3 and 4 were measured, and in which precision that serves; empty: nothing says so."""
+    reference = manifest.reference
+    if "precision" not in reference:
+        return ""
+    how = " (weights of linear layers in 8 bits, the others in 16)" if reference["precision"] == "FP8" else ""
+    return f"\nProbed and served by {reference['engine']} in {reference['precision']}{how}.\n"
 
 
 def _conversations(merge: dict[str, Any]) -> str:

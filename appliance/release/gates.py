@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from appliance.api import Precision
+from appliance.errors import InvalidInput
+from appliance.home import write_json
 from appliance.supervisor.engines import Probe, ProbeAnswer
 
 SERVED = "served.json"
@@ -117,6 +120,8 @@ class Served:
     conversations: list[Scored]
     limit: float
     """Nats that a log-probability may be apart on average."""
+    precision: Precision = "16-bit"
+    """In which the engine serves; the limit is that for it."""
 
 
 def judge_served(served: Served, said: Sequence[Sequence[float]]) -> Gate:
@@ -133,21 +138,42 @@ def judge_served(served: Served, said: Sequence[Sequence[float]]) -> Gate:
         "mean_difference": mean,
         "largest_difference": max(apart),
         "limit": served.limit,
+        "precision": served.precision,
     }
     reason = f"the engine's log-probabilities are {mean:.2g} nats from the adapter's on average"
     if mean <= served.limit:
         return Gate(True, figures, f"{reason}, over {len(apart)} tokens")
-    return Gate(False, figures, f"{reason}, above what rounding makes of it, {served.limit:.2g}")
+    to = " to FP8" if served.precision == "FP8" else ""
+    return Gate(False, figures, f"{reason}, above what rounding{to} makes of it, {served.limit:.2g}")
 
 
-def load_served(run: Path) -> Served | None:
-    """What `verify` has written for the engine of the run in directory `run` to say; None where nothing was trained, or
-    no conversation is short enough to be asked."""
+def save_served(run: Path, conversations: list[Scored], limit: float, fp8_limit: float | None) -> None:
+    """Write what the engine of the run in directory `run` is to say, with a limit for each precision that it may have.
+
+    `fp8_limit` is None where it cannot serve in FP8.
+    """
+    content = {"conversations": [asdict(one) for one in conversations], "limit": limit, "fp8_limit": fp8_limit}
+    write_json(run / "verify" / SERVED, content)
+
+
+def load_served(run: Path, precision: Precision) -> Served | None:
+    """What `verify` has written for an engine that serves the run in directory `run` in `precision` to say.
+
+    None where nothing was trained, or no conversation is short enough to be asked. Raises InvalidInput where nobody has
+    measured what that precision makes of the model.
+    """
     path = run / "verify" / SERVED
     if not path.exists():
         return None
     content = json.loads(path.read_bytes())
-    return Served([Scored(**one) for one in content["conversations"]], content["limit"])
+    limit = content.get("fp8_limit") if precision == "FP8" else content["limit"]
+    if limit is None:
+        raise InvalidInput(
+            "not_measured_in_fp8",
+            "it would be served in FP8, and what that makes of it was not measured when it was verified",
+            "queue its recipe again",
+        )
+    return Served([Scored(**one) for one in content["conversations"]], limit, precision)
 
 
 def load_probes(run: Path) -> list[Probe]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from appliance import __version__
+from appliance.api import Precision
 from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
 from appliance.home import Home, fsync_directory, json_bytes, sha256, write_atomic, write_json
@@ -60,7 +61,8 @@ class Manifest:
     recipe_sha256: str
     versions: dict[str, str]
     reference: dict[str, Any] = field(default_factory=dict)
-    """What the engine that was probed answered greedily: its kind (`engine`), and `answers` to `messages`."""
+    """What the engine that was probed answered greedily: its kind (`engine`), the `precision` in which it serves, and
+    `answers` to `messages`."""
     accepted: dict[str, float] = field(default_factory=dict)
     """Gates that did not pass and that the operator accepted by name, and when."""
 
@@ -82,6 +84,7 @@ class _Asked(_Strict):
 
 class _Reference(_Strict):
     engine: str = ""
+    precision: Precision = "16-bit"
     answers: list[_Asked] = []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,15 +13,17 @@ from typing import Any
 import torch
 
 from appliance.data.dataset import Row
-from appliance.data.render import Conversation
+from appliance.data.render import Conversation, Rendered
 from appliance.data.tokenizer import load_tokenizer
 from appliance.errors import ApplianceError, InvalidInput, is_out_of_memory
+from appliance.gpu import chosen
 from appliance.home import Home, write_json
-from appliance.models import model_path
+from appliance.models import is_quantised, model_path
 from appliance.release.adapter import require_trained
 from appliance.release.base_answers import ask_base
 from appliance.release.fidelity import TIMES_NOISE, Measured, judge_fidelity
-from appliance.release.gates import SERVED, UNMEASURED, Gate, Scored, Served
+from appliance.release.fp8 import round_to_fp8
+from appliance.release.gates import UNMEASURED, Gate, Scored, save_served
 from appliance.release.held_out import (
     held_out_set,
     judged_on,
@@ -55,6 +58,10 @@ SERVED_LONGEST = 2048
 """Tokens of a conversation that every engine's context has room for."""
 LEAST_SERVED = 0.02
 """Nats by which an engine's kernels alone may set its log-probabilities apart."""
+TIMES_FP8 = 1.2
+"""How many times what FP8 does to a model counts as the same model: its noise is large, and alike in all roundings."""
+FP8_SCATTER = 5.0
+"""What is added to that for an average over few tokens, times the root of their number."""
 
 
 def verify_stage(home: Home, run: Path, recipe: Recipe, events: EventLog, live: str) -> dict[str, Any]:
@@ -110,10 +117,11 @@ def _measure(home: Home, run: Path, recipe: Recipe, base: Path, tokenizer: Any, 
     if not structure.passed:
         return {"structure": structure}
     noisy = score(model, conversations, own.ids)
+    if asked := _asked(conversations, measured.merged_into):
+        limit = TIMES_NOISE * _mean_apart(measured.merged_into.logps, noisy.logps) + LEAST_SERVED
+        save_served(run, [one for _, one in asked], limit, _fp8_limit(model, folder, asked))
     del model, oracle
     release_memory()
-    if (served := _served(conversations, measured.merged_into, noisy)).conversations:
-        write_json(run / "verify" / SERVED, asdict(served))
     fidelity = judge_fidelity(measured, own, noisy, [row.sign for row in answered], count)
 
     rival = _rival(home, recipe, live, [chosen.conversations, *answers])
@@ -150,17 +158,34 @@ def _round_again(model: Any, oracle: Oracle, dtype: torch.dtype, name: str, exac
     oracle.values(model, name).copy_(rounding(exact.clone(), slice(0, len(exact)), out=again))
 
 
-def _served(conversations: list[Conversation], adapter: Scores, noisy: Scores) -> Served:
+def _asked(conversations: list[Conversation], adapter: Scores) -> list[tuple[Rendered, Scored]]:
     """Some conversations, spread over all, for the engine to say how likely it finds them."""
     examples = [example for conversation in conversations for example in conversation]
     logps = torch.split(adapter.logps, [sum(example.trained[1:]) for example in examples])
     short = [pair for pair in zip(examples, logps, strict=True) if len(pair[0].input_ids) <= SERVED_LONGEST]
-    scored = [
-        Scored(row.input_ids, [place for place, trained in enumerate(row.trained) if trained and place], said.tolist())
+    return [
+        (row, Scored(row.input_ids, [at for at, trained in enumerate(row.trained) if trained and at], said.tolist()))
         for row, said in evenly(short, SERVED_CONVERSATIONS)
     ]
-    noise = float((adapter.logps - noisy.logps).abs().mean())
-    return Served(scored, TIMES_NOISE * noise + LEAST_SERVED)
+
+
+def _fp8_limit(model: Any, folder: Path, asked: list[tuple[Rendered, Scored]]) -> float | None:
+    """Nats that an engine which serves the model in FP8 may be apart from the adapter; None where none can here.
+
+    `model` has the weights that PEFT computes, and those in FP8 afterwards.
+    """
+    card = chosen()
+    if card is None or not card.holds_fp8 or is_quantised(folder):
+        return None
+    round_to_fp8(model, inputs=card.multiplies_fp8)
+    said = score(model, [[row] for row, _ in asked]).logps
+    adapter = torch.tensor([logp for _, one in asked for logp in one.logps])
+    return (TIMES_FP8 + FP8_SCATTER / math.sqrt(len(adapter))) * _mean_apart(adapter, said) + LEAST_SERVED
+
+
+def _mean_apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Nats between two models' log-probabilities of the same tokens, on average."""
+    return float((one - other).abs().mean())
 
 
 @dataclass(frozen=True)

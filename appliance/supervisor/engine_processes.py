@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from appliance import api, hardware
+from appliance.api import Precision
 from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import ApplianceError, reason
 from appliance.home import Home
@@ -182,6 +183,10 @@ class EngineProcesses:
         free = hardware.free_memory()
         return free is None or needed <= free
 
+    def precision(self, release: str) -> Precision:
+        """In which an engine serves the release, or the run's merged model that is to become one."""
+        return self.kind.room(self.directory(release)).precision
+
     def held(self) -> int:
         """Bytes that engines hold, which are free when they have stopped."""
         return hardware.held_by({pid for row in self.rows() for pid in processes.members(row)})
@@ -313,7 +318,7 @@ class EngineProcesses:
         try:
             await self.kind.reload(row.address, self.directory(release), release, self._template(release).today)
             reference = self._manifest(release).get("reference", {})
-            if reference.get("engine") == self.kind.name:
+            if _speaker(reference) == self._speaker_here(release):
                 for asked in reference["answers"][:REFERENCE_PROMPTS]:
                     if said := await self._says_otherwise(row, asked):
                         return said
@@ -347,11 +352,11 @@ class EngineProcesses:
         release = row.owner
         try:
             reference = self._manifest(release).get("reference", {})
-            made_on = reference.get("engine")
-            if made_on == self.kind.name and not reference.get("answers"):
+            made_on, here = _speaker(reference), self._speaker_here(release)
+            if made_on == here and not reference.get("answers"):
                 self._releases.refuse(release, "its archive names no reference answers to be repeated")
                 return
-            if made_on != self.kind.name:
+            if made_on != here:
                 what = f"are those of another engine ({made_on})" if made_on else "are not in its archive"
                 self._releases.note(release, f"its reference answers {what}, so none was repeated here")
                 return
@@ -397,6 +402,10 @@ class EngineProcesses:
             self._loads.pop(row.owner, None)
             self._changed()
 
+    def _speaker_here(self, release: str) -> str:
+        """Which kind of engine says the answers of a release here."""
+        return _speaker({"engine": self.kind.name, "precision": self.precision(release)})
+
     def _manifest(self, release: str) -> dict[str, Any]:
         """Empty where the release is not recorded yet, or its manifest cannot be read."""
         try:
@@ -422,3 +431,12 @@ class EngineProcesses:
         failures = 1 if served > LONGEST_REST_SECONDS else self.failures.get(release, 0) + 1
         self.failures[release] = failures
         self._rest_until[release] = time.monotonic() + min(2.0 ** (failures - 1), LONGEST_REST_SECONDS)
+
+
+def _speaker(reference: dict[str, Any]) -> str:
+    """Which kind of engine has said reference answers; empty where nothing says so.
+
+    Those in FP8 are another kind's: another word is now and then the likeliest.
+    """
+    kind = str(reference.get("engine") or "")
+    return f"{kind} in FP8" if reference.get("precision") == "FP8" else kind

@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
+from appliance.api import Precision
 from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import Conflict
 
@@ -47,18 +48,26 @@ class Room:
     needed: int
     available: int | None
     """None: nobody knows."""
+    precision: Precision = "16-bit"
+    """In which the model is served here."""
 
     @property
     def suffices(self) -> bool:
         return self.available is None or self.needed <= self.available
+
+    @property
+    def figures(self) -> str:
+        """What serving takes and what there is, after "it takes"."""
+        how = " in FP8" if self.precision == "FP8" else ""
+        has = "" if self.available is None else f", of which this box has {self.available / 2**30:.1f}"
+        return f"{self.needed / 2**30:.1f} GiB to be verified and served{how}{has}"
 
     def require(self, base: str) -> None:
         """Raise Conflict where a release of `base` could not be verified and served."""
         if not self.suffices:
             raise Conflict(
                 "cannot_be_served",
-                f"a release of {base} takes {self.needed / 2**30:.1f} GiB to be verified and served, of which this box "
-                f"has {(self.available or 0) / 2**30:.1f}",
+                f"a release of {base} takes {self.figures}",
                 'take a smaller base, or lower APPLIANCE_MAX_MODEL_LEN; end = "adapter" trains its adapter alone',
             )
 
@@ -130,7 +139,7 @@ class EngineKind(Protocol):
         ...
 
     def room(self, model: Path) -> Room:
-        """What serving the model files in `model` takes at least, and what this box could give it."""
+        """What serving the model in `model` takes at least, what this box could give it, and in which precision."""
         ...
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:

@@ -415,7 +415,8 @@ class Supervisor:
                 for probe, answer in zip(probes, answers, strict=True)
                 if not probe.tools
             ]
-            self._conclude(run, gates, {"engine": kind.name, "answers": said})
+            precision = self.engines.precision(run.id)
+            self._conclude(run, gates, {"engine": kind.name, "precision": precision, "answers": said})
         except ConnectionError as error:
             log.warning("the engine went away while %s was probed: %s", run.id, error)
             self.engines.stop_silent(run.id)
@@ -428,7 +429,7 @@ class Supervisor:
 
     async def _spoken(self, run: str, address: str) -> Gate | None:
         """What the engine's own log-probabilities say of fidelity; None where it cannot say, or nothing was trained."""
-        served = load_served(self.run_directory(run))
+        served = load_served(self.run_directory(run), self.engines.precision(run))
         said: list[list[float]] = []
         for one in served.conversations if served else ():
             logps = await self.engines.kind.logprobs(address, run, one.token_ids)

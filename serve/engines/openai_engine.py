@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 from appliance.errors import InvalidInput
-from appliance.models import count_parameters
+from appliance.models import count_linear, count_parameters
 from appliance.supervisor.engines import Probe, ProbeAnswer
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -134,6 +134,11 @@ def weights_in_16_bits(model: Path) -> int:
     """Bytes of the model's weights in 16 bits each, or as they are stored where that is less."""
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     return min(2 * count_parameters(model), stored)
+
+
+def weights_in_fp8(model: Path) -> int:
+    """Bytes of the model's weights with those of linear layers and experts in 8 bits each, the others in 16."""
+    return 2 * count_parameters(model) - count_linear(model)
 
 
 def cache_bytes(model: Path, tokens: int) -> int:

@@ -56,9 +56,9 @@ class TransformersEngine(OpenAIEngine):
         return weights_in_float32(release) + int(self._settings.kv_cache_gib * (1 << 30)) + OVERHEAD
 
     def room(self, model: Path) -> Room:
-        """What serving the model files in `model` takes at least, and what this box could give it."""
+        """What serving the model in `model` takes at least, what this box could give it, and in which precision."""
         if not has_gpu():
-            return Room(self.memory(model), total_memory())
+            return Room(self.memory(model), total_memory(), "32-bit")
         one_request = cache_bytes(model, context_length(model, self._settings.max_model_len))
         return Room(weights_in_16_bits(model) + one_request + OVERHEAD, total_memory())
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from appliance.data.tokenizer import TemplateSettings, thinking_switches, thinks_unasked
 from appliance.errors import InvalidInput
+from appliance.gpu import chosen
 from appliance.hardware import total_memory
-from appliance.models import template_and_end
+from appliance.models import is_quantised, template_and_end
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand, Room
 from serve.engines import vllm_start
@@ -23,6 +24,7 @@ from serve.engines.openai_engine import (
     context_length,
     weights_in_16_bits,
     weights_in_float32,
+    weights_in_fp8,
 )
 from serve.engines.reasoning import reasoning_parser
 from serve.engines.transformers import HONOURS as COMMON
@@ -34,6 +36,13 @@ WITH_ITS_TOWERS = ("gemma3n",)
 """Types of models that vLLM 0.32 cannot serve for texts alone: it gives them no embeddings then."""
 LEAST_IMAGES = {"image": 1, "audio": 0}
 """What vLLM makes room for in a request to such models, which nobody sends images."""
+IN_FP8 = (
+    "--quantization",
+    "fp8_per_tensor",
+    "--quantization-config",
+    json.dumps({"ignore": ["*.gate", "*.router"]}),
+)
+"""vLLM 0.32 rounds the 16-bit files as it loads them, a layer at a time; its routers are told to stay as they are."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for."""
 
@@ -92,13 +101,17 @@ class VllmEngine(OpenAIEngine):
         return weights_in_float32(release) + (self._cache_gib << 30) + OVERHEAD
 
     def room(self, model: Path) -> Room:
-        """What serving the model files in `model` takes at least, and what this box could give it."""
+        """What serving the model in `model` takes at least, what this box could give it, and in which precision."""
         if not self._gpu:
-            return Room(self.memory(model), total_memory())
+            return Room(self.memory(model), total_memory(), "32-bit")
         total = total_memory()
+        available = None if total is None else int(self._settings.gpu_memory_share * total)
         one_request = cache_bytes(model, context_length(model, self._settings.max_model_len))
-        needed = weights_in_16_bits(model) + one_request + _OVERHEAD_ON_GPU
-        return Room(needed, None if total is None else int(self._settings.gpu_memory_share * total))
+        beside = one_request + _OVERHEAD_ON_GPU
+        in_16_bits, in_fp8 = weights_in_16_bits(model), None
+        if (card := chosen()) and card.holds_fp8 and not is_quantised(model):
+            in_fp8 = weights_in_fp8(model)
+        return choose_room(in_16_bits + beside, None if in_fp8 is None else in_fp8 + beside, available)
 
     def command(
         self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
@@ -148,6 +161,8 @@ class VllmEngine(OpenAIEngine):
             asked = template.thinking if template else None
             thinks = thinks_unasked(chat_template) if asked is None else asked
             argv += ["--default-chat-template-kwargs", json.dumps(dict.fromkeys(switches, thinks))]
+        if self.room(release).precision == "FP8":
+            argv += IN_FP8
         if not self._gpu:
             environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(self._cache_gib),
@@ -155,6 +170,15 @@ class VllmEngine(OpenAIEngine):
                 "VLLM_CPU_CI_ENV": "1",
             }
         return EngineCommand(argv, environment, f"unix:{socket}")
+
+
+def choose_room(in_16_bits: int, in_fp8: int | None, available: int | None) -> Room:
+    """In 16 bits where they fit, else in FP8, which may not fit either. `in_fp8` is None where it cannot be had.
+
+    All are bytes; `available` is None where nobody knows.
+    """
+    full = Room(in_16_bits, available, "16-bit")
+    return full if full.suffices or in_fp8 is None else Room(in_fp8, available, "FP8")
 
 
 def _has_type(release: Path, begins: tuple[str, ...]) -> bool:

@@ -56,6 +56,11 @@ def test_a_release_that_cannot_be_served_is_said_to_be(capsys: pytest.CaptureFix
     serving = api.Serving(needed=9_000_000_000, available=8_000_000_000, fits=False)
     print_forecasts(api.Forecasts(stages=(FITS,), serving=serving))
     assert 'set end = "adapter" to train its adapter alone' in capsys.readouterr().err
+    print_forecasts(
+        api.Forecasts(stages=(FITS,), serving=serving.model_copy(update={"precision": "FP8", "fits": True}))
+    )
+    told = capsys.readouterr().out
+    assert "9.0 GB of 8.0 GB to be verified and served in FP8, because it does not fit in 16 bits" in told
     print_forecasts(api.Forecasts(stages=(FITS,), serving=None))
     assert "served" not in "".join(capsys.readouterr())
 

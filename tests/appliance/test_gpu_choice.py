@@ -31,6 +31,7 @@ class Device:
     load: int | None = 7
     parts: list[Device] = field(default_factory=list)
     users: Mapping[int, int | None] | None = None
+    capability: tuple[int, int] | None = (8, 6)
 
 
 class Driver:
@@ -60,6 +61,11 @@ class Driver:
         if at >= len(device.parts):
             raise NVMLError
         return device.parts[at]
+
+    def nvmlDeviceGetCudaComputeCapability(self, device: Device) -> tuple[int, int]:
+        if device.capability is None:
+            raise NVMLError
+        return device.capability
 
     def nvmlDeviceGetUUID(self, device: Device) -> str:
         return device.uuid
@@ -139,6 +145,27 @@ def test_another_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value:
     assert (card and card.uuid) == expected
 
 
+@pytest.mark.parametrize(
+    ("capability", "holds", "multiplies"),
+    [
+        ((7, 5), False, False),
+        ((8, 0), True, False),
+        ((8, 6), True, False),
+        ((8, 9), True, True),
+        ((9, 0), True, True),
+        ((12, 0), True, True),
+        (None, False, False),
+    ],
+)
+def test_what_a_card_can_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, holds: bool, multiplies: bool
+) -> None:
+    plug(monkeypatch, Device("GPU-bb22", 24 * GIB, capability=capability))
+    card = gpu.chosen()
+    assert card
+    assert (card.holds_fp8, card.multiplies_fp8) == (holds, multiplies)
+
+
 def test_the_setting_wins_and_one_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plug(monkeypatch, DISPLAY, BIG)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -149,11 +176,15 @@ def test_the_setting_wins_and_one_that_is_not_there_is_refused(monkeypatch: pyte
         gpu.chosen()
 
 
+MIG = ((1, 10, 0), (2, 40, 8))
+
+
 def test_of_a_card_that_is_cut_the_parts_are_known_by_their_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [Device("MIG-1", 10 * GIB, load=None), Device("MIG-2", 40 * GIB, 8 * GIB, load=None)]
-    plug(monkeypatch, Device("GPU-cc33", 80 * GIB, parts=parts))
+    parts = [Device(f"MIG-{n}", size * GIB, used * GIB, None, capability=None) for n, size, used in MIG]
+    plug(monkeypatch, Device("GPU-cc33", 80 * GIB, parts=parts, capability=(9, 0)))
     assert [(card.number, card.uuid) for card in gpu.cards()] == [(0, "MIG-1"), (0, "MIG-2")]
     assert gpu.environment()["CUDA_VISIBLE_DEVICES"] == "MIG-2"
+    assert [card.capability for card in gpu.cards()] == [(9, 0), (9, 0)], "which the whole card tells"
     assert hardware.free_memory() == 32 * GIB
     assert [card.utilisation for card in hardware.measure(Path("/")).gpus] == [None, None]
 

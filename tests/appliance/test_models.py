@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from appliance.errors import InvalidInput, NotFound
 from appliance.home import Home
-from appliance.models import list_models, model_path, published_as, require_trainable
+from appliance.models import count_linear, list_models, model_path, published_as, require_trainable
 
 FILES = {
     "config.json": json.dumps({"max_position_embeddings": 2048}),
@@ -121,3 +123,35 @@ def test_a_token_of_the_template_that_has_no_embedding_is_named(home: Home) -> N
 )
 def test_it_goes_by_the_name_of_where_it_comes_from(home: Home, source: dict[str, str], published: str) -> None:
     assert published_as(model(home, changed={"source.json": json.dumps(source)})) == published
+
+
+LINEAR = {
+    "model.layers.0.self_attn.q_proj.weight": (6, 4),
+    "model.layers.0.mlp.shared_expert.gate_proj.weight": (3, 4),
+    "model.layers.0.block_sparse_moe.experts.7.w1.weight": (5, 4),
+    "model.layers.0.mlp.experts.gate_up_proj": (2, 4, 6),
+    "transformer.h.0.attn.c_attn.weight": (4, 12),
+}
+OTHERS = {
+    "model.embed_tokens.weight": (9, 4),
+    "model.embed_tokens_per_layer.weight": (9, 8),
+    "transformer.wte.weight": (9, 4),
+    "lm_head.weight": (9, 4),
+    "embed_out.weight": (9, 4),
+    "model.norm.weight": (4,),
+    "model.layers.0.self_attn.q_proj.bias": (6,),
+    "model.layers.0.mlp.gate.weight": (2, 4),
+    "model.layers.0.mlp.shared_expert_gate.weight": (1, 4),
+    "model.layers.0.mlp.router.weight": (2, 4),
+    "model.layers.0.mlp.experts.down_proj_bias": (2, 4),
+    "model.layers.0.mixer.conv1d.weight": (4, 1, 3),
+    "model.layers.0.mixer.A_log": (4, 3),
+    "vision_tower.patch_embedding.weight": (4, 3, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *OTHERS])
+def test_weights_of_linear_layers_and_experts_are_told_from_others(tmp_path: Path, name: str) -> None:
+    tensors = {name: torch.zeros((LINEAR | OTHERS)[name], dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "model-00001-of-00002.safetensors")
+    assert count_linear(tmp_path) == (tensors[name].numel() if name in LINEAR else 0)

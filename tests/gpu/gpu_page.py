@@ -19,14 +19,17 @@ from unittest.mock import patch
 
 import torch
 
+from appliance.architecture import empty_model
+from appliance.gpu import Card
 from appliance.settings import Settings
+from appliance.supervisor.engines import Room
 from appliance.train import forecast, simulation
 from appliance.train.forecast import Box, Forecast, Size, Work, forecast_stage
 from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.recipe import Recipe, parse_recipe
 from appliance.train.simulation import Pass
 from serve.engines import vllm
-from serve.engines.openai_engine import cache_bytes
+from serve.engines.openai_engine import cache_bytes, context_length
 
 GIB = 1 << 30
 CARDS = (12, 16, 24, 48, 80)
@@ -35,6 +38,8 @@ CONTEXT = 600 << 20
 """Bytes that CUDA takes of a card before a program has anything on it."""
 FEW = (4, 8)
 """Layers of the models that are simulated."""
+LEAST_CAPABILITY = (8, 0)
+"""Of the cards that are supported."""
 DISPLAY = GIB
 """Bytes that a desktop takes."""
 MEASURED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "gpu.json").read_text())
@@ -42,8 +47,6 @@ MEASURED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "gpu.js
 
 class Base(NamedTuple):
     name: str
-    parameters: float
-    """Billions."""
     shape: dict[str, Any]
 
 
@@ -51,21 +54,18 @@ _QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_s
 BASES = (
     Base(
         "1.7B",
-        1.72,
         _QWEN3
         | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
         | {"num_key_value_heads": 8, "tie_word_embeddings": True},
     ),
     Base(
         "8B",
-        8.19,
         _QWEN3
         | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
         | {"num_key_value_heads": 8},
     ),
     Base(
         "14B",
-        14.77,
         _QWEN3
         | {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40}
         | {"num_key_value_heads": 8},
@@ -130,10 +130,19 @@ def simulated(base: Path, adapter: Any, every_n_layers: int, *size: int) -> Pass
 
 
 def folder_of(base: Base, within: Path) -> Path:
-    """A directory with the base's shape and no weights."""
+    """A directory with the base's shape, and its weights in bfloat16 as far as their file says which they are."""
     folder = within / base.name
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(base.shape | {"max_position_embeddings": 40960}))
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(base.shape | {"max_position_embeddings": 40960}))
+        header, end = {}, 0
+        for name, parameter in empty_model(folder).named_parameters():
+            begin, end = end, end + 2 * parameter.numel()
+            header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
+        said = json.dumps(header).encode()
+        with open(folder / "model.safetensors", "wb") as file:
+            file.write(len(said).to_bytes(8, "little") + said)
+            file.truncate(8 + len(said) + end)
     return folder
 
 
@@ -147,16 +156,22 @@ def trained_on(card: int, folder: Path, longest: int, *, display: bool = False) 
         return forecast_stage(folder, recipe, recipe.stages[0], work, 400)
 
 
-def served_on(card: int, base: Base, folder: Path) -> tuple[bool, int]:
-    """Whether a card of so many GB can verify and serve a release of the base, and with how many tokens of cache."""
+def served_on(card: int, folder: Path) -> tuple[Room, int]:
+    """What verifying and serving a release of the base takes of a card of so many GB, and the tokens of its cache."""
     total = card * 10**9
     engine = vllm.VllmEngine(Settings(), gpu=True)
-    weights = int(2e9 * base.parameters)
-    with patch.multiple(vllm, total_memory=lambda: total, weights_in_16_bits=lambda model: weights):
+    card_here = Card(0, "", "", total, 0, 0, LEAST_CAPABILITY)
+    with patch.multiple(vllm, total_memory=lambda: total, chosen=lambda: card_here):
         room = engine.room(folder)
-        assert room.available is not None
-        left = room.available - weights - vllm._OVERHEAD_ON_GPU
-        return room.suffices, left // cache_bytes(folder, 1)
+    assert room.available is not None
+    one_request = cache_bytes(folder, context_length(folder, 0))
+    return room, (room.available - room.needed + one_request) // cache_bytes(folder, 1)
+
+
+def said_of_serving(room: Room, tokens: int) -> str:
+    """What is served, in a cell of the table."""
+    how = "in FP8" if room.precision == "FP8" else "yes"
+    return f"{how}, {tokens // 1000},000 tokens of cache" if room.suffices else "no"
 
 
 def said_of(found: Forecast) -> str:
@@ -183,8 +198,7 @@ def tables() -> str:
         lines += ["", "| card | " + " | ".join(f"{base.name} served" for base in BASES) + " |"]
         lines.append("|---" * (len(BASES) + 1) + "|")
         for card in CARDS:
-            served = [served_on(card, base, folders[base.name]) for base in BASES]
-            cells = [f"yes, {tokens // 1000},000 tokens of cache" if fits else "no" for fits, tokens in served]
+            cells = [said_of_serving(*served_on(card, folders[base.name])) for base in BASES]
             lines.append(f"| {card} GB | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

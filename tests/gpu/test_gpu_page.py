@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpu_page import BASES, CARDS, GIB, as_on_a_gpu, folder_of, measured, said_of, served_on, simulated, trained_on
+from gpu_page import (
+    BASES,
+    CARDS,
+    GIB,
+    as_on_a_gpu,
+    folder_of,
+    measured,
+    said_of,
+    said_of_serving,
+    served_on,
+    simulated,
+    trained_on,
+)
 
 from appliance.train import simulation
 from appliance.train.recipe import Adapter
@@ -43,15 +55,14 @@ def test_a_display_leaves_less(tmp_path: Path) -> None:
 def test_what_is_served_grows_with_the_card_and_is_on_the_page(tmp_path: Path) -> None:
     for base in BASES:
         folder = folder_of(base, tmp_path)
-        fits, tokens = zip(*(served_on(card, base, folder) for card in CARDS), strict=True)
-        assert list(fits) == sorted(fits)
+        rooms, tokens = zip(*(served_on(card, folder) for card in CARDS), strict=True)
+        fits = [room.suffices for room in rooms]
+        assert fits == sorted(fits)
         assert list(tokens) == sorted(tokens)
-        (row,) = (
-            line for line in PAGE.splitlines() if line.startswith("| 24 GB |") and ("yes" in line or "| no" in line)
-        )
-        fits_here, room = fits[CARDS.index(24)], tokens[CARDS.index(24)]
+        (row,) = (line for line in PAGE.splitlines() if line.startswith("| 24 GB |") and "tokens of cache" in line)
         cell = row.strip("| ").split(" | ")[1 + BASES.index(base)]
-        assert cell == (f"yes, {room // 1000},000 tokens of cache" if fits_here else "no")
+        assert cell == said_of_serving(rooms[CARDS.index(24)], tokens[CARDS.index(24)])
+    assert (rooms[CARDS.index(24)].precision, rooms[CARDS.index(48)].precision) == ("FP8", "16-bit"), "of the largest"
 
 
 def test_the_measured_figures_are_those_of_the_record() -> None:

@@ -60,6 +60,7 @@ async def test_an_adapter_from_elsewhere_becomes_a_run_that_merges(box: Control,
     recipe = parse_recipe((folder / "recipe.toml").read_text())
     assert recipe.given is not None
     assert (recipe.quantised, recipe.changes_weights, recipe.datasets) == (True, True, {})
+    assert not (folder / "events.jsonl").exists()
     assert recipe.given.sha256 == hashes(folder)["adapter/adapter_model.safetensors"]
     assert list(box.home.incoming.iterdir()) == []
 

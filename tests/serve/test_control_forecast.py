@@ -94,6 +94,29 @@ async def test_a_run_whose_release_could_not_be_served_is_refused_before_its_fir
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("base")
+async def test_a_release_that_will_be_served_in_fp8_is_said_to_be_before_its_first_step(
+    control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await import_rows(control, tmp_path)
+    recipe, told = RECIPE.format(second="sft"), []
+    for precision in ("FP8", "16-bit"):
+        room = Room(2 << 30, 3 << 30, precision)
+        monkeypatch.setattr(control.supervisor.engines.kind, "room", lambda model, room=room: room)
+        found = await control.client.forecast(recipe)
+        assert found.serving == api.Serving(needed=2 << 30, available=3 << 30, fits=True, precision=precision)
+        run = await control.client.train(recipe)
+        told.append([event["message"] for event in await control.client.events(run.id)])
+    assert told == [
+        [
+            "the release does not fit in 16 bits: it takes 2.0 GiB to be verified and served in FP8, "
+            "of which this box has 3.0"
+        ],
+        [],
+    ]
+
+
+@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.usefixtures("base")
 async def test_a_stage_that_could_not_train_is_refused(control: Control, tmp_path: Path) -> None:

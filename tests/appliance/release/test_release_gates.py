@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from appliance.release.gates import Scored, Served, judge_parity, judge_served, judge_stopping, load_probes
+from appliance.errors import InvalidInput
+from appliance.release.gates import (
+    Scored,
+    Served,
+    judge_parity,
+    judge_served,
+    judge_stopping,
+    load_probes,
+    load_served,
+    save_served,
+)
 from appliance.supervisor.engines import Probe, ProbeAnswer
 
 PROBES = [Probe([{"role": "user", "content": word}], [1, 2, number], 32) for number, word in enumerate("abc")]
@@ -97,6 +107,7 @@ def test_what_is_served_is_held_against_the_adapter_at_the_trained_tokens() -> N
         "mean_difference": pytest.approx(0.05),
         "largest_difference": pytest.approx(0.1),
         "limit": 0.1,
+        "precision": "16-bit",
     }
 
 
@@ -109,3 +120,19 @@ def test_an_engine_that_says_otherwise_is_caught_in_either_direction() -> None:
 
 def test_a_log_probability_that_is_no_number_is_caught() -> None:
     assert not judge_served(SERVED, [[0.0, float("nan"), -2.0], [0.0, -0.5]]).passed
+
+
+def test_each_precision_has_its_limit_and_one_that_nobody_measured_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "verify").mkdir()
+    save_served(tmp_path, SERVED.conversations, 0.1, 0.4)
+    said = [[0.0, -1.2, -2.2], [0.0, -0.7]]
+    for precision, limit, passes in (("32-bit", 0.1, False), ("16-bit", 0.1, False), ("FP8", 0.4, True)):
+        served = load_served(tmp_path, precision)
+        assert served == Served(SERVED.conversations, limit, precision)
+        gate = judge_served(served, said)
+        assert (gate.passed, gate.figures["precision"]) == (passes, precision)
+    assert "above what rounding to FP8 makes of it" in judge_served(served, [[0.0, -2.0, -3.0], [0.0, -1.5]]).reason
+    save_served(tmp_path, SERVED.conversations, 0.1, None)
+    assert load_served(tmp_path, "16-bit") == SERVED
+    with pytest.raises(InvalidInput, match="was not measured when it was verified"):
+        load_served(tmp_path, "FP8")

@@ -217,7 +217,7 @@ def test_single_values_that_are_not_the_rounding_are_caught(
 
 def test_the_engine_is_asked_for_what_the_merged_files_say(home: Home) -> None:
     verify(home, "nudged")
-    served = load_served(home.runs / "nudged")
+    served = load_served(home.runs / "nudged", "16-bit")
     assert served
     assert 4 <= len(served.conversations) <= 16
     assert 0.02 < served.limit < 0.2
@@ -238,7 +238,7 @@ def test_where_no_conversation_is_short_enough_the_engine_is_not_asked(
 ) -> None:
     monkeypatch.setattr("appliance.release.verify.SERVED_LONGEST", 3)
     assert all(gate["passed"] for gate in verify(home, "nudged").values())
-    assert load_served(home.runs / "nudged") is None
+    assert load_served(home.runs / "nudged", "16-bit") is None
 
 
 def test_the_noise_is_that_of_other_draws(home: Home) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
+from appliance.api import Precision
 from appliance.canary import Comparison
 from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import InvalidInput
@@ -32,6 +33,7 @@ class FakeEngine:
     strange: set[str] = field(default_factory=set)
     loading: asyncio.Event | None = None
     size: int = 0
+    precision: Precision = "16-bit"
     adapter_rank: int = 0
     adapters: list[str] = field(default_factory=list)
     refusal: str = ""
@@ -78,7 +80,7 @@ class FakeEngine:
         return self.logps
 
     def room(self, model: Path) -> Room:
-        return Room(self.size, None)
+        return Room(self.size, None, self.precision)
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:
         self.probed.append(name)

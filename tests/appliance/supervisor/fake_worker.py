@@ -49,6 +49,7 @@ if stage == "verify":
     probes = [{"messages": [{"role": "user", "content": "hi"}], "token_ids": [1, 2], "max_tokens": 8}]
     (run / "verify" / "probes.json").write_text(json.dumps(probes))
     served = {"conversations": [{"token_ids": [1, 2], "positions": [1], "logps": [-1.0]}], "limit": 0.1}
+    served["fp8_limit"] = None if behaviour == "no fp8" else 0.6
     (run / "verify" / "served.json").write_text(json.dumps(served))
     (run / "verify" / "live.txt").write_text(os.environ["APPLIANCE_LIVE_RELEASE"])
 figures = {"gates": gates, "kept": "16-bit", "losses": {}, "files": files, "base_files": {}, "seconds": 0.0}

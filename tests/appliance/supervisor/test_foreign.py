@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mortal_daemon import Daemon
 
+from appliance.api import Precision
 from appliance.errors import Conflict
 from appliance.home import hashes, sha256
 from appliance.supervisor.engine_processes import EngineProcesses
@@ -89,6 +90,25 @@ async def test_where_it_cannot_repeat_them_that_is_said(daemon: Daemon, engine: 
     imported = arrive(daemon, "imported", engine)
     daemon.supervisor.promote(imported)
     await daemon.until(lambda: daemon.supervisor.routed == imported)
+    assert daemon.supervisor.releases.get(imported).note == said
+    assert daemon.engine.probed == []
+
+
+@pytest.mark.parametrize(("there", "here"), [("FP8", "16-bit"), ("16-bit", "FP8"), (None, "FP8")])
+async def test_answers_in_another_precision_are_those_of_another_engine(
+    daemon: Daemon, there: Precision | None, here: Precision
+) -> None:
+    imported = arrive(daemon, "imported")
+    path = daemon.home.releases / imported / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["reference"] |= {"precision": there} if there else {}
+    path.write_text(json.dumps(manifest))
+    daemon.db.execute("UPDATE releases SET manifest_sha256 = '' WHERE id = ?", (imported,))
+    daemon.engine.precision = here
+    daemon.supervisor.promote(imported)
+    await daemon.until(lambda: daemon.supervisor.routed == imported)
+    kind = "fake in FP8" if there == "FP8" else "fake"
+    said = f"its reference answers are those of another engine ({kind}), so none was repeated here"
     assert daemon.supervisor.releases.get(imported).note == said
     assert daemon.engine.probed == []
 

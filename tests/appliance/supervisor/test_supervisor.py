@@ -65,6 +65,27 @@ async def test_an_engine_that_can_say_how_likely_text_is_has_to_agree(daemon: Da
     assert fidelity["figures"]["served"]["mean_difference"] == pytest.approx(abs(said + 1))
 
 
+async def test_what_is_served_in_fp8_has_the_limit_of_fp8_and_its_manifest_says_so(daemon: Daemon) -> None:
+    daemon.engine.logps, daemon.engine.precision = [0.0, -1.5], "FP8"
+    run = daemon.queue()
+    await daemon.until_state(run, "finished")
+    assert daemon.supervisor.releases.get(run).state == "verified"
+    manifest = json.loads((daemon.home.releases / run / "manifest.json").read_bytes())
+    assert manifest["gates"]["fidelity"]["figures"]["served"]["precision"] == "FP8"
+    assert (manifest["reference"]["engine"], manifest["reference"]["precision"]) == ("fake", "FP8")
+    card = (daemon.home.releases / run / "README.md").read_text()
+    assert "\nProbed and served by fake in FP8 (weights of linear layers in 8 bits, the others in 16).\n" in card
+
+
+async def test_a_run_whose_fp8_nobody_has_measured_cannot_go_on(daemon: Daemon) -> None:
+    """The card that verified it could not serve so, or its settings have changed since."""
+    daemon.engine.logps, daemon.engine.precision = [0.0, -1.0], "FP8"
+    run = daemon.queue(verify="no fp8")
+    await daemon.until_state(run, "failed")
+    assert "what that makes of it was not measured" in daemon.supervisor.runs.get(run).reason
+    assert daemon.supervisor.runs.get(run).next == "queue its recipe again"
+
+
 async def test_a_gate_that_fails_refuses_the_release(daemon: Daemon) -> None:
     daemon.engine.token_ids = [1, 3]
     run = daemon.queue()

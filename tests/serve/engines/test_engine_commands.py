@@ -12,16 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from appliance.api import Precision
 from appliance.data.tokenizer import TemplateSettings
-from appliance.errors import InvalidInput
+from appliance.errors import Conflict, InvalidInput
+from appliance.gpu import Card
 from appliance.hardware import total_memory
 from appliance.settings import load_settings
 from appliance.supervisor.engines import Room
 from serve.engines.choose import choose_engine
-from serve.engines.openai_engine import OVERHEAD, cache_bytes, context_length
+from serve.engines.openai_engine import (
+    OVERHEAD,
+    cache_bytes,
+    context_length,
+    weights_in_16_bits,
+    weights_in_fp8,
+)
 from serve.engines.transformers import TransformersEngine
-from serve.engines.vllm import VllmEngine
+from serve.engines.vllm import VllmEngine, choose_room
 
 
 def options(argv: list[str]) -> dict[str, str]:
@@ -180,6 +190,128 @@ def test_the_room_that_a_model_takes_on_a_card(
     assert room.suffices is fits
 
 
+@pytest.mark.parametrize(
+    ("in_16_bits", "in_fp8", "available", "precision", "fits"),
+    [
+        (10, 6, 12, "16-bit", True),
+        (10, 6, 10, "16-bit", True),
+        (10, 6, 9, "FP8", True),
+        (10, 6, 6, "FP8", True),
+        (10, 6, 5, "FP8", False),
+        (10, None, 9, "16-bit", False),
+        (10, None, 12, "16-bit", True),
+        (10, 6, None, "16-bit", True),
+    ],
+)
+def test_fp8_is_for_what_does_not_fit_in_16_bits(
+    in_16_bits: int, in_fp8: int | None, available: int | None, precision: Precision, fits: bool
+) -> None:
+    room = choose_room(in_16_bits, in_fp8, available)
+    assert room == Room(in_fp8 or 0 if precision == "FP8" else in_16_bits, available, precision)
+    assert room.suffices is fits
+
+
+def on_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+    """A card of 24 GiB, and a model of 14 billion parameters, one and a half not in layers."""
+    card = Card(0, "GPU-1", "a card", 24 << 30, 0, 0, capability)
+    for name, value in {
+        "total_memory": 24 << 30,
+        "weights_in_16_bits": 28 * 10**9,
+        "weights_in_fp8": 15 * 10**9 + 5 * 10**8,
+        "chosen": card,
+    }.items():
+        monkeypatch.setattr(f"serve.engines.vllm.{name}", lambda *_, value=value: value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "config", "precision"),
+    [
+        ((8, 0), {}, "FP8"),
+        ((9, 0), {}, "FP8"),
+        ((7, 5), {}, "16-bit"),
+        (None, {}, "16-bit"),
+        ((9, 0), {"quantization_config": {"quant_method": "mxfp4"}}, "16-bit"),
+    ],
+)
+def test_forecast_and_command_agree_on_fp8(
+    release: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] | None,
+    config: dict[str, Any],
+    precision: Precision,
+) -> None:
+    """Where the card can, and the model is in 16 bits yet."""
+    (release / "config.json").write_text(json.dumps(LLAMA_8B | config))
+    on_card(monkeypatch, capability)
+    engine = VllmEngine(load_settings({}), gpu=True)
+    room, given = engine.room(release), options(engine.command(release, "r1", release / "e.sock").argv)
+    weights = 15 * 10**9 + 5 * 10**8 if precision == "FP8" else 28 * 10**9
+    assert room == Room(weights + (8192 * 128 << 10) + (3 << 29), int(0.92 * (24 << 30)), precision)
+    assert room.suffices == (given.get("--quantization") == "fp8_per_tensor") == (precision == "FP8")
+    assert engine.memory(release) == room.available, "its share of the card, whatever it holds there"
+
+
+def test_neither_the_embedded_engine_nor_a_cpu_serves_in_fp8(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_card(monkeypatch, (9, 0))
+    monkeypatch.setattr("serve.engines.transformers.has_gpu", lambda: True)
+    monkeypatch.setattr("serve.engines.transformers.weights_in_16_bits", lambda model: 1 << 50)
+    assert TransformersEngine(load_settings({})).room(release).precision == "16-bit"
+    command = VllmEngine(load_settings({}), gpu=False).command(release, "r1", release / "e.sock")
+    assert "--quantization" not in command.argv
+
+
+def test_a_model_that_does_not_fit_in_fp8_either_is_refused_with_that_figure(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_card(monkeypatch, (9, 0))
+    (release / "config.json").write_text(json.dumps(LLAMA_8B))
+    monkeypatch.setattr("serve.engines.vllm.total_memory", lambda: 16 << 30)
+    room = VllmEngine(load_settings({}), gpu=True).room(release)
+    with pytest.raises(
+        Conflict, match=r"takes 16\.9 GiB to be verified and served in FP8, of which this box has 14\.7"
+    ):
+        room.require("tiny")
+
+
+def test_weights_in_fp8_are_those_of_the_header(release: Path) -> None:
+    tensors = {"model.embed_tokens.weight": (10, 8), "lm_head.weight": (10, 8), "model.norm.weight": (8,)}
+    layers = {"model.layers.0.mlp.down_proj.weight": (8, 16), "model.layers.0.mlp.experts.gate_up_proj": (4, 8, 6)}
+    bf16 = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in (tensors | layers).items()}
+    save_file(bf16, release / "model.safetensors")
+    others, linear = 2 * 80 + 8, 8 * 16 + 4 * 8 * 6
+    assert weights_in_fp8(release) == 2 * others + linear
+    assert weights_in_16_bits(release) == 2 * (others + linear)
+
+
+def test_vllms_own_parser_takes_the_command_and_means_fp8(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsing: Any = pytest.importorskip("vllm.entrypoints.launchers.cli_args")
+    quantization: Any = importlib.import_module("vllm.config.quantization")
+    parser_class: Any = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser
+    fp8: Any = importlib.import_module("vllm.model_executor.layers.quantization.online.fp8")
+    base: Any = importlib.import_module("vllm.model_executor.layers.quantization.online.base")
+    linear: Any = importlib.import_module("vllm.model_executor.layers.linear").LinearBase
+    on_card(monkeypatch, (9, 0))
+    argv = VllmEngine(load_settings({}, adapter_rank=16), gpu=True).command(release, "r1", release / "e.sock").argv
+    asked = parsing.make_arg_parser(parser_class()).parse_args(["--model", str(release), *argv[7:]])
+    config = base.OnlineQuantizationConfig(
+        quantization.resolve_quantization_config(asked.quantization, asked.quantization_config)
+    )
+    config.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    chosen = {
+        name: config.resolve_quant_method_cls(linear, f"model.layers.0.{name}")
+        for name in ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.gate", "feed_forward.router")
+    }
+    assert [found and found[-1] for found in chosen.values()] == [
+        fp8.Fp8PerTensorOnlineLinearMethod,
+        fp8.Fp8PerTensorOnlineLinearMethod,
+        None,
+        None,
+    ]
+
+
 def test_where_the_gpu_does_not_tell_its_memory_nothing_is_refused(release: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("serve.engines.vllm.total_memory", lambda: None)
     room = VllmEngine(load_settings({}), gpu=True).room(release)
@@ -189,7 +321,7 @@ def test_where_the_gpu_does_not_tell_its_memory_nothing_is_refused(release: Path
 
 def test_without_a_gpu_it_is_the_machines_memory(release: Path) -> None:
     for engine in (TransformersEngine(load_settings({})), VllmEngine(load_settings({}), gpu=False)):
-        assert engine.room(release) == Room(engine.memory(release), total_memory())
+        assert engine.room(release) == Room(engine.memory(release), total_memory(), "32-bit")
 
 
 @pytest.mark.parametrize(
