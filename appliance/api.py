@@ -14,7 +14,7 @@ class Shape(BaseModel):
 RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopped"]
 ReleaseState = Literal["verified", "verified elsewhere", "refused"]
 """verified elsewhere: its gates have run on another box only, and its archive says so of itself."""
-EngineState = Literal["starting", "ready", "backoff"]
+EngineState = Literal["starting", "ready", "asleep", "backoff"]
 CanaryOutcome = Literal["under way", "promoted", "rolled back"]
 Rating = Literal["good", "bad"]
 Precision = Literal["32-bit", "16-bit", "FP8"]

@@ -285,7 +285,7 @@ def status(as_json: bool) -> None:
     for check in now.checks:
         print(f"check     {console.check_line(check)}")
     for engine in now.engines:
-        print(f"engine    {engine.kind} {engine.state} for {engine.release}")
+        print(f"engine    {console.engine_line(engine, now.running)}")
     print(f"running   {now.running or 'nothing'}, {now.queued} queued, lease {now.lease}")
 
 

@@ -97,6 +97,13 @@ def check_line(check: api.Check) -> str:
     return f"the files of {check.release} are being read{far}"
 
 
+def engine_line(engine: api.Engine, running: str | None) -> str:
+    """What an engine process does, and where it sleeps, for which run."""
+    if engine.state == "asleep" and running:
+        return f"{engine.kind} for {engine.release} asleep while {running} trains"
+    return f"{engine.kind} {engine.state} for {engine.release}"
+
+
 def percent(share: float) -> str:
     """A share of 1 in per cent."""
     return f"{100 * share:.3g}%"

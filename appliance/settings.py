@@ -42,6 +42,12 @@ class Settings:
         "auto: exclusive where there is a GPU",
         ("auto", "share", "exclusive"),
     )
+    sleep: str = _setting(
+        "auto",
+        "what vLLM does while a worker has the GPU under the exclusive lease; auto: it sleeps, weights and cache given "
+        "back, and wakes without starting anew; off: it is stopped",
+        ("auto", "off"),
+    )
     canary_requests: int = _setting(
         100, "requests to a canary after which it goes live where nothing speaks against it"
     )

@@ -23,7 +23,7 @@ from appliance.home import Home, fsync_directory, json_bytes, sha256, write_atom
 from appliance.models import SOURCE
 from appliance.release.card import CARD, model_card
 from appliance.release.gates import GATES, UNMEASURED, Gate, verdicts
-from appliance.train.recipe import THINKS, Recipe
+from appliance.train.recipe import THINKS, Recipe, parse_recipe
 
 MANIFEST = "manifest.json"
 SIXTEEN_BIT, DEQUANTISED = "16-bit", "dequantised"
@@ -267,6 +267,15 @@ def same_but_for_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
     Both are manifests; an empty one is like no other.
     """
     return bool(one) and bool(other) and _read_at_start(one) == _read_at_start(other)
+
+
+def manifest_to_be(run: Path) -> dict[str, Any]:
+    """What of a run's manifest `same_but_for_weights` asks for, once its model is merged; empty before."""
+    result = run / "merge" / "result.json"
+    if not result.exists():
+        return {}
+    recipe = parse_recipe((run / "recipe.toml").read_text())
+    return {"files": _read(result)["files"], "recipe": recipe.model_dump(mode="json", exclude_none=True)}
 
 
 def _read_at_start(manifest: dict[str, Any]) -> dict[str, str]:

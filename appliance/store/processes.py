@@ -11,6 +11,7 @@ from appliance.store.database import transaction
 Kind = Literal["worker", "engine"]
 
 SWAPPING = "swapping"
+ASLEEP = "asleep"
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class ProcessRow:
     """One child process; it leads a process group of its own.
 
     `owner` is a run's id for a worker, a release's for an engine. `stage` is what a worker works at, and for an engine
-    `SWAPPING` while the owner's weights take the place of another's. `started` is when `pid` started, in clock ticks
-    since the boot `boot`: together they name one process for ever.
+    `SWAPPING` while the owner's weights take the place of another's, and `ASLEEP` from when it is to sleep until then.
+    `started` is when `pid` started, in clock ticks since the boot `boot`: together they name one process for ever.
     """
 
     kind: Kind

@@ -50,6 +50,13 @@ class Advance:
 
 
 @dataclass(frozen=True)
+class RetryStage:
+    """It ran out of memory beside an engine that sleeps: start it once more, without that."""
+
+    run: str
+
+
+@dataclass(frozen=True)
 class FailRun:
     """`why`: the stage's own failure.json, too many lost processes, or an engine that does not start."""
 
@@ -92,8 +99,15 @@ class StopEngine:
 
 
 @dataclass(frozen=True)
+class SleepEngine:
+    """Let its process give the memory of the GPU back after its last answer, and stay."""
+
+    release: str
+
+
+@dataclass(frozen=True)
 class SwapEngine:
-    """Load the weights of `new` into the process that serves `old`, after its last answer."""
+    """Load the weights of `new` into the process that serves `old`, after its last answer, or that sleeps."""
 
     old: str
     new: str
@@ -181,6 +195,7 @@ RunAction = (
     | WarnOfSilence
     | ForgetWorker
     | Advance
+    | RetryStage
     | FailRun
     | StopRun
     | ProbeRun
@@ -191,6 +206,7 @@ Action = (
     RunAction
     | StartEngine
     | StopEngine
+    | SleepEngine
     | SwapEngine
     | LoadAdapter
     | EndUnmerged

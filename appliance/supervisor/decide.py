@@ -18,8 +18,10 @@ from appliance.supervisor.actions import (
     LoadAdapter,
     ProbeRun,
     Replay,
+    RetryStage,
     Route,
     RouteCanary,
+    SleepEngine,
     StartEngine,
     StartWorker,
     StopEngine,
@@ -28,7 +30,7 @@ from appliance.supervisor.actions import (
     SwapEngine,
     WarnOfSilence,
 )
-from appliance.supervisor.snapshot import CanaryView, RunView, Snapshot, UnmergedView, WorkerView
+from appliance.supervisor.snapshot import CanaryView, EngineView, RunView, Snapshot, UnmergedView, WorkerView
 
 MOST_LOSSES = 5
 """A stage whose process dies this often without a result is given up."""
@@ -40,8 +42,8 @@ def decide(snapshot: Snapshot) -> list[Action]:
     """The actions that this moment calls for. Doing them and asking again converges.
 
     Runs go one at a time. An engine is wanted for the live release, the canary and a release that is being probed.
-    Under an exclusive lease nothing else runs beside a worker, and one engine at a time. None is started on a release,
-    and nobody is sent to it, before its files have been found whole.
+    Under an exclusive lease nothing else runs beside a worker but an engine that sleeps, and one engine at a time. None
+    is started on a release, and nobody is sent to it, before its files have been found whole.
     """
     head = snapshot.head
     actions: list[Action] = []
@@ -75,14 +77,15 @@ def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
     if run.state == "stopping":
         return StopRun(run.id)
     if run.outcome == "failed":
-        return FailRun(run.id, "stage")
+        return RetryStage(run.id) if run.short_of_memory and snapshot.sleeper else FailRun(run.id, "stage")
     if run.losses >= MOST_LOSSES:
         return FailRun(run.id, "losses")
     if run.needs_engine:
         return _probe_action(run, snapshot)
     if any(other.alive for other in snapshot.workers):
         return None
-    if snapshot.exclusive and snapshot.engines:
+    beside = snapshot.sleeper if _has_room_beside(run) else None
+    if snapshot.exclusive and any(engine != beside for engine in snapshot.engines):
         return None
     if run.stage == "verify" and snapshot.live in snapshot.unread | snapshot.unfit.keys():
         return None
@@ -176,7 +179,7 @@ def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
     if failed and snapshot.fallback:
         return [FallBack(snapshot.fallback)]
     wanted = _wanted_engines(head, snapshot)
-    swap = _swap(wanted, snapshot)
+    swap = _swap(wanted, snapshot) or _wake(wanted, snapshot)
     routed = None if swap else _routed(wanted, snapshot)
     coming = routed is None and _on_its_way(wanted, snapshot)
     actions: list[Action] = [Hold(coming)] if coming != snapshot.holding else []
@@ -184,16 +187,23 @@ def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
     if (routed, adapter) != (snapshot.routed, snapshot.routed_adapter):
         actions.append(Route(routed, adapter))
     for engine in snapshot.engines:
-        if engine.release in snapshot.stopping_engines or (engine.swapping and not engine.abandoned):
+        if engine.release in snapshot.stopping_engines or engine.falling_asleep:
+            continue
+        if engine.swapping and not engine.abandoned:
             continue
         if engine.abandoned:
             actions.append(StopEngine(engine.release))
         elif not engine.alive or engine.overdue:
-            actions.append(StopEngine(engine.release, failed=True))
+            actions.append(StopEngine(engine.release, failed=not engine.asleep))
         elif swap and engine.release == swap.old:
             actions.append(swap)
+        elif engine.asleep:
+            # Until something is wanted: a worker has the memory, or the live release's files are read.
+            sleeps_on = snapshot.live and not wanted and _has_room_beside(head)
+            actions += [] if sleeps_on else [StopEngine(engine.release)]
         elif engine.release not in wanted and engine.release != routed:
-            actions.append(StopEngine(engine.release))
+            sleeps = _may_sleep(engine, head, snapshot)
+            actions.append(SleepEngine(engine.release) if sleeps else StopEngine(engine.release))
     alone = snapshot.exclusive or not snapshot.room
     busy = bool(snapshot.engines) or (snapshot.exclusive and any(worker.alive for worker in snapshot.workers))
     if not (swap or _swapping(snapshot) or (alone and busy)):
@@ -204,13 +214,28 @@ def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
 def _wanted_engines(head: RunView | None, snapshot: Snapshot) -> list[str]:
     probed = head is not None and head.needs_engine and not head.refused and head.state != "stopping"
     candidate = head.id if head is not None and probed else None
-    training = any(worker.alive for worker in snapshot.workers) or (head is not None and not head.needs_engine)
-    if snapshot.exclusive and training:
+    if snapshot.exclusive and _training(head, snapshot):
         return []
     canary = snapshot.canary.release if snapshot.canary and not snapshot.exclusive else None
     canary = None if canary and _waits(canary, snapshot) else canary
     wanted = list(dict.fromkeys(release for release in (_answering(snapshot), canary, candidate) if release))
     return [candidate or wanted[0]] if wanted and _makes_room(wanted, snapshot) else wanted
+
+
+def _training(head: RunView | None, snapshot: Snapshot) -> bool:
+    """Whether a worker runs or is to start."""
+    return any(worker.alive for worker in snapshot.workers) or (head is not None and not head.needs_engine)
+
+
+def _may_sleep(engine: EngineView, head: RunView | None, snapshot: Snapshot) -> bool:
+    """Whether the engine, which is not wanted now, sleeps instead of being stopped: alone, and while a worker runs."""
+    alone = snapshot.exclusive and len(snapshot.engines) == 1 and engine.release in snapshot.ready
+    return snapshot.sleeps and alone and _training(head, snapshot) and _has_room_beside(head)
+
+
+def _has_room_beside(run: RunView | None) -> bool:
+    """Whether an engine may sleep beside its worker: one that was lost may have had too little memory."""
+    return run is None or run.losses == 0
 
 
 def _answering(snapshot: Snapshot) -> str | None:
@@ -222,7 +247,7 @@ def _answering(snapshot: Snapshot) -> str | None:
 
 def _waits(release: str, snapshot: Snapshot) -> bool:
     """Whether its files have to be read before an engine may start on them."""
-    return release in snapshot.unread and all(engine.release != release for engine in snapshot.engines)
+    return release in snapshot.unread and all(engine.release != release for engine in snapshot.awake)
 
 
 def _may_answer(release: str, snapshot: Snapshot) -> bool:
@@ -240,7 +265,7 @@ def _makes_room(wanted: list[str], snapshot: Snapshot) -> bool:
 
 
 def _missing(wanted: list[str], snapshot: Snapshot) -> list[str]:
-    return [release for release in wanted if all(engine.release != release for engine in snapshot.engines)]
+    return [release for release in wanted if all(engine.release != release for engine in snapshot.awake)]
 
 
 def _swapping(snapshot: Snapshot) -> bool:
@@ -254,6 +279,14 @@ def _swap(wanted: list[str], snapshot: Snapshot) -> SwapEngine | None:
         return None
     spare = sorted((snapshot.swappable & snapshot.ready) - set(wanted))
     return SwapEngine(spare[0], live) if spare else None
+
+
+def _wake(wanted: list[str], snapshot: Snapshot) -> SwapEngine | None:
+    """The engine that sleeps goes on with the weights of what is wanted, its own or others."""
+    missing = _missing(wanted, snapshot)
+    if snapshot.sleeper is None or _swapping(snapshot) or not missing or missing[0] not in snapshot.wakeable:
+        return None
+    return SwapEngine(snapshot.sleeper.release, missing[0])
 
 
 def _routed(wanted: list[str], snapshot: Snapshot) -> str | None:
@@ -274,5 +307,5 @@ def _on_its_way(wanted: list[str], snapshot: Snapshot) -> bool:
         return not (snapshot.exclusive and (snapshot.head or any(worker.alive for worker in snapshot.workers)))
     if live not in wanted:
         return False
-    own = [engine for engine in snapshot.engines if engine.release == live and not engine.abandoned]
+    own = [engine for engine in snapshot.awake if engine.release == live and not engine.abandoned]
     return all(engine.alive and not engine.overdue for engine in own if live not in snapshot.stopping_engines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import secrets
 import shutil
 import time
@@ -20,11 +19,13 @@ from appliance.api import Precision
 from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import ApplianceError, reason
 from appliance.home import Home
-from appliance.release.manifest import read_manifest, same_but_for_weights, template_of
-from appliance.store.processes import SWAPPING, Processes, ProcessRow
+from appliance.release.manifest import manifest_to_be, read_manifest, same_but_for_weights, template_of
+from appliance.store.processes import ASLEEP, SWAPPING, Processes, ProcessRow
 from appliance.store.releases import Releases
 from appliance.supervisor import processes
-from appliance.supervisor.engines import EngineKind, Probe
+from appliance.supervisor.engines import EngineKind
+from appliance.supervisor.references import first_difference, reference_answers, repeat, speaker
+from appliance.supervisor.sleep import Sleep
 from appliance.supervisor.snapshot import EngineView
 from appliance.supervisor.trial import CanaryRoutes
 from appliance.train.recipe import parse_recipe
@@ -35,18 +36,9 @@ GRACE_SECONDS = 10.0
 HUNG_SECONDS = 60.0
 """An engine that was ready and has not answered for so long is restarted."""
 LONGEST_REST_SECONDS = 60.0
-REFERENCE_PROMPTS = 3
-REFERENCE_TOKENS = 16
-"""How much of its recorded answers a release has to repeat after its weights were loaded in place."""
-_BETWEEN = re.compile(r"</?think>|\s+")
-"""What one version of an engine has between a thought and a text, and another leaves out."""
 REPLAY_REST_SECONDS = 1.0
 MOST_REPLAY_TRIES = 3
 """An engine that has so often not answered when it was asked for reference answers has failed."""
-MOST_REPLAYED = 10
-DIFFERING_SHARE = 5
-"""Of the reference answers of a release from elsewhere one in so many may begin otherwise here, and one always may: on
-other hardware sums are rounded otherwise, and where two tokens are nearly as likely, the other one is said."""
 
 
 class Frontage(CanaryRoutes, Protocol):
@@ -104,6 +96,9 @@ class EngineProcesses:
         self._replay_tries: dict[str, int] = {}
         self._adapters: dict[str, str] = {}
         self._unswappable: set[str] = set()
+        self._fresh: set[str] = set()
+        """Addresses of processes that have served no other weights than those they were started with."""
+        self._sleep = Sleep(kind, self._drained, changed)
 
     def rows(self) -> list[ProcessRow]:
         return [row for row in self._records.all() if row.kind == "engine"]
@@ -116,7 +111,7 @@ class EngineProcesses:
 
     async def listen(self) -> None:
         """Ask every engine whether it answers."""
-        rows = [row for row in self.rows() if row.owner not in self._stops and row.stage != SWAPPING]
+        rows = [row for row in self.rows() if row.owner not in self._stops and not row.stage]
         answers = await asyncio.gather(*(self.kind.ready(row.address) for row in rows), return_exceptions=True)
         for row, answer in zip(rows, answers, strict=True):
             self._begun.setdefault(row.owner, time.monotonic())
@@ -134,7 +129,9 @@ class EngineProcesses:
                 row.owner in self._ready_since,
                 self._overdue(row.owner, now),
                 swapping=row.stage == SWAPPING,
-                abandoned=row.stage == SWAPPING and row.owner not in self._swaps,
+                abandoned=self._abandoned(row),
+                falling_asleep=row.owner in self._sleep.falling_asleep,
+                asleep=row.owner in self._sleep.asleep,
                 adapter=self._adapters.get(row.owner),
                 loading=row.owner in self._loads,
             )
@@ -148,7 +145,7 @@ class EngineProcesses:
             api.Engine(
                 release=release,
                 kind=self.kind.name,
-                state="backoff" if release not in rows else "ready" if release in self._ready_since else "starting",
+                state=self._state(rows.get(release)),
                 pid=rows[release].pid if release in rows else None,
                 restarts=self.failures.get(release, 0),
             )
@@ -177,6 +174,25 @@ class EngineProcesses:
         wanted = self._manifest(live)
         return frozenset(owner for owner in owners if same_but_for_weights(self._manifest(owner), wanted))
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether an engine can sleep, and it could be seen how much memory it keeps."""
+        return self._sleep.possible
+
+    def wakeable(self, releases: Iterable[str]) -> frozenset[str]:
+        """Of `releases` those with whose weights the engine that sleeps could go on."""
+        sleeper = next(iter(self._sleep.asleep), None)
+        if sleeper is None or not self.kind.reloads:
+            return frozenset()
+        before = self._read_at_start(sleeper)
+        return frozenset(
+            release
+            for release in releases
+            if release not in self._unswappable
+            and same_but_for_weights(before, self._read_at_start(release))
+            and self._could_be_told(release)
+        )
+
     def room(self, releases: Iterable[str]) -> bool:
         """Whether the memory lets an engine start for the largest of `releases`, as far as is known."""
         needed = max((self.kind.memory(self.directory(release)) for release in releases), default=0)
@@ -188,8 +204,9 @@ class EngineProcesses:
         return self.kind.room(self.directory(release)).precision
 
     def held(self) -> int:
-        """Bytes that engines hold, which are free when they have stopped."""
-        return hardware.held_by({pid for row in self.rows() for pid in processes.members(row)})
+        """Bytes that engines hold and that a worker will have: they stop for it, or keep what they keep asleep."""
+        awake = {pid for row in self.rows() if row.owner not in self._sleep.asleep for pid in processes.members(row)}
+        return max(0, hardware.held_by(awake) - self._sleep.kept)
 
     def directory(self, release: str) -> Path:
         """The model files of a release, or of a run's merged model that is to become one."""
@@ -208,6 +225,7 @@ class EngineProcesses:
         # A name of its own, because the process may go on with another release's weights while this one starts again.
         socket = self._home.engines / f"{secrets.token_hex(6)}.sock"
         command = self.kind.command(self.directory(release), release, socket, self._template(release))
+        self._sleep.before_start()
         self._begun[release] = time.monotonic()
         row = processes.spawn(
             "engine",
@@ -220,6 +238,7 @@ class EngineProcesses:
             command.address,
         )
         self._records.add(row)
+        self._fresh.add(command.address)
 
     def start_failed(self, release: str) -> None:
         """Count that no process could be started for it: it rests, as after a failure of its engine."""
@@ -240,14 +259,35 @@ class EngineProcesses:
             self._ready_since.pop(release, None)
             self.stop(release, failed=True)
 
+    def start_afresh(self, release: str, reason: str) -> bool:
+        """Stop a process that has served other weights before, for one of the release's own; whether it was such a one.
+
+        What it gets wrong, the `reason`, may be of those weights, and says nothing of the release.
+        """
+        rows = [row for row in self.rows() if row.owner == release and row.address not in self._fresh]
+        if rows and release not in self._stops:
+            log.warning("%s is asked once more, in a process of its own: %s", release, reason)
+            self.stop(release, failed=False)
+        return bool(rows)
+
+    def sleep(self, release: str) -> None:
+        """Let its answers end, then its process give the memory back. Where that does not work it is abandoned."""
+        before = self.row(release)
+        # On record first: it says that it is healthy while it sleeps, and the next daemon would believe it.
+        row = replace(before, stage=ASLEEP)
+        self._records.replace(before, row)
+        self._forget(release)
+        self._sleep.begin(row)
+
     def swap(self, old: str, new: str) -> None:
-        """Let the answers of `old` end, then load the weights of `new` into its process."""
-        before = self.row(old)
+        """Let the answers of `old` end, then load the weights of `new` into its process. One that sleeps wakes."""
+        before, slept = self.row(old), old in self._sleep.asleep
         row = replace(before, owner=new, stage=SWAPPING)
         self._records.replace(before, row)
         self._forget(old)
+        self._fresh.discard(row.address)
         self._begun[new] = time.monotonic()
-        self._swaps[new] = asyncio.create_task(self._swap(row, old))
+        self._swaps[new] = asyncio.create_task(self._swap(row, old, slept))
 
     def load_adapter(self, release: str, run: str, files: Path, name: str, failed: Callable[[str], None]) -> None:
         """Give the engine of `release` the adapter of `run` as model `name`. `failed` is told why that did not work."""
@@ -271,16 +311,22 @@ class EngineProcesses:
 
     def cancel(self) -> None:
         """End what is under way; the processes stay, and the database says what they are."""
-        for task in (*self._stops.values(), *self._swaps.values(), *self._loads.values(), *self._replays.values()):
-            task.cancel()
+        for tasks in (self._stops, self._swaps, self._loads, self._replays):
+            for task in tasks.values():
+                task.cancel()
+        self._sleep.cancel()
 
     def log(self, release: str) -> Path:
         return self._home.engines / f"{release}.log"
 
+    async def _drained(self, address: str) -> None:
+        """Wait until its answers have ended, as long as they may take."""
+        await self._frontage.drained(address, self._drain_seconds)
+
     async def _stop(self, row: ProcessRow) -> None:
         try:
             if processes.alive(row) and row.owner in self._ready_since:
-                await self._frontage.drained(row.address, self._drain_seconds)
+                await self._drained(row.address)
             await processes.stop_group(row, GRACE_SECONDS)
             socket = Path(row.address.removeprefix("unix:"))
             socket.unlink(missing_ok=True)
@@ -291,15 +337,18 @@ class EngineProcesses:
             self._stops.pop(row.owner, None)
             self._changed()
 
-    async def _swap(self, row: ProcessRow, old: str) -> None:
-        """What fails leaves the row marked as swapping: an engine of which nobody can say what it serves."""
+    async def _swap(self, row: ProcessRow, old: str, slept: bool) -> None:
+        """What fails leaves the row marked as swapping: an engine of which nobody can say what it serves.
+
+        Where it `slept` that says nothing of the release, which is not given up.
+        """
         new = row.owner
         try:
-            await self._frontage.drained(row.address, self._drain_seconds)
+            await (self._sleep.until_it_may_wake() if slept else self._drained(row.address))
             if reason := await self._load(row, new):
                 self._unswappable.add(new)
                 fallback = self._releases.fallback() if self._releases.live() == new else None
-                if fallback == old:
+                if fallback == old and not slept:
                     self.give_up(new, f"its weights could not be loaded in place: {reason}")
                     back = replace(row, owner=old)
                     self._records.replace(row, back)
@@ -317,11 +366,9 @@ class EngineProcesses:
         begun = time.monotonic()
         try:
             await self.kind.reload(row.address, self.directory(release), release, self._template(release).today)
-            reference = self._manifest(release).get("reference", {})
-            if _speaker(reference) == self._speaker_here(release):
-                for asked in reference["answers"][:REFERENCE_PROMPTS]:
-                    if said := await self._says_otherwise(row, asked):
-                        return said
+            answers = reference_answers(self._manifest(release), self._speaker_here(release))
+            if said := await first_difference(self.kind, row.address, release, answers):
+                return said
         except (ApplianceError, ConnectionError) as error:
             log.warning("the weights of %s were not loaded: %s", release, error)
             return str(error)
@@ -332,27 +379,12 @@ class EngineProcesses:
         self._ready_since[release] = self._answered[release] = time.monotonic()
         return ""
 
-    async def _says_otherwise(self, row: ProcessRow, asked: dict[str, Any]) -> str:
-        """How an engine's answer begins otherwise than it did when its release was verified; empty: it does not."""
-        answer = await self.kind.probe(row.address, row.owner, Probe(asked["messages"], [], REFERENCE_TOKENS))
-        said, expected = (_BETWEEN.sub("", text) for text in (answer.text.rstrip("\ufffd"), asked["text"]))
-        if expected.startswith(said) and bool(said) == bool(expected):
-            return ""
-        return f"it answers {answer.text!r}, and answered {asked['text']!r} when it was verified"
-
-    async def _does_not_repeat(self, row: ProcessRow, asked: dict[str, Any]) -> str:
-        """The same of an engine that may refuse to be asked: then it has repeated nothing."""
-        try:
-            return await self._says_otherwise(row, asked)
-        except ApplianceError as error:
-            return f"it cannot be asked for {asked['text']!r:.80}: {error.message}"
-
     async def _replay(self, row: ProcessRow) -> None:
         """Ask for the reference answers. An engine that dies meanwhile is started again, and asked again."""
         release = row.owner
         try:
             reference = self._manifest(release).get("reference", {})
-            made_on, here = _speaker(reference), self._speaker_here(release)
+            made_on, here = speaker(reference), self._speaker_here(release)
             if made_on == here and not reference.get("answers"):
                 self._releases.refuse(release, "its archive names no reference answers to be repeated")
                 return
@@ -360,12 +392,10 @@ class EngineProcesses:
                 what = f"are those of another engine ({made_on})" if made_on else "are not in its archive"
                 self._releases.note(release, f"its reference answers {what}, so none was repeated here")
                 return
-            answers = reference["answers"][:MOST_REPLAYED]
-            differing = [said for asked in answers if (said := await self._does_not_repeat(row, asked))]
-            count = f"{len(answers) - len(differing)} of {len(answers)} reference answers were repeated here"
+            count, wrong = await repeat(self.kind, row.address, release, reference["answers"])
             log.info("%s: %s", release, count)
-            if len(differing) > max(1, len(answers) // DIFFERING_SHARE) or len(differing) == len(answers):
-                self._releases.refuse(release, f"only {count}: {differing[0]}")
+            if wrong:
+                self._releases.refuse(release, wrong)
             else:
                 self._releases.note(release, count)
         except ConnectionError as error:
@@ -404,7 +434,7 @@ class EngineProcesses:
 
     def _speaker_here(self, release: str) -> str:
         """Which kind of engine says the answers of a release here."""
-        return _speaker({"engine": self.kind.name, "precision": self.precision(release)})
+        return speaker({"engine": self.kind.name, "precision": self.precision(release)})
 
     def _manifest(self, release: str) -> dict[str, Any]:
         """Empty where the release is not recorded yet, or its manifest cannot be read."""
@@ -412,6 +442,28 @@ class EngineProcesses:
             return read_manifest(self._home, release)
         except ApplianceError:
             return {}
+
+    def _could_be_told(self, release: str) -> bool:
+        """Whether weights that are not its own would be found out: by what it has said, or as it will be probed."""
+        manifest = self._manifest(release)
+        return not manifest or bool(reference_answers(manifest, self._speaker_here(release)))
+
+    def _read_at_start(self, release: str) -> dict[str, Any]:
+        """Its manifest, or as much of that as there is of a run's merged model."""
+        return self._manifest(release) or manifest_to_be(self._home.runs / release)
+
+    def _abandoned(self, row: ProcessRow) -> bool:
+        """Whether it swaps or sleeps, as its row says, and this daemon is not at it."""
+        if row.stage == ASLEEP:
+            return row.owner not in self._sleep.falling_asleep | self._sleep.asleep
+        return row.stage == SWAPPING and row.owner not in self._swaps
+
+    def _state(self, row: ProcessRow | None) -> api.EngineState:
+        if row is None:
+            return "backoff"
+        if row.stage == ASLEEP:
+            return "asleep"
+        return "ready" if row.owner in self._ready_since else "starting"
 
     def _template(self, release: str) -> TemplateSettings:
         """What the chat template of a release is told, or of a run's merged model that is to become one."""
@@ -423,6 +475,7 @@ class EngineProcesses:
     def _forget(self, release: str) -> None:
         for memory in (self._begun, self._ready_since, self._answered, self._adapters, self._replay_tries):
             memory.pop(release, None)
+        self._sleep.asleep.discard(release)
 
     def _count_failure(self, release: str) -> None:
         """Engines that keep failing are started ever more rarely; one that had served for long starts afresh."""
@@ -431,12 +484,3 @@ class EngineProcesses:
         failures = 1 if served > LONGEST_REST_SECONDS else self.failures.get(release, 0) + 1
         self.failures[release] = failures
         self._rest_until[release] = time.monotonic() + min(2.0 ** (failures - 1), LONGEST_REST_SECONDS)
-
-
-def _speaker(reference: dict[str, Any]) -> str:
-    """Which kind of engine has said reference answers; empty where nothing says so.
-
-    Those in FP8 are another kind's: another word is now and then the likeliest.
-    """
-    kind = str(reference.get("engine") or "")
-    return f"{kind} in FP8" if reference.get("precision") == "FP8" else kind

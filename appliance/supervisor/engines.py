@@ -94,6 +94,9 @@ class EngineKind(Protocol):
     reloads: bool
     """Whether a running process can go on with other weights."""
 
+    sleeps: bool
+    """Whether a running process can give the memory of the GPU back, and take it again with `reload`."""
+
     adapter_rank: int
     """Largest rank of an adapter that a process can serve beside its release's weights; 0: it serves none."""
 
@@ -113,9 +116,18 @@ class EngineKind(Protocol):
     async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:
         """Load the weights in `release` in place of those that are served, and answer as model `name`.
 
-        The chat template takes `clock` for today (None: what it took before). Answers that have not ended break off.
+        One that sleeps wakes. The chat template takes `clock` for today (None: what it took before). Answers that have
+        not ended break off.
         Raises ConnectionError where the engine does not answer or fails, and ApplianceError where it refuses; then
         nobody can say what it serves, until another call succeeds.
+        """
+        ...
+
+    async def sleep(self, address: str) -> None:
+        """Give back the GPU's memory but what the process itself takes; weights and cache are lost.
+
+        Answers that have not ended break off, and nothing is answered until `reload`. Raises ConnectionError where the
+        engine does not answer, fails or says anything else than that it sleeps, and ApplianceError where it refuses.
         """
         ...
 

@@ -21,6 +21,8 @@ class RunView:
     losses: int = 0
     refused: bool = False
     """Verify has refused it: no engine is needed to say so."""
+    short_of_memory: bool = False
+    """That is why its stage has failed."""
 
     @property
     def needs_engine(self) -> bool:
@@ -46,8 +48,9 @@ class EngineView:
     """An engine process on record. `overdue`: it has had its time to become ready, or has stopped answering.
 
     `swapping`: this release's weights take the place of another's. `abandoned`: so it was, and nobody is at it any
-    more, so that it may serve whatever. `adapter`: the run whose adapter it can answer with; `loading`: it is being
-    given one.
+    more, so that it may serve whatever, or it sleeps and nobody knows how well. `falling_asleep`: it is giving the
+    memory of the GPU back; `asleep`: it has, and nothing is sent to it. `adapter`: the run whose adapter it can answer
+    with; `loading`: it is being given one.
     """
 
     release: str
@@ -56,6 +59,8 @@ class EngineView:
     overdue: bool = False
     swapping: bool = False
     abandoned: bool = False
+    falling_asleep: bool = False
+    asleep: bool = False
     adapter: str | None = None
     loading: bool = False
 
@@ -102,6 +107,10 @@ class Snapshot:
     """Releases that may not be served, and why."""
     swappable: frozenset[str] = frozenset()
     """Releases whose engine could go on with the live release's weights."""
+    sleeps: bool = False
+    """An engine can sleep, and it can be seen that it does."""
+    wakeable: frozenset[str] = frozenset()
+    """Releases with whose weights the engine that sleeps could go on: its own, the live one, a candidate."""
     room: bool = True
     """The memory lets one more engine start."""
     routed: str | None = None
@@ -127,6 +136,17 @@ class Snapshot:
     def head(self) -> RunView | None:
         """The run whose turn it is: one that has begun, else the oldest in the queue."""
         return min(self.runs, key=lambda run: run.state == "queued", default=None)
+
+    @property
+    def awake(self) -> tuple[EngineView, ...]:
+        """Engines that hold memory for weights, as far as is known."""
+        return tuple(engine for engine in self.engines if not engine.asleep)
+
+    @property
+    def sleeper(self) -> EngineView | None:
+        """The engine that sleeps and can be woken."""
+        sleepers = (engine for engine in self.engines if engine.asleep and engine.alive)
+        return next((engine for engine in sleepers if engine.release not in self.stopping_engines), None)
 
     @property
     def ready(self) -> frozenset[str]:

@@ -17,15 +17,7 @@ from appliance import api
 from appliance.canary import Limits
 from appliance.errors import ApplianceError, Conflict, reason
 from appliance.home import Home, disk_error, sha256
-from appliance.release.gates import (
-    Gate,
-    judge_parity,
-    judge_served,
-    judge_stopping,
-    load_probes,
-    load_served,
-    verdicts,
-)
+from appliance.release.gates import Gate, verdicts
 from appliance.release.manifest import MANIFEST, Manifest, finalise, judge, read_manifest
 from appliance.release.recheck import conclude_recheck
 from appliance.settings import Settings
@@ -52,9 +44,11 @@ from appliance.supervisor.actions import (
     LoadAdapter,
     ProbeRun,
     Replay,
+    RetryStage,
     Route,
     RouteCanary,
     RunAction,
+    SleepEngine,
     StartEngine,
     StartWorker,
     StopEngine,
@@ -67,6 +61,7 @@ from appliance.supervisor.checks import Checks
 from appliance.supervisor.decide import MOST_CANDIDATE_FAILURES, MOST_LOSSES, decide
 from appliance.supervisor.engine_processes import EngineProcesses, Frontage
 from appliance.supervisor.engines import EngineKind
+from appliance.supervisor.probing import ask_gates
 from appliance.supervisor.snapshot import Outcome, RunView, Snapshot
 from appliance.supervisor.trial import Trial
 from appliance.supervisor.unmerged import Unmerged, served_name
@@ -263,6 +258,8 @@ class Supervisor:
             replaying=self.engines.replaying,
             unfit=self.releases.unfit(),
             swappable=self.engines.swappable(live),
+            sleeps=self.engines.sleeps,
+            wakeable=self.engines.wakeable(to_start),
             room=not present or self.engines.room(to_start - present),
             routed=self.routed,
             routed_adapter=self.routed_adapter,
@@ -280,15 +277,17 @@ class Supervisor:
     def _view(self, run: api.Run) -> RunView:
         directory = self.run_directory(run.id)
         outcome: Outcome = "none"
+        short_of_memory = False
         if run.stage == "probe":
             outcome = "done" if (self.home.releases / run.id / "manifest.json").exists() else "none"
         elif (directory / run.stage / "result.json").exists():
             outcome = "done"
         elif (directory / run.stage / "failure.json").exists():
             outcome = "failed"
+            short_of_memory = self._failure(run)["code"] == "out_of_memory"
         assert run.state in ("queued", "running", "stopping")
         refused = run.stage == "probe" and not _probeable(directory / "verify" / "result.json")
-        return RunView(run.id, run.state, run.stage, outcome, self.runs.losses(run.id), refused)
+        return RunView(run.id, run.state, run.stage, outcome, self.runs.losses(run.id), refused, short_of_memory)
 
     # Acting
 
@@ -320,6 +319,8 @@ class Supervisor:
                 self.workers.forget(run, lost)
             case Advance(run):
                 self._advance(self.runs.get(run))
+            case RetryStage(run):
+                self.workers.retry(self.runs.get(run))
             case FailRun(run, why):
                 self._fail(self.runs.get(run), why)
             case StopRun(run):
@@ -336,6 +337,8 @@ class Supervisor:
                 self.engines.start(release)
             case StopEngine(release, failed):
                 self.engines.stop(release, failed)
+            case SleepEngine(release):
+                self.engines.sleep(release)
             case SwapEngine(old, new):
                 self.engines.swap(old, new)
             case LoadAdapter(release, run):
@@ -386,7 +389,7 @@ class Supervisor:
 
     def _fail(self, run: api.Run, why: str) -> None:
         if why == "stage":
-            failure = json.loads((self.run_directory(run.id) / run.stage / "failure.json").read_bytes())
+            failure = self._failure(run)
             self.runs.finish(run.id, "failed", failure["reason"], failure["next"])
             return
         log: list[str] = []
@@ -402,41 +405,27 @@ class Supervisor:
         self.runs.finish(run.id, "failed", reason, next_step)
 
     async def _probe(self, run: api.Run) -> None:
-        """Gates 3 and 4 on the real engine. One that dies or falls silent is started again, and the probe with it."""
+        """The gates on the real engine. One that dies or falls silent is started again, and the probe with it.
+
+        An engine that has served other weights refuses no release: then one of its own is asked.
+        """
         try:
-            probes = load_probes(self.run_directory(run.id))
             kind, address = self.engines.kind, self.engines.row(run.id).address
-            answers = [await kind.probe(address, run.id, probe) for probe in probes]
-            gates = {"parity": judge_parity(probes, answers), "stopping": judge_stopping(probes, answers)}
-            if spoken := await self._spoken(run.id, address):
-                gates["served"] = spoken
-            said = [
-                {"messages": probe.messages, "text": answer.text}
-                for probe, answer in zip(probes, answers, strict=True)
-                if not probe.tools
-            ]
             precision = self.engines.precision(run.id)
-            self._conclude(run, gates, {"engine": kind.name, "precision": precision, "answers": said})
+            gates, said = await ask_gates(kind, address, run.id, self.run_directory(run.id), precision)
+            wrong = [gate.reason for gate in gates.values() if not gate.passed]
+            if not (wrong and self.engines.start_afresh(run.id, "; ".join(wrong))):
+                self._conclude(run, gates, {"engine": kind.name, "precision": precision, "answers": said})
         except ConnectionError as error:
             log.warning("the engine went away while %s was probed: %s", run.id, error)
             self.engines.stop_silent(run.id)
             await asyncio.sleep(TICK_SECONDS)
         except Exception as error:
-            self._give_up(run.id, error)
+            if not self.engines.start_afresh(run.id, reason(error)):
+                self._give_up(run.id, error)
         finally:
             self._probes.pop(run.id, None)
             self.poke()
-
-    async def _spoken(self, run: str, address: str) -> Gate | None:
-        """What the engine's own log-probabilities say of fidelity; None where it cannot say, or nothing was trained."""
-        served = load_served(self.run_directory(run), self.engines.precision(run))
-        said: list[list[float]] = []
-        for one in served.conversations if served else ():
-            logps = await self.engines.kind.logprobs(address, run, one.token_ids)
-            if logps is None:
-                return None
-            said.append(logps)
-        return judge_served(served, said) if served else None
 
     def _give_up(self, run: str, error: Exception) -> None:
         log.error("run %s cannot go on", run, exc_info=error)
@@ -499,6 +488,11 @@ class Supervisor:
     def recipe(self, run: str) -> Recipe:
         """The run's recipe as it was queued."""
         return parse_recipe((self.run_directory(run) / "recipe.toml").read_text())
+
+    def _failure(self, run: api.Run) -> dict[str, str]:
+        """Why its present stage cannot go on, as the worker has said."""
+        failure: dict[str, str] = json.loads((self.run_directory(run.id) / run.stage / "failure.json").read_bytes())
+        return failure
 
     def _events(self, run: str) -> EventLog:
         return EventLog(self.run_directory(run) / "events.jsonl")

@@ -97,6 +97,17 @@ class Workers:
             log=last_lines(self._home.runs / run / "log.txt"),
         )
 
+    def retry(self, run: api.Run) -> None:
+        """Let a stage that ran out of memory start once more, which counts as a loss."""
+        (self._home.runs / run.id / run.stage / "failure.json").unlink(missing_ok=True)
+        self._runs.lose(run.id)
+        self._events(run.id).append(
+            "warning",
+            run.stage,
+            code="crowded",
+            message=f"{run.stage} ran out of memory beside the engine that slept; that is stopped, and it starts again",
+        )
+
     def warn_of_silence(self, run: api.Run) -> None:
         """Say that the worker may hang. That is an event too: the next warning comes after as long a silence again."""
         events = self._events(run.id).read()

@@ -20,11 +20,16 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_T
 RELOAD = "/reload"
 """Route of an engine that can go on with other weights."""
 
+SLEEP = "/sleep"
+"""Route of an engine that can give the GPU's memory back until then, and what it answers once it has."""
+ASLEEP = {"asleep": True}
+
 OVERHEAD = 3 << 29
 """Bytes that a process takes for its libraries, as measured with both engines and SmolLM2 on a CPU."""
 
 _RELOAD_TIMEOUT = aiohttp.ClientTimeout(total=110)
 """Requests are held for two minutes."""
+_SLEEP_TIMEOUT = aiohttp.ClientTimeout(total=60)
 _LONGEST_DEFAULT_CONTEXT = 8192
 _READY_TIMEOUT = aiohttp.ClientTimeout(total=2)
 _PROBE_SECONDS = 300
@@ -36,6 +41,7 @@ class OpenAIEngine:
     """Asks an engine process whether it is ready, gives it other weights, and probes it."""
 
     reloads = False
+    sleeps = False
     adapter_rank = 0
 
     async def ready(self, address: str) -> bool:
@@ -49,14 +55,30 @@ class OpenAIEngine:
     async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:
         """Load the weights in `release` in place of those that are served, and answer as model `name`.
 
-        The chat template takes `clock` for today (None: what it took before). Raises ConnectionError where the engine
-        does not answer or fails, and InvalidInput where it refuses.
+        One that sleeps wakes. The chat template takes `clock` for today (None: what it took before). Raises
+        ConnectionError where the engine does not answer or fails, and InvalidInput where it refuses.
         """
         try:
             async with _connect(address, _RELOAD_TIMEOUT) as engine:
                 await _post(engine, RELOAD, {"weights": str(release), "name": name, "clock": clock and str(clock)})
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"the engine could not load other weights: {error}") from error
+
+    async def sleep(self, address: str) -> None:
+        """Give back the GPU's memory but what the process itself takes; nothing is answered until `reload`.
+
+        Raises ConnectionError where the engine does not answer, fails or says anything else than that it sleeps, and
+        InvalidInput where it refuses.
+        """
+        try:
+            async with _connect(address, _SLEEP_TIMEOUT) as engine:
+                said = await _post(engine, SLEEP, {})
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ConnectionError(f"the engine could not be put to sleep: {error}") from error
+        with contextlib.suppress(ValueError):
+            if json.loads(said) == ASLEEP:
+                return
+        raise ConnectionError(f"the engine was to sleep, and says {said[:200]!r}")
 
     async def load_adapter(self, address: str, adapter: Path, name: str) -> None:
         """Answer as model `name` with the adapter in directory `adapter` on the weights that are served.

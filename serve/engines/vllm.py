@@ -78,6 +78,8 @@ class VllmEngine(OpenAIEngine):
         self._settings = settings
         self._gpu = gpu
         self.adapter_rank = _room_for_rank(settings.adapter_rank)
+        # What vLLM would make of adapters' memory after a sleep has not been looked at.
+        self.sleeps = gpu and settings.lease != "share" and settings.sleep == "auto" and not self.adapter_rank
 
     async def logprobs(self, address: str, name: str, token_ids: list[int]) -> list[float] | None:
         """Of each token the log-probability after those before it, 0 for the first.
@@ -139,6 +141,7 @@ class VllmEngine(OpenAIEngine):
         argv += [str(part) for option in options.items() for part in option]
         argv += ["--middleware", f"{Reload.__module__}.{Reload.__qualname__}"]
         argv += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
+        argv += ["--enable-sleep-mode"] if self.sleeps else []
         # The gateway takes texts: what a model has for images or sound is neither loaded nor given memory.
         if _has_type(release, WITH_ITS_TOWERS):
             argv += ["--limit-mm-per-prompt", json.dumps(LEAST_IMAGES)]

@@ -6,7 +6,7 @@ import pytest
 
 from appliance import api
 from appliance.canary import FIRST_TOKEN, Comparison
-from appliance.console import canary_lines, event_line, percent, print_table
+from appliance.console import canary_lines, engine_line, event_line, percent, print_table
 
 
 def test_a_warning_says_what_to_try_and_shows_the_logs_last_lines() -> None:
@@ -43,6 +43,13 @@ def test_a_canary_with_both_sides_figures() -> None:
         "b: 2 requests, 1 failed; 1 length; 3 rated good, 1 rated bad",
         "goes live after 100 requests",
     ]
+
+
+def test_an_engine_that_sleeps_says_for_whom() -> None:
+    engine = api.Engine(release="a", kind="vllm", state="asleep")
+    assert engine_line(engine, "b") == "vllm for a asleep while b trains"
+    assert engine_line(engine, None) == "vllm asleep for a"
+    assert engine_line(engine.model_copy(update={"state": "ready"}), "b") == "vllm ready for a"
 
 
 def test_percent() -> None:

@@ -501,6 +501,13 @@ class TestStatusLine:
         assert "lease free" in status_line(self.status(routed=None), 80).plain
         assert "lease shared" in status_line(self.status(lease="share"), 80).plain
 
+    def test_says_for_whom_an_engine_sleeps_where_there_is_room(self) -> None:
+        asleep = (api.Engine(release="a-1", kind="vllm", state="asleep"),)
+        status = self.status(engines=asleep, routed=None, running="b-1")
+        assert status_line(status, 120).plain.startswith("◆ a-1 ○ asleep while b-1 trains  │  lease training")
+        assert status_line(status, 78).plain.startswith("◆ a-1 ○ asleep │ lease training")
+        assert status_line(self.status(engines=asleep), 120).plain.startswith("◆ a-1 ○ asleep  │")
+
     def test_no_release_and_no_engine(self) -> None:
         assert status_line(self.status(live=None, routed=None), 80).plain.startswith("no live release")
         assert status_line(self.status(engines=()), 80).plain.startswith("◆ a-1 ○ no engine")

@@ -12,6 +12,7 @@ from tui.viewmodels.states import CANARY, ENGINES, LIVE, NO_ENGINE
 from tui.viewmodels.styles import FAINT, MUTED
 
 _ROOM_FOR_SERVING = 34
+_SHORTEST_NAME = 8
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,12 @@ def _serving(status: api.Status, room: int) -> Content:
         return Content.styled("no live release", MUTED)
     engine = next((engine for engine in status.engines if engine.release == release), None)
     look = ENGINES[engine.state] if engine else NO_ENGINE
+    why = f"asleep while {status.running} trains"
+    if engine and engine.state == "asleep" and status.running and len(why) + _SHORTEST_NAME + 5 <= room:
+        look = look._replace(word=why)
     canary = f" {CANARY.glyph} {100 * status.canary.share:.3g}%" if status.canary else ""
     adapter = status.unmerged.name if status.unmerged and status.unmerged.answers else ""
-    name = fit(adapter or release, max(8, room - len(look.word) - 5 - len(canary)))
+    name = fit(adapter or release, max(_SHORTEST_NAME, room - len(look.word) - 5 - len(canary)))
     return Content.assemble((f"{LIVE.glyph} {name} ", LIVE.style), look.label(), (canary, CANARY.style))
 
 

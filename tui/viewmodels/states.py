@@ -47,6 +47,7 @@ STAGE_AHEAD = Look("○", "ahead", MUTED)
 ENGINES: dict[str, Look] = {
     "ready": Look("●", "ready", "$text-success"),
     "starting": Look("◐", "starting", "$text-warning"),
+    "asleep": Look("○", "asleep", MUTED),
     "backoff": Look("✗", "restarting", "$text-error"),
 }
 NO_ENGINE = Look("○", "no engine", "$text-warning")

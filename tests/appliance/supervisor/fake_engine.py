@@ -18,7 +18,8 @@ from appliance.supervisor.engines import EngineCommand, Probe, ProbeAnswer, Room
 @dataclass
 class FakeEngine:
     """`token_ids` is how it renders every prompt; `broken` releases never start, `unloadable` ones are not
-    taken in place of others, `strange` ones answer otherwise when they are, and a load waits for `loading`.
+    taken in place of others, `strange` ones answer otherwise when they are, and a load waits for `loading`, as to fall
+    asleep does for `falling_asleep`.
     `refusal`: why it takes no adapter. `forgetful`: prompts that a release answers otherwise than all others. Every
     answer says which day it is."""
 
@@ -32,6 +33,15 @@ class FakeEngine:
     unloadable: set[str] = field(default_factory=set)
     strange: set[str] = field(default_factory=set)
     loading: asyncio.Event | None = None
+    sleeps: bool = False
+    asleep: set[str] = field(default_factory=set)
+    """Addresses of the processes that sleep."""
+    falling_asleep: asyncio.Event | None = None
+    insomnia: Exception | None = None
+    """What becomes of a process that is to sleep, and does not."""
+    muddled: bool = False
+    """Processes that have slept render prompts otherwise."""
+    slept: set[str] = field(default_factory=set)
     size: int = 0
     precision: Precision = "16-bit"
     adapter_rank: int = 0
@@ -57,6 +67,15 @@ class FakeEngine:
             await self.loading.wait()
         if name in self.unloadable:
             raise ConnectionError("no such weights")
+        self.asleep.discard(address)
+
+    async def sleep(self, address: str) -> None:
+        if self.falling_asleep:
+            await self.falling_asleep.wait()
+        if self.insomnia:
+            raise self.insomnia
+        self.asleep.add(address)
+        self.slept.add(address)
 
     async def load_adapter(self, address: str, adapter: Path, name: str) -> None:
         if self.refusal:
@@ -92,7 +111,8 @@ class FakeEngine:
         if probe.messages[0]["content"] in self.forgetful.get(name, ()):
             return ProbeAnswer(self.token_ids, "what?", "stop", 1)
         said = "hm" if name in self.loaded and name in self.strange else f"hello on {self.clocks[address]}"
-        return ProbeAnswer(self.token_ids, said, "stop", 1)
+        token_ids = [0] if self.muddled and address in self.slept else self.token_ids
+        return ProbeAnswer(token_ids, said, "stop", 1)
 
 
 @dataclass

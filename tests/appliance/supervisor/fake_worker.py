@@ -35,6 +35,11 @@ match behaviour:
         failure = {"code": "bad", "reason": "the rows are too long", "next": "set max_length"}
         (run / stage / "failure.json").write_text(json.dumps(failure))
         sys.exit(1)
+    case "short of memory once":
+        if (run / "starts.txt").read_text().split().count(stage) == 1:
+            failure = {"code": "out_of_memory", "reason": "the stage ran out of memory", "next": "free memory"}
+            (run / stage / "failure.json").write_text(json.dumps(failure))
+            sys.exit(1)
 refused = behaviour in ("refuse", "ruin")
 gates = {name: {"passed": not refused, "figures": {}, "reason": ""} for name in ("structure", "fidelity")}
 gates["quality"] = {"passed": behaviour not in ("worse", "ruin"), "figures": {}, "reason": ""}

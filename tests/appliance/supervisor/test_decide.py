@@ -23,8 +23,10 @@ from appliance.supervisor.actions import (
     LoadAdapter,
     ProbeRun,
     Replay,
+    RetryStage,
     Route,
     RouteCanary,
+    SleepEngine,
     StartEngine,
     StartWorker,
     StopEngine,
@@ -47,6 +49,8 @@ MERGING = WorkerView("r1", alive=True)
 UNMERGED = UnmergedView("r1", "a")
 ADAPTED = EngineView("a", alive=True, ready=True, adapter="r1")
 SWAPPING = EngineView("b", alive=True, swapping=True)
+ASLEEP = EngineView("a", alive=True, asleep=True)
+TRAINING = WorkerView("r1", alive=True)
 
 TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "nothing to do": (Snapshot(), []),
@@ -219,6 +223,150 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     "exclusive: the live engine comes back after the run": (
         Snapshot(live="a", exclusive=True),
         [Hold(True), StartEngine("a")],
+    ),
+    "exclusive: one that can sleep does so for the worker": (
+        Snapshot(runs=(SFT,), live="a", engines=(A,), routed="a", exclusive=True, sleeps=True),
+        [Route(None), SleepEngine("a")],
+    ),
+    "which does not start before it is seen to": (
+        Snapshot(
+            runs=(SFT,), live="a", engines=(EngineView("a", True, falling_asleep=True),), exclusive=True, sleeps=True
+        ),
+        [],
+    ),
+    "nor is anything done with it then where it is wanted again": (
+        Snapshot(live="a", engines=(EngineView("a", True, falling_asleep=True),), exclusive=True, holding=True),
+        [],
+    ),
+    "nor where its process has died, which falling asleep will notice": (
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", False, falling_asleep=True),), exclusive=True),
+        [],
+    ),
+    "the worker starts beside one that sleeps": (
+        Snapshot(runs=(SFT,), live="a", engines=(ASLEEP,), exclusive=True, sleeps=True),
+        [StartWorker("r1")],
+    ),
+    "and both go on": (
+        Snapshot(
+            runs=(SFT,), workers=(TRAINING,), live="a", engines=(ASLEEP,), wakeable=frozenset("a"), exclusive=True
+        ),
+        [],
+    ),
+    "one of which nobody knows how well it sleeps is stopped first": (
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", True, abandoned=True),), exclusive=True, sleeps=True),
+        [StopEngine("a")],
+    ),
+    "one that dies asleep has not failed": (
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", False, asleep=True),), exclusive=True),
+        [StopEngine("a")],
+    ),
+    "and the worker waits until all of it is gone": (
+        Snapshot(
+            runs=(SFT,),
+            live="a",
+            engines=(EngineView("a", False, asleep=True),),
+            exclusive=True,
+            stopping_engines=frozenset("a"),
+        ),
+        [],
+    ),
+    "nor does it start while the one that sleeps is stopped": (
+        Snapshot(runs=(SFT,), live="a", engines=(ASLEEP,), exclusive=True, stopping_engines=frozenset("a")),
+        [],
+    ),
+    "an engine that is not ready cannot sleep": (
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", alive=True),), exclusive=True, sleeps=True),
+        [StopEngine("a")],
+    ),
+    "nor two of them": (
+        Snapshot(runs=(SFT,), live="a", engines=(A, B), routed="a", exclusive=True, sleeps=True),
+        [Route(None), StopEngine("a"), StopEngine("b")],
+    ),
+    "nor where no worker needs the memory": (
+        Snapshot(live="b", engines=(A,), routed="a", exclusive=True, sleeps=True),
+        [Hold(True), Route(None), StopEngine("a")],
+    ),
+    "share: nothing has to sleep": (
+        Snapshot(runs=(SFT,), live="b", engines=(A, B), routed="b", sleeps=True),
+        [StartWorker("r1"), StopEngine("a")],
+    ),
+    "a stage that has lost a worker gets all of the memory": (
+        Snapshot(
+            runs=(RunView("r1", "running", "sft", losses=1),),
+            live="a",
+            engines=(ASLEEP,),
+            exclusive=True,
+            sleeps=True,
+        ),
+        [StopEngine("a")],
+    ),
+    "also where the engine is still awake": (
+        Snapshot(
+            runs=(RunView("r1", "running", "sft", losses=1),),
+            live="a",
+            engines=(A,),
+            routed="a",
+            exclusive=True,
+            sleeps=True,
+        ),
+        [Route(None), StopEngine("a")],
+    ),
+    "a stage that runs out of memory beside one that sleeps is tried again": (
+        Snapshot(
+            runs=(RunView("r1", "running", "sft", "failed", short_of_memory=True),),
+            live="a",
+            engines=(ASLEEP,),
+            exclusive=True,
+        ),
+        [RetryStage("r1")],
+    ),
+    "one that does so alone fails": (
+        Snapshot(
+            runs=(RunView("r1", "running", "sft", "failed", losses=1, short_of_memory=True),),
+            live="a",
+            exclusive=True,
+        ),
+        [FailRun("r1", "stage")],
+    ),
+    "and one that fails otherwise fails beside it too": (
+        Snapshot(runs=(RunView("r1", "running", "sft", "failed"),), live="a", engines=(ASLEEP,), exclusive=True),
+        [FailRun("r1", "stage")],
+    ),
+    "after the run it wakes, and requests wait for it": (
+        Snapshot(live="a", engines=(ASLEEP,), wakeable=frozenset("a"), exclusive=True),
+        [Hold(True), SwapEngine("a", "a")],
+    ),
+    "as another release where that has gone live": (
+        Snapshot(live="b", engines=(ASLEEP,), wakeable=frozenset("ab"), exclusive=True),
+        [Hold(True), SwapEngine("a", "b")],
+    ),
+    "or as the candidate": (
+        Snapshot(runs=(PROBE,), live="a", engines=(ASLEEP,), wakeable=frozenset({"a", "r1"}), exclusive=True),
+        [SwapEngine("a", "r1")],
+    ),
+    "one that cannot go on with those weights is stopped": (
+        Snapshot(runs=(PROBE,), live="a", engines=(ASLEEP,), wakeable=frozenset("a"), exclusive=True),
+        [StopEngine("a")],
+    ),
+    "as is one that nothing will be wanted of": (
+        Snapshot(engines=(ASLEEP,), wakeable=frozenset("a"), exclusive=True),
+        [StopEngine("a")],
+    ),
+    "it sleeps on while the files are read with which it is to wake": (
+        Snapshot(
+            live="a",
+            unread=frozenset("a"),
+            checking=frozenset("a"),
+            engines=(ASLEEP,),
+            wakeable=frozenset("a"),
+            exclusive=True,
+            holding=True,
+        ),
+        [],
+    ),
+    "nobody waits for one that sleeps while a worker runs": (
+        Snapshot(runs=(SFT,), workers=(TRAINING,), live="a", engines=(ASLEEP,), exclusive=True, holding=True),
+        [Hold(False)],
     ),
     "an adapter is given to the live release's engine": (
         Snapshot(runs=(MERGE,), workers=(MERGING,), live="a", routed="a", engines=(A,), unmerged=UNMERGED),

@@ -13,8 +13,8 @@ from mortal_daemon import Daemon
 from appliance.api import Precision
 from appliance.errors import Conflict
 from appliance.home import hashes, sha256
-from appliance.supervisor.engine_processes import EngineProcesses
 from appliance.supervisor.engines import ProbeAnswer
+from appliance.supervisor.references import first_difference
 
 MADE = 1e9
 PROMPTS = tuple(f"question {number}" for number in range(10))
@@ -214,7 +214,6 @@ async def test_a_reference_begins_with_what_was_thought(recorded: str, says: str
     async def probe(*_: Any) -> ProbeAnswer:
         return ProbeAnswer([], says, "length", 16)
 
-    engines, row = SimpleNamespace(kind=SimpleNamespace(probe=probe)), SimpleNamespace(address="", owner="r")
-    asked = {"messages": [], "text": recorded}
-    found = await EngineProcesses._says_otherwise(engines, row, asked)  # type: ignore[arg-type]
+    kind: Any = SimpleNamespace(probe=probe)
+    found = await first_difference(kind, "", "r", [{"messages": [], "text": recorded}])
     assert (found == "") is repeats

@@ -121,6 +121,36 @@ def test_vllms_command(release: Path, gpu: bool, dtype: str, share: str) -> None
     assert isinstance(getattr(importlib.import_module(module), name), type)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "settings", "sleeps"),
+    [
+        (True, {}, True),
+        (True, {"lease": "exclusive"}, True),
+        (True, {"lease": "share"}, False),
+        (True, {"sleep": "off"}, False),
+        (True, {"adapter_rank": 16}, False),
+        (False, {"lease": "exclusive"}, False),
+    ],
+)
+def test_vllm_sleeps_where_a_worker_takes_its_gpu(
+    release: Path, gpu: bool, settings: dict[str, Any], sleeps: bool
+) -> None:
+    vllm = VllmEngine(load_settings({}, **settings), gpu)
+    command = vllm.command(release, "r1", release / "engine.sock")
+    assert vllm.sleeps is sleeps
+    assert ("--enable-sleep-mode" in command.argv) is sleeps
+    assert "VLLM_SERVER_DEV_MODE" not in command.environment, "which opens far more than sleep"
+    assert not TransformersEngine(load_settings({}, **settings)).sleeps
+
+
+def test_vllms_own_parser_takes_the_command(release: Path) -> None:
+    parsing: Any = pytest.importorskip("vllm.utils.argparse_utils")
+    arguments: Any = pytest.importorskip("vllm.entrypoints.launchers.cli_args")
+    parser = arguments.make_arg_parser(parsing.FlexibleArgumentParser())
+    command = VllmEngine(load_settings({}), gpu=True).command(release, "r1", release / "engine.sock")
+    assert parser.parse_args(command.argv[7:]).enable_sleep_mode
+
+
 @pytest.mark.parametrize(("model_type", "alone"), [("gemma3", True), ("gemma3n", False), (None, True)])
 def test_towers_are_left_out_where_vllm_can_do_without(release: Path, model_type: str | None, alone: bool) -> None:
     (release / "config.json").write_text(json.dumps({"model_type": model_type, "max_position_embeddings": 2048}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from appliance.supervisor.engines import Probe
+from serve.engines.openai_engine import ASLEEP
 from serve.engines.vllm_reload import CLOCK, Reload
 
 ASKED = {"name": "r2", "weights": "/releases/r2"}
@@ -34,6 +36,8 @@ class EngineClient:
         self.calls: list[Any] = []
         self.cache_is_free = True
         self.broken = False
+        self.sleeps = True
+        self.wakes = True
         tokenizer = make_tokenizer(DATED)
         self.renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
 
@@ -50,6 +54,16 @@ class EngineClient:
         self.calls.append("reset")
         return self.cache_is_free
 
+    async def sleep(self, level: int, mode: str) -> None:
+        self.calls.append(("sleep", level, mode))
+
+    async def is_sleeping(self) -> bool:
+        return self.sleeps
+
+    async def wake_up(self, tags: list[str]) -> bool:
+        self.calls.append(("wake", tags))
+        return self.wakes and tags == ["kv_cache"]
+
     async def resume_generation(self) -> None:
         self.calls.append("resume")
 
@@ -59,7 +73,11 @@ def app() -> Starlette:
     async def models(request: Request) -> JSONResponse:
         return JSONResponse(request.app.state.openai_serving_models.base_model_paths[0].name)
 
-    app = Starlette(routes=[Route("/v1/models", models)], middleware=[Middleware(Reload)])
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse({})
+
+    routes = [Route("/v1/models", models), Route("/health", health)]
+    app = Starlette(routes=routes, middleware=[Middleware(Reload)])
     app.state.engine_client = EngineClient()
     app.state.openai_serving_models = SimpleNamespace(
         base_model_paths=[SimpleNamespace(name="r1")], lora_requests={"r0+adapter": object()}
@@ -117,6 +135,64 @@ async def test_what_fails_keeps_the_old_name_and_says_so(app: Starlette, fault: 
     assert app.state.engine_client.calls[-1] == "resume"
 
 
+async def test_it_sleeps_and_answers_nothing_until_it_wakes_on_new_weights(app: Starlette) -> None:
+    calls = app.state.engine_client.calls
+    async with client(app) as engine:
+        assert (await engine.get("/health")).status_code == 200
+        answer = await engine.post("/sleep", json={})
+        assert (answer.status_code, answer.json()) == (200, ASLEEP)
+        assert calls == [("sleep", 2, "abort")]
+        for path in ("/health", "/v1/models", "/v1/chat/completions"):
+            refused = await engine.get(path)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "asleep")
+        calls.clear()
+        assert (await engine.post("/reload", json=ASKED)).json() == {"model": "r2"}
+        assert (await engine.get("/v1/models")).json() == "r2"
+    assert calls == [
+        ("wake", ["weights"]),
+        ("reload_weights", {"weights_path": "/releases/r2"}),
+        ("wake", ["kv_cache"]),
+        "reset",
+        "resume",
+    ], "the cache gets its memory when the weights have theirs"
+
+
+async def test_what_does_not_sleep_says_so_and_is_not_trusted_again(app: Starlette) -> None:
+    app.state.engine_client.sleeps = False
+    async with client(app) as engine:
+        answer = await engine.post("/sleep", json={})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "sleep_failed")
+        assert (await engine.get("/health")).status_code == 503
+
+
+@pytest.mark.parametrize("fault", ["weights", "memory"])
+async def test_what_does_not_wake_says_so_and_sleeps_on(app: Starlette, fault: str) -> None:
+    app.state.engine_client.broken = fault == "weights"
+    app.state.engine_client.wakes = fault != "memory"
+    async with client(app) as engine:
+        await engine.post("/sleep", json={})
+        answer = await engine.post("/reload", json=ASKED)
+        assert answer.status_code == 500
+        assert ("no such directory" if fault == "weights" else "only in part") in answer.json()["error"]["message"]
+        assert (await engine.get("/health")).status_code == 503
+
+
+def test_vllm_takes_these_calls() -> None:
+    """The double above against vLLM's own client, executor and workers."""
+    llm: Any = pytest.importorskip("vllm.v1.engine.async_llm").AsyncLLM
+    for name, call in vars(EngineClient).items():
+        if not name.startswith("_"):
+            ours, theirs = inspect.signature(call).parameters, inspect.signature(getattr(llm, name)).parameters
+            assert set(ours) <= set(theirs), name
+    executor: Any = pytest.importorskip("vllm.v1.executor.abstract")
+    assert sorted(executor.SLEEP_TAGS) == ["kv_cache", "weights"]
+    workers: Any = pytest.importorskip("vllm.v1.worker.gpu_worker").Worker
+    assert callable(workers.reload_weights)
+    assert {"sleep", "wake_up"} <= set(dir(workers))
+    reload: Any = pytest.importorskip("vllm.model_executor.model_loader.reload.inplace").reload_weights
+    assert "weights_path" in inspect.signature(reload).parameters
+
+
 async def test_a_request_that_is_no_json(app: Starlette) -> None:
     async with client(app) as engine:
         assert (await engine.post("/reload", content=b"{")).status_code == 400
@@ -154,6 +230,23 @@ async def ask(served: Served, model: str) -> tuple[str, str]:
         answer = await response.json()
         assert response.status == 200, answer
         return answer["choices"][0]["message"]["content"], answer["model"]
+
+
+@pytest.mark.slow
+async def test_a_real_engine_sleeps_and_wakes_on_other_weights_and_back(served: Served, other: Path) -> None:
+    """On a CPU vLLM gives no memory back, and goes the same way through sleep."""
+    before = await ask(served, "r1")
+    try:
+        await served.kind.sleep(served.address)
+        assert not await served.kind.ready(served.address)
+        await served.kind.reload(served.address, other, "r2")
+        assert await served.kind.ready(served.address)
+        text, name = await ask(served, "r2")
+        assert (name, text != before[0]) == ("r2", True)
+        await served.kind.sleep(served.address)
+    finally:
+        await served.kind.reload(served.address, served.model, "r1")
+    assert await ask(served, "r1") == before
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""Engines that give the memory of the GPU back for a while, and how it is seen that they have."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+from appliance import hardware
+from appliance.errors import ApplianceError
+from appliance.store.processes import ProcessRow
+from appliance.supervisor import processes
+from appliance.supervisor.engines import EngineKind
+
+log = logging.getLogger(__name__)
+
+SLEEP_SECONDS = 60.0
+"""How long an engine may take to fall asleep."""
+FREE_SECONDS = 10.0
+"""How long it may then take until its memory is seen to be free: what the driver takes back comes within these."""
+LOOK_SECONDS = 0.1
+"""Between two looks at that."""
+KEPT_SHARE = 16
+"""An engine that sleeps may keep a sixteenth of the GPU's memory: CUDA's context, graphs, and the like."""
+_SPARED_SHARE = 64
+"""As much may be missing besides, when it is to wake."""
+
+
+class Sleep:
+    """Which engines sleep or fall asleep, by release, as this daemon knows it. `changed` is called when one has ended.
+
+    `drained` waits until no answer comes from an address any more.
+    """
+
+    def __init__(
+        self, kind: EngineKind, drained: Callable[[str], Awaitable[None]], changed: Callable[[], None]
+    ) -> None:
+        self.asleep: set[str] = set()
+        self.kept = 0
+        """Bytes that the engine which fell asleep last keeps."""
+        self._kind = kind
+        self._drained = drained
+        self._changed = changed
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._most_free = 0
+
+    @property
+    def possible(self) -> bool:
+        """Whether an engine can sleep, and what it keeps can be seen: it was this daemon that started one."""
+        return self._kind.sleeps and self._most_free > 0
+
+    @property
+    def falling_asleep(self) -> frozenset[str]:
+        return frozenset(self._tasks)
+
+    def before_start(self) -> None:
+        """Look how much memory there is without an engine, as one is about to be started."""
+        if self._kind.sleeps:
+            self._most_free = max(self._most_free, hardware.free_memory() or 0)
+
+    def begin(self, row: ProcessRow) -> None:
+        """Let the answers of this engine end, then it fall asleep. Where that fails it is neither in the end."""
+        self._tasks[row.owner] = asyncio.create_task(self._fall_asleep(row))
+
+    async def until_it_may_wake(self) -> None:
+        """Wait until what a worker had is free again, as long as the driver may take; with less an engine fails."""
+        spared = (hardware.total_memory() or 0) // _SPARED_SHARE
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FREE_SECONDS):
+                while self._missing() > self.kept + spared:
+                    await asyncio.sleep(LOOK_SECONDS)
+
+    def cancel(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+    async def _fall_asleep(self, row: ProcessRow) -> None:
+        release = row.owner
+        try:
+            await self._drained(row.address)
+            async with asyncio.timeout(SLEEP_SECONDS):
+                await self._kind.sleep(row.address)
+            async with asyncio.timeout(FREE_SECONDS):
+                self.kept = await self._seen_to_keep(row)
+            self.asleep.add(release)
+            log.info("the engine of %s sleeps, and keeps %d MiB", release, self.kept >> 20)
+        except TimeoutError:
+            log.warning("the engine of %s has not given its memory back in time", release)
+        except (ApplianceError, ConnectionError) as error:
+            log.warning("the engine of %s does not sleep: %s", release, error)
+        except Exception:
+            log.exception("the engine of %s does not sleep", release)
+        finally:
+            self._tasks.pop(release, None)
+            self._changed()
+
+    async def _seen_to_keep(self, row: ProcessRow) -> int:
+        """Bytes that it keeps, as soon as they are few enough: what is missing, or what the driver says of it."""
+        most = (hardware.total_memory() or 0) // KEPT_SHARE
+        while (kept := max(self._missing(), hardware.held_by(set(processes.members(row))))) > most:
+            await asyncio.sleep(LOOK_SECONDS)
+        return kept
+
+    def _missing(self) -> int:
+        """Bytes that are less free than when an engine was to be started."""
+        return max(0, self._most_free - (hardware.free_memory() or 0))
