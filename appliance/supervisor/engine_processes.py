@@ -116,6 +116,7 @@ class EngineProcesses:
         for row, answer in zip(rows, answers, strict=True):
             self._begun.setdefault(row.owner, time.monotonic())
             if answer is True:
+                self._sleep.started = True
                 self._ready_since.setdefault(row.owner, time.monotonic())
                 self._answered[row.owner] = time.monotonic()
 
@@ -480,6 +481,7 @@ class EngineProcesses:
     def _count_failure(self, release: str) -> None:
         """Engines that keep failing are started ever more rarely; one that had served for long starts afresh."""
         log.warning("the engine of %s failed; see %s", release, self.log(release))
+        self._sleep.doubt()
         served = time.monotonic() - self._ready_since.get(release, time.monotonic())
         failures = 1 if served > LONGEST_REST_SECONDS else self.failures.get(release, 0) + 1
         self.failures[release] = failures

@@ -39,6 +39,8 @@ class Sleep:
         self.asleep: set[str] = set()
         self.kept = 0
         """Bytes that the engine which fell asleep last keeps."""
+        self.started = False
+        """Whether an engine that can sleep has been seen ready."""
         self._kind = kind
         self._drained = drained
         self._changed = changed
@@ -58,6 +60,12 @@ class Sleep:
         """Look how much memory there is without an engine, as one is about to be started."""
         if self._kind.sleeps:
             self._most_free = max(self._most_free, hardware.free_memory() or 0)
+
+    def doubt(self) -> None:
+        """An engine has failed: where none has ever started, the next is started as one that cannot sleep."""
+        if self._kind.sleeps and not self.started:
+            self._kind.sleeps = False
+            log.warning("no engine has started that could sleep: from now on they are stopped instead")
 
     def begin(self, row: ProcessRow) -> None:
         """Let the answers of this engine end, then it fall asleep. Where that fails it is neither in the end."""

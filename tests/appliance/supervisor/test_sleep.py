@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 from mortal_daemon import RECIPE, Daemon
@@ -12,6 +14,7 @@ from mortal_daemon import RECIPE, Daemon
 from appliance.errors import InvalidInput
 from appliance.store.processes import ASLEEP, ProcessRow
 from appliance.supervisor import processes, sleep
+from appliance.supervisor.engines import EngineCommand
 
 MEMORY = 1600
 AWAKE = 1400
@@ -250,6 +253,31 @@ async def test_a_candidate_is_not_refused_for_what_an_engine_says_that_has_slept
     assert daemon.engine.loaded == [second]
     assert daemon.pid("engine", second) != process, "it was asked in a process of its own"
     assert daemon.supervisor.releases.get(second).state == "verified"
+
+
+async def test_where_none_starts_that_could_sleep_the_next_is_started_as_one_that_cannot(
+    daemon: Daemon, card: Card
+) -> None:
+    """Whatever keeps vLLM's sleep from a card must not keep vLLM from it."""
+    seen: list[bool] = []
+    make = daemon.engine.command
+
+    def command(release: Path, name: str, socket: Path, template: Any = None) -> EngineCommand:
+        seen.append(daemon.engine.sleeps)
+        daemon.engine.broken = {name} if daemon.engine.sleeps else set()
+        return make(release, name, socket, template)
+
+    daemon.engine.command = command  # type: ignore[method-assign]
+    run = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    assert seen == [True, False]
+
+
+async def test_one_that_has_started_before_is_not_doubted_for_a_failure(daemon: Daemon, live: str) -> None:
+    process = daemon.pid("engine", live)
+    os.kill(process, signal.SIGKILL)
+    await daemon.until(lambda: daemon.supervisor.engines.failures.get(live) == 1)
+    assert daemon.engine.sleeps
 
 
 async def test_but_for_what_its_own_says(daemon: Daemon, live: str) -> None:
