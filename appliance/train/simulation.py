@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from appliance.architecture import empty_model
 from appliance.errors import InvalidInput
+from appliance.train import products
 from appliance.train.head import TrainedLogProbs
 from appliance.train.model import DTYPE, add_adapter
 from appliance.train.recipe import Adapter
@@ -67,6 +68,8 @@ def meta_model(base: Path, adapter: Adapter, *, every_n_layers: int = 0) -> Any:
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(DTYPE)
+    if products.are_fast():
+        products.hold_rounded(products.frozen_layers(model))
     if every_n_layers:
         model.gradient_checkpointing_enable(every_n_layers=every_n_layers)
     return model

@@ -19,6 +19,7 @@ from appliance.home import Home, building, require_space, sha256
 from appliance.models import count_parameters, model_path
 from appliance.release.adapter import require_present
 from appliance.release.peft_format import ADAPTER_SHA256
+from appliance.train import products
 from appliance.train.answers import is_displaced
 from appliance.train.best import Best
 from appliance.train.callbacks import Cadence, Reporter, is_evaluated
@@ -163,6 +164,8 @@ def _train(
     except NoForecast as error:
         events.append("warning", stage.name, message=error.message)
     model = _adapted_model(run, recipe, stage, base)
+    if products.are_fast():
+        products.round_frozen(model, limit.warn)
     if stage.gradient_checkpointing == "auto":
         limit.last_resort = partial(_checkpoint_gradients, model)
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
