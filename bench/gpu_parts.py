@@ -233,6 +233,7 @@ def release(bench: Bench) -> dict[str, Any]:
     run = bench.run(stage(bench.short_rows(), bench.steps(12), rows=8), base=bench.small, eval_share=0.1)
     figures = {"sft": trained(run, "sft")}
     for step, name, *options in (("merge", "merge"), ("verify", "verify"), ("streamed", "verify", "--streamed")):
+        (run / name / "result.json").unlink(missing_ok=True)
         seen = work(run, name, *options)
         result = json.loads((run / name / "result.json").read_text())
         # Hashes of files say nothing here.

@@ -151,11 +151,16 @@ def test_a_disk_without_room_for_them_is_said(home: Home, no_room: None, tmp_pat
 @pytest.mark.parametrize("id", ["qlora", "dpo"])
 def test_a_release_is_judged_alike(home: Home, id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = home.runs / id
-    gates = []
+    gates, streamed_models = [], []
+    stream = streaming.stream
+    monkeypatch.setattr(streaming, "stream", lambda *given: streamed_models.append(given) or stream(*given))
     for room in (None, NOTHING_STAYS):
         monkeypatch.setattr(streaming, "free_room", lambda room=room: room)
-        assert work(run, "merge", "verify") == 0
+        for step in ("merge", "verify"):
+            (run / step / "result.json").unlink(missing_ok=True)
+            assert work(run, step) == 0
         gates.append(result(run, "verify")["gates"])
+    assert len(streamed_models) >= 3, "of the candidates, of the release and of its rival"
     whole, streamed = gates
     assert all(gate["passed"] for gate in streamed.values()), streamed
     assert {name: gate["passed"] for name, gate in whole.items()} == {name: True for name in streamed}
