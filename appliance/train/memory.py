@@ -23,6 +23,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEEP)
 
 
+def give_back_freed_memory() -> None:
+    """Give back to the system what is kept now. Source: malloc_trim(3)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def peak_memory() -> int:
     """Most bytes held so far: tensors on the GPU, without one the resident memory of this process."""
     if torch.cuda.is_available():

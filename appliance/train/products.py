@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from appliance.errors import is_out_of_memory, reason
+from appliance.train.memory import give_back_freed_memory
 from appliance.train.model import ON_GPU
 
 NATIVE = ("amx_bf16", "avx512_bf16")
@@ -43,6 +44,7 @@ def round_frozen(model: Any, warn: Callable[..., Any]) -> None:
         warn(message=f"products stay in fp32 instead of bf16: {fault}")
         return
     hold_rounded(layers)
+    give_back_freed_memory()  # weights in fp32 and the trial have left holes that few tensors of a step fit
 
 
 def frozen_layers(model: Any) -> list[torch.nn.Linear]:
