@@ -21,7 +21,12 @@ LEFTOVER_SECONDS = 24 * 3600.0
 """What nothing refers to yet may still be coming into being when it is younger than this."""
 UNCOMPILED_SECONDS = 30 * 24 * 3600.0
 """Compiled code goes when nothing of it was written for so long: the next start that needs it compiles it again."""
-_COMPILED = ("vllm/torch_compile_cache/*", "triton/*", "inductor/*")
+_COMPILED = (
+    "vllm/torch_compile_cache/[!t]*",
+    "vllm/torch_compile_cache/torch_aot_compile/*",
+    "triton/*",
+    "inductor/*",
+)
 """Below the home's folder for it, what belongs together."""
 
 

@@ -226,8 +226,13 @@ def count_linear(directory: Path) -> int:
         if len(shape) in (2, 3)
         and (name.endswith("weight") or "experts" in name.split("."))
         and not name.endswith("bias")
-        and not _IN_16_BITS.search(name)
+        and not stays_in_16_bits(name)
     )
+
+
+def stays_in_16_bits(name: str) -> bool:
+    """Whether the matrix of that name stays so where a model is quantised."""
+    return bool(_IN_16_BITS.search(name))
 
 
 def is_quantised(directory: Path) -> bool:

@@ -17,18 +17,22 @@ from appliance.train.model import load_model, release_memory, stop_token_ids
 def ask_base(base: Path, tokenizer: Any, probes: list[Probe], events: EventLog) -> list[Probe]:
     """The probes, each with whether the model in `base` ends its own greedy answer within the probe's room.
 
-    Where the memory is not enough, all its answers count as ended, and `events` says so.
+    Where the memory is not enough it is asked in NF4, and where not even for that, all its answers count as ended, and
+    `events` says so.
     """
     stops = stop_token_ids(tokenizer, base)
-    try:
-        answers = _answers(load_model(base), probes, stops)
-    except Exception as error:  # torch, its allocators and the drivers each raise their own
-        if not is_out_of_memory(error):
-            raise
+    for quantised in (False, True):
+        try:
+            answers = _answers(load_model(base, quantised=quantised), probes, stops)
+            break
+        except Exception as error:  # torch, its allocators and the drivers each raise their own
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            release_memory()
+    else:
         events.append("warning", "verify", message="out of memory for the base's answers: they count as ended")
         return probes
-    finally:
-        release_memory()
     return [
         replace(probe, base_ends=not set(stops).isdisjoint(answer[: probe.max_tokens]))
         for probe, answer in zip(probes, answers, strict=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from appliance.architecture import expert_parameters, linear_modules
+from appliance.architecture import expert_parameters
+from appliance.models import stays_in_16_bits
 
 _TYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_TYPE).max
@@ -28,7 +29,12 @@ def round_to_fp8(model: Any, *, inputs: bool) -> None:
 
     `inputs`: from now on its layers read their inputs so too, experts the first time that they multiply.
     """
-    readers = {name: model.get_submodule(name) for name in linear_modules(model)}
+    head = model.get_output_embeddings()
+    readers: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and not stays_in_16_bits(f"{name}.weight")
+    }
     for layer in readers.values():
         layer.weight.copy_(_rounded(layer.weight, layer.weight.abs().amax()))
     for name in expert_parameters(model):

@@ -116,7 +116,7 @@ class EngineProcesses:
         for row, answer in zip(rows, answers, strict=True):
             self._begun.setdefault(row.owner, time.monotonic())
             if answer is True:
-                self._sleep.started = True
+                self._sleep.started |= row.address in self._fresh
                 self._ready_since.setdefault(row.owner, time.monotonic())
                 self._answered[row.owner] = time.monotonic()
 
@@ -173,7 +173,11 @@ class EngineProcesses:
         if not self.kind.reloads or live is None or live in owners | self._unswappable:
             return frozenset()
         wanted = self._manifest(live)
-        return frozenset(owner for owner in owners if same_but_for_weights(self._manifest(owner), wanted))
+        return frozenset(
+            owner
+            for owner in owners
+            if same_but_for_weights(self._manifest(owner), wanted) and self.precision(owner) == self.precision(live)
+        )
 
     @property
     def sleeps(self) -> bool:
@@ -191,6 +195,7 @@ class EngineProcesses:
             for release in releases
             if release not in self._unswappable
             and same_but_for_weights(before, self._read_at_start(release))
+            and self.precision(sleeper) == self.precision(release)
             and self._could_be_told(release)
         )
 
@@ -201,7 +206,14 @@ class EngineProcesses:
         return free is None or needed <= free
 
     def precision(self, release: str) -> Precision:
-        """In which an engine serves the release, or the run's merged model that is to become one."""
+        """In which an engine serves the release: in that of its proof here, and a candidate as there is room for it.
+
+        One that was proven elsewhere is served as there is room for it too.
+        """
+        manifest = self._manifest(release)
+        if manifest and self._releases.get(release).state != "verified elsewhere":
+            proven: Precision = manifest.get("reference", {}).get("precision", "16-bit")
+            return proven
         return self.kind.room(self.directory(release)).precision
 
     def held(self) -> int:
@@ -225,7 +237,9 @@ class EngineProcesses:
         """Start a process for the release. Raises ApplianceError where that cannot be done."""
         # A name of its own, because the process may go on with another release's weights while this one starts again.
         socket = self._home.engines / f"{secrets.token_hex(6)}.sock"
-        command = self.kind.command(self.directory(release), release, socket, self._template(release))
+        command = self.kind.command(
+            self.directory(release), release, socket, self._template(release), self.precision(release)
+        )
         self._sleep.before_start()
         self._begun[release] = time.monotonic()
         row = processes.spawn(

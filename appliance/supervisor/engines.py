@@ -101,11 +101,17 @@ class EngineKind(Protocol):
     """Largest rank of an adapter that a process can serve beside its release's weights; 0: it serves none."""
 
     def command(
-        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+        self,
+        release: Path,
+        name: str,
+        socket: Path,
+        template: TemplateSettings | None = None,
+        precision: Precision | None = None,
     ) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
 
-        Its chat template is told the settings of `template`.
+        Its chat template is told the settings of `template`. `precision` is that in which it was proven; None: it is
+        served as there is room for it.
         """
         ...
 

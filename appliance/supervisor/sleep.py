@@ -89,12 +89,11 @@ class Sleep:
             await self._drained(row.address)
             async with asyncio.timeout(SLEEP_SECONDS):
                 await self._kind.sleep(row.address)
-            async with asyncio.timeout(FREE_SECONDS):
-                self.kept = await self._seen_to_keep(row)
+            self.kept = await self._seen_to_keep(row)
             self.asleep.add(release)
             log.info("the engine of %s sleeps, and keeps %d MiB", release, self.kept >> 20)
         except TimeoutError:
-            log.warning("the engine of %s has not given its memory back in time", release)
+            log.warning("the engine of %s has not fallen asleep in time", release)
         except (ApplianceError, ConnectionError) as error:
             log.warning("the engine of %s does not sleep: %s", release, error)
         except Exception:
@@ -104,10 +103,18 @@ class Sleep:
             self._changed()
 
     async def _seen_to_keep(self, row: ProcessRow) -> int:
-        """Bytes that it keeps, as soon as they are few enough: what is missing, or what the driver says of it."""
+        """Bytes that it keeps, as soon as they are few enough: what is missing, or what the driver says of it.
+
+        Raises ConnectionError where they do not become so few: the next engine would keep as much, and cannot sleep.
+        """
         most = (hardware.total_memory() or 0) // KEPT_SHARE
-        while (kept := max(self._missing(), hardware.held_by(set(processes.members(row))))) > most:
-            await asyncio.sleep(LOOK_SECONDS)
+        try:
+            async with asyncio.timeout(FREE_SECONDS):
+                while (kept := max(self._missing(), hardware.held_by(set(processes.members(row))))) > most:
+                    await asyncio.sleep(LOOK_SECONDS)
+        except TimeoutError:
+            self._kind.sleeps = False
+            raise ConnectionError("it keeps too much memory, and from now on engines are stopped instead") from None
         return kept
 
     def _missing(self) -> int:

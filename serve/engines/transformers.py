@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from appliance.api import Precision
 from appliance.data.tokenizer import TemplateSettings
 from appliance.hardware import has_gpu, total_memory
 from appliance.settings import Settings
@@ -63,11 +64,16 @@ class TransformersEngine(OpenAIEngine):
         return Room(weights_in_16_bits(model) + one_request + OVERHEAD, total_memory())
 
     def command(
-        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+        self,
+        release: Path,
+        name: str,
+        socket: Path,
+        template: TemplateSettings | None = None,
+        precision: Precision | None = None,
     ) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
 
-        Its chat template is told the settings of `template`.
+        Its chat template is told the settings of `template`. It has one `precision` for all on a machine.
         """
         options = {
             "--model": release,

@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+from appliance.api import Precision
 from appliance.data.tokenizer import TemplateSettings, thinking_switches, thinks_unasked
 from appliance.errors import InvalidInput
 from appliance.gpu import chosen
@@ -116,11 +117,17 @@ class VllmEngine(OpenAIEngine):
         return choose_room(in_16_bits + beside, None if in_fp8 is None else in_fp8 + beside, available)
 
     def command(
-        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+        self,
+        release: Path,
+        name: str,
+        socket: Path,
+        template: TemplateSettings | None = None,
+        precision: Precision | None = None,
     ) -> EngineCommand:
         """The command that serves the model files in `release` as model `name` on the unix socket `socket`.
 
-        Its chat template is told the settings of `template`.
+        Its chat template is told the settings of `template`. `precision` is that in which it was proven; None: it is
+        served as there is room for it.
         """
         # Without a GPU the share is one of the machine's memory.
         share = self._settings.gpu_memory_share if self._gpu else 0.3
@@ -164,7 +171,7 @@ class VllmEngine(OpenAIEngine):
             asked = template.thinking if template else None
             thinks = thinks_unasked(chat_template) if asked is None else asked
             argv += ["--default-chat-template-kwargs", json.dumps(dict.fromkeys(switches, thinks))]
-        if self.room(release).precision == "FP8":
+        if (precision or self.room(release).precision) == "FP8":
             argv += IN_FP8
         if not self._gpu:
             environment |= {

@@ -173,8 +173,12 @@ def test_old_leftovers_of_kills_go(box: Box) -> None:
     assert not any(folder.exists() for folder in old)
 
 
+AOT = "vllm/torch_compile_cache/torch_aot_compile"
+"""Where vLLM has what it compiles ahead of time."""
+
+
 def test_code_goes_that_was_compiled_long_ago(box: Box) -> None:
-    names = ("vllm/torch_compile_cache/1a", "triton/2b", "inductor/3c")
+    names = tuple(f"{kind}/1a" for kind in ("vllm/torch_compile_cache", AOT, "triton", "inductor"))
     old = [box.home.compiled / name for name in names]
     new = [path.with_name("new") for path in old]
     beside = box.home.compiled / "vllm" / "modelinfos"
@@ -185,7 +189,8 @@ def test_code_goes_that_was_compiled_long_ago(box: Box) -> None:
         long_ago = time.time() - UNCOMPILED_SECONDS - 60
         os.utime(path, (long_ago, long_ago))
     for folder in new:
-        os.utime(folder / "inner" / "code.so")
+        lately = time.time() - 2 * 24 * 3600
+        os.utime(folder / "inner" / "code.so", (lately, lately))
     assert box.collect()[2] == {f"compiled/{name}" for name in names}
     assert not any(folder.exists() for folder in old)
     assert all(folder.exists() for folder in (*new, beside))

@@ -43,7 +43,7 @@ class InventedEngine(OpenAIEngine):
         return Room(0, None)
 
     def command(
-        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None, *_: object
     ) -> EngineCommand:
         return EngineCommand([sys.executable, __file__, str(release), name, str(socket)], {}, f"unix:{socket}")
 

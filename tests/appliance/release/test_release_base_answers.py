@@ -65,6 +65,29 @@ def test_without_the_memory_it_is_not_seen_and_said(home: Home, monkeypatch: pyt
     assert "out of memory" in events(run, "warning", "verify")[-1]["message"]
 
 
+def test_without_the_memory_for_16_bits_it_is_asked_in_four(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, ask, tried = base_answers.load_model, base_answers._answers, []
+
+    def load_it(base: Path, *, quantised: bool) -> Any:
+        tried.append(quantised)
+        return load(base, quantised=quantised)
+
+    def answers(model: Any, *others: Any) -> Any:
+        if tried == [False]:
+            raise torch.OutOfMemoryError("out of memory")
+        return ask(model, *others)
+
+    monkeypatch.setattr(base_answers, "load_model", load_it)
+    monkeypatch.setattr(base_answers, "_answers", answers)
+    run = home.runs / "lora"
+    found = ask_base(
+        home.models / "tiny", load_tokenizer(home.models / "tiny"), asked(home), EventLog(run / "events.jsonl")
+    )
+    assert tried == [False, True]
+    assert not all(probe.base_ends for probe in found), "a model that has learnt nothing goes on"
+    assert not [event for event in events(run, "warning", "verify") if "out of memory" in event["message"]]
+
+
 def test_only_a_run_that_teaches_no_answers_asks_the_base(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     def goes_on(base: Path, tokenizer: Any, probes: list[Probe], events: EventLog) -> list[Probe]:
         assert base == home.models / "tiny"

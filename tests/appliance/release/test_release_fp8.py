@@ -10,11 +10,13 @@ import pytest
 import torch
 from planted import merged, plant
 from tiny import make_model, read_recipe, result, work
+from tiny_families import make_family
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from appliance.errors import InvalidInput
 from appliance.gpu import Card
 from appliance.home import Home
+from appliance.models import count_linear
 from appliance.release.fp8 import round_to_fp8
 from appliance.release.gates import Gate, Served, judge_served, load_served
 from appliance.release.streaming import make_writable, stream
@@ -43,6 +45,15 @@ def test_linear_layers_alone_are_rounded_to_the_types_numbers_by_one_scale(tmp_p
         assert weight.abs().max() == pytest.approx(float(was.abs().max())), "the largest is the largest"
         step = torch.maximum(was.abs() * 2**-4, was.abs().max() / 448 * 2**-10)
         assert ((weight - was).abs() <= step * 1.001).all(), "and each the nearest"
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2", "nemotron_h", "granitemoehybrid", "qwen3_moe"])
+def test_what_is_rounded_is_what_the_forecast_counts(family: str, tmp_path: Path) -> None:
+    folder = make_family(tmp_path / family, family)
+    before, model = (load_model(folder).requires_grad_(False) for _ in range(2))
+    round_to_fp8(model, inputs=False)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before.get_parameter(name))}
+    assert count_linear(folder) == sum(model.get_parameter(name).numel() for name in changed)
 
 
 def test_each_expert_has_its_scale_and_the_router_stays(tmp_path: Path) -> None:
@@ -80,7 +91,7 @@ def test_inputs_are_rounded_by_a_scale_for_each_token(tmp_path: Path) -> None:
 
 def test_layers_that_stream_are_rounded_as_others(tmp_path: Path) -> None:
     folder, ids = make_model(tmp_path / "tiny"), torch.tensor([[5, 9, 11, 13]])
-    plain, streamed = load_model(folder), stream(load_model(folder, mapped=True), 0)
+    plain, streamed = load_model(folder), stream(load_model(folder, mapped=True), 0, torch.device("cpu"))
     make_writable(streamed, tmp_path)
     for model in (plain, streamed):
         round_to_fp8(model, inputs=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from tiny import result, work
 from tiny_families import make_family
 
-from appliance.errors import NoSpace
+from appliance.errors import InvalidInput, NoSpace
 from appliance.home import Home, hashes
 from appliance.release import streaming
 from appliance.release.gates import Gate
 from appliance.release.oracle import Oracle
-from appliance.release.streaming import how_many_stay, is_streamed, load_to_score, make_writable
+from appliance.release.streaming import how_many_stay, is_streamed, load_to_score, make_writable, stream
 from appliance.release.weights import pairs
 from appliance.train.model import load_adapter, load_model
 
@@ -138,6 +139,57 @@ def test_weights_are_changed_beside_the_files(home: Home, no_room: None, tmp_pat
     assert hashes(base) == files
 
 
+def test_what_a_pass_needs_is_on_the_device_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_family(tmp_path / "llama", "llama", num_hidden_layers=3)
+    device: set[int] = set()
+
+    def bring(tensors: Iterable[torch.Tensor], _: torch.device) -> None:
+        for tensor in tensors:
+            tensor.data = tensor.data.clone()
+            device.add(tensor.data_ptr())
+
+    def there(*modules: torch.nn.Module) -> set[bool]:
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        return {tensor.data_ptr() in device for tensor in tensors}
+
+    monkeypatch.setattr(streaming, "_bring", bring)
+    model = load_model(base, mapped=True)
+    layers = model.model.layers
+    layers[1].register_buffer("within", torch.ones(3))
+    whole, layer = (streaming._bytes_of(module) for module in (model, layers[1]))
+    stream(model, whole + 4096, torch.device("cpu"))
+    assert there(model) == {True}, "as there is room"
+    device.clear()
+    model = load_model(base, mapped=True)
+    layers = model.model.layers
+    layers[1].register_buffer("within", torch.ones(3))
+    stream(model, whole + 4096 - layer // 2, torch.device("cpu"))
+    assert there(*layers[1:]) == {False}
+    assert there(layers[0], model.model.embed_tokens, model.model.norm, model.lm_head, model.model.rotary_emb) == {True}
+    inside: list[set[bool]] = []
+    layers[1].self_attn.register_forward_pre_hook(lambda *_: inside.append(there(layers[1])))
+    says(model)
+    assert inside == [{True}]
+    assert there(*layers[1:]) == {False}
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3_moe", torch.float32), ("llama", torch.float16)])
+def test_what_cannot_be_mapped_needs_memory(
+    family: str, dtype: torch.dtype, tmp_path: Path, no_room: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_family(tmp_path / family, family)
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert is_streamed(load_to_score(folder))
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(InvalidInput, match=r"takes 0.0 GiB of this machine's memory, of which 0.0 are free"):
+        load_to_score(folder)
+    dense = make_family(tmp_path / "dense", "llama")
+    assert is_streamed(load_to_score(dense)), "which is mapped"
+
+
 def test_a_disk_without_room_for_them_is_said(home: Home, no_room: None, tmp_path: Path, monkeypatch: Any) -> None:
     def full(*_: Any) -> None:
         raise NoSpace("disk_full", "no room", "make some")
@@ -152,7 +204,6 @@ def test_a_disk_without_room_for_them_is_said(home: Home, no_room: None, tmp_pat
 def test_a_release_is_judged_alike(home: Home, id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = home.runs / id
     gates, streamed_models = [], []
-    stream = streaming.stream
     monkeypatch.setattr(streaming, "stream", lambda *given: streamed_models.append(given) or stream(*given))
     for room in (None, NOTHING_STAYS):
         monkeypatch.setattr(streaming, "free_room", lambda room=room: room)

@@ -55,6 +55,7 @@ class FakeEngine:
     """Whether each process was started with a template that has the model think, by its address."""
     forgetful: dict[str, set[str]] = field(default_factory=dict)
     probed: list[str] = field(default_factory=list)
+    started: list[tuple[str, Precision | None]] = field(default_factory=list)
     unreachable: int = 0
 
     def memory(self, release: Path) -> int:
@@ -83,8 +84,14 @@ class FakeEngine:
         self.adapters.append(name)
 
     def command(
-        self, release: Path, name: str, socket: Path, template: TemplateSettings | None = None
+        self,
+        release: Path,
+        name: str,
+        socket: Path,
+        template: TemplateSettings | None = None,
+        precision: Precision | None = None,
     ) -> EngineCommand:
+        self.started.append((name, precision))
         self.clocks[f"unix:{socket}"] = template and template.today
         self.thinking[f"unix:{socket}"] = template and template.thinking
         socket.unlink(missing_ok=True)

@@ -262,15 +262,45 @@ async def test_where_none_starts_that_could_sleep_the_next_is_started_as_one_tha
     seen: list[bool] = []
     make = daemon.engine.command
 
-    def command(release: Path, name: str, socket: Path, template: Any = None) -> EngineCommand:
+    def command(release: Path, name: str, socket: Path, *others: Any) -> EngineCommand:
         seen.append(daemon.engine.sleeps)
         daemon.engine.broken = {name} if daemon.engine.sleeps else set()
-        return make(release, name, socket, template)
+        return make(release, name, socket, *others)
 
     daemon.engine.command = command  # type: ignore[method-assign]
     run = daemon.queue()
     await daemon.until(lambda: daemon.supervisor.routed == run)
     assert seen == [True, False]
+
+
+async def test_an_engine_that_another_daemon_started_says_nothing_of_that(daemon: Daemon, card: Card) -> None:
+    make = daemon.engine.command
+
+    def command(release: Path, name: str, socket: Path, *others: Any) -> EngineCommand:
+        daemon.engine.broken = {name} if daemon.engine.sleeps else set()
+        return make(release, name, socket, *others)
+
+    daemon.engine.command = command  # type: ignore[method-assign]
+    run = daemon.queue(ADAPTER.model_copy(update={"promote": True, "end": "release"}))
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    await daemon.die()
+    daemon.engine.sleeps = True
+    daemon.start()
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    second = daemon.queue(ADAPTER)
+    await daemon.until_state(second, "finished")
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    assert not daemon.engine.sleeps
+
+
+async def test_memory_that_the_driver_takes_back_late_is_not_taken_for_kept(
+    daemon: Daemon, card: Card, live: str
+) -> None:
+    """The most that was free when an engine was started counts, whichever that was."""
+    card.lingers = 500
+    daemon.supervisor.engines._sleep.before_start()
+    card.lingers = 0
+    assert daemon.supervisor.engines._sleep._missing() == AWAKE
 
 
 async def test_one_that_has_started_before_is_not_doubted_for_a_failure(daemon: Daemon, live: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from mortal_daemon import RECIPE, Daemon
 
+from appliance.api import Precision
 from appliance.errors import Conflict
 from appliance.supervisor import engine_processes
 from appliance.train.events import EventLog
@@ -75,6 +76,19 @@ async def test_what_is_served_in_fp8_has_the_limit_of_fp8_and_its_manifest_says_
     assert (manifest["reference"]["engine"], manifest["reference"]["precision"]) == ("fake", "FP8")
     card = (daemon.home.releases / run / "README.md").read_text()
     assert "\nProbed and served by fake in FP8 (weights of linear layers in 8 bits, the others in 16).\n" in card
+
+
+@pytest.mark.parametrize(("proven", "now"), [("16-bit", "FP8"), ("FP8", "16-bit")])
+async def test_a_release_is_served_as_it_was_proven_whatever_the_settings_say_since(
+    daemon: Daemon, proven: Precision, now: Precision
+) -> None:
+    daemon.engine.precision = proven
+    run = daemon.queue()
+    await daemon.until(lambda: daemon.supervisor.routed == run)
+    daemon.engine.precision = now
+    os.kill(daemon.pid("engine", run), signal.SIGKILL)
+    await daemon.until(lambda: len(daemon.engine.started) == 2)
+    assert daemon.engine.started == [(run, proven), (run, proven)]
 
 
 async def test_a_run_whose_fp8_nobody_has_measured_cannot_go_on(daemon: Daemon) -> None:

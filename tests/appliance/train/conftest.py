@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def home(tmp_path: Path, tiny_model: Path) -> Home:
     return home
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def exact_products() -> Iterator[None]:
     """Train in fp32 on every processor: what is computed in other pieces is then the same but for a few last bits."""
-    monkeypatch.setattr("appliance.train.products.are_fast", lambda: False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("appliance.train.products.are_fast", lambda: False)
+        yield

@@ -14,7 +14,7 @@ from tiny import add_run, events, make_model, result, stage, work
 from appliance.home import Home
 from appliance.train import products
 from appliance.train.model import add_adapter, load_model
-from appliance.train.products import RoundedLinear, round_frozen
+from appliance.train.products import RoundedLinear, are_fast, round_frozen
 from appliance.train.recipe import Adapter
 from appliance.train.simulation import meta_model
 
@@ -56,10 +56,9 @@ def rounded(model: Any) -> Warnings:
 def test_it_is_for_processors_that_multiply_bf16(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], on_gpu: bool, fast: bool
 ) -> None:
-    monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(products, "ON_GPU", on_gpu)
-    assert products.are_fast() is fast
+    assert are_fast() is fast
 
 
 @pytest.mark.parametrize("bias", [True, False])

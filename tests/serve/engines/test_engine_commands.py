@@ -281,6 +281,17 @@ def test_forecast_and_command_agree_on_fp8(
     assert engine.memory(release) == room.available, "its share of the card, whatever it holds there"
 
 
+@pytest.mark.parametrize(("proven", "fp8"), [("16-bit", False), ("FP8", True), ("32-bit", False)])
+def test_what_was_proven_in_a_precision_is_started_in_it(
+    release: Path, monkeypatch: pytest.MonkeyPatch, proven: Precision, fp8: bool
+) -> None:
+    room: list[Precision] = ["16-bit", "FP8"]
+    for here in room:
+        monkeypatch.setattr(VllmEngine, "room", lambda *_, here=here: Room(1, 1, here))
+        argv = VllmEngine(load_settings({}), gpu=True).command(release, "r1", release / "s", None, proven).argv
+        assert ("--quantization" in argv) is fp8
+
+
 def test_neither_the_embedded_engine_nor_a_cpu_serves_in_fp8(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_card(monkeypatch, (9, 0))
     monkeypatch.setattr("serve.engines.transformers.has_gpu", lambda: True)
