@@ -97,7 +97,7 @@ def test_a_model_that_would_be_another_stays_as_it_is(tiny_model: Path, monkeypa
     monkeypatch.setattr(products, "SAME_WITHIN", 1e-6)
     model = adapted(tiny_model)
     (said,) = rounded(model)
-    assert said.startswith("products stay in fp32 instead of bf16: its loss would differ by 0.0")
+    assert said.startswith("products stay in fp32 instead of bf16: what it says would differ by 0.0")
     assert not any(isinstance(module, RoundedLinear) for module in model.modules())
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
