@@ -19,8 +19,8 @@ from appliance.train.model import ON_GPU
 NATIVE = ("amx_bf16", "avx512_bf16")
 """What torch calls the instructions that multiply bf16."""
 SAME_WITHIN = 0.1
-"""How far, of their size, log-probabilities and gradient may be from those in fp32: SmolLM2's gradient is by 0.02, and under
-autocast, with which a GPU trains, by 0.06."""
+"""How far, of their size, log-probabilities and gradient may be from those in fp32: SmolLM2's gradient is by 0.02, and
+under autocast, with which a GPU trains, by 0.06."""
 _TRIED = (4, 64, 16)
 """Rows and tokens of the trial, and how many of a row's are predicted: few, for the sake of memory."""
 
