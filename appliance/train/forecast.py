@@ -23,6 +23,7 @@ from appliance.train.checkpoints import KEPT
 from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.model import DTYPE, ON_GPU
 from appliance.train.order import cut_by_tokens, epoch_order
+from appliance.train.products import RoundedLinear
 from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.simulation import Pass, meta_model, simulate
 
@@ -38,6 +39,8 @@ SLACK_TWICE = 1.0 if ON_GPU else 7.5
 """The same with gradient checkpointing: the pieces of a layer come and go between the inputs that stay."""
 LOGITS_SLACK = 1.0 if ON_GPU else 1.25
 """The same for logits: the softmax and the products have buffers of their own size."""
+HELD = 1
+"""Bytes that the C library still holds for a weight which was in fp32 before it was rounded to bf16."""
 CHECKPOINTED = (4, 2, 1) if ON_GPU else (1,)
 """Each nth layer is computed twice where there is no room without, of these n the first that has room. On a CPU
 SLACK_TWICE is known of all layers alone."""
@@ -294,6 +297,7 @@ def _forecast(base: Path, plan: Plan, box: Box) -> Forecast:
 def _weights(model: Any, *, quantised: bool) -> int:
     """Bytes of the frozen weights; on a CPU the rounded ones stay in fp32, on a GPU one layer is unpacked at a time."""
     frozen = int(sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad))
+    frozen += HELD * sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, RoundedLinear))
     if not (quantised and ON_GPU):
         return frozen
     layers = [model.get_submodule(name).weight for name in quantised_modules(model) if "lora" not in name]
