@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,9 +217,8 @@ def build_trainer(
     """
     model = given.model
     for module in (dpo_trainer, kto_trainer):
-        # It would hash the whole model to name a file of the reference's log-probabilities, which for rows in memory
-        # has a name of its own anyway.
-        module.hash_module = lambda _: ""
+        # It would hash the whole model, to find again what a reference has said of the same rows; here it finds nothing.
+        module.hash_module = lambda _: secrets.token_hex()
     if not ON_GPU:
         install()
     train, held_out = given.train.by_length(), given.held_out.by_length()

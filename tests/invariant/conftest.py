@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,11 @@ def home(tmp_path: Path, tiny_model: Path) -> Home:
     home.create()
     os.symlink(tiny_model, home.models / "tiny")
     return home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_products() -> Iterator[None]:
+    """Train in fp32 on every processor: what is computed in other pieces is then the same but for a few last bits."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("appliance.train.products.are_fast", lambda: False)
+        yield
