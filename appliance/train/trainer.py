@@ -217,7 +217,7 @@ def build_trainer(
     """
     model = given.model
     for module in (dpo_trainer, kto_trainer):
-        # It would hash the whole model, to find again what a reference has said of the same rows; here it finds nothing.
+        # It would hash the whole model, to find what a reference has said of the same rows before: nothing is found so.
         module.hash_module = lambda _: secrets.token_hex()
     if not ON_GPU:
         install()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import add_run, events, losses, stage, work
 
 from appliance.home import Home
+from appliance.train.products import are_fast
 
 STAGES = {
     "sft": ("lora", "dropout = 0.2\n" + stage("sft", "FACTS", epochs=6, checkpoint_every=3, evaluate_every=4)),
@@ -21,6 +22,12 @@ STAGES = {
 }
 CALLS_OF_A_SAVE = 16
 """About so many calls change the disk while a checkpoint is saved."""
+
+
+@pytest.fixture(autouse=True)
+def as_processes_train(monkeypatch: pytest.MonkeyPatch, exact_products: None) -> None:
+    """Here as in the processes that are killed: in bf16 where that is fast."""
+    monkeypatch.setattr("appliance.train.products.are_fast", are_fast)
 
 
 def killed_worker(run: Path, method: str, plan: list[tuple[int, int]]) -> None:

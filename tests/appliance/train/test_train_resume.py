@@ -17,12 +17,19 @@ from tiny import add_run, events, losses, stage, work
 
 from appliance.home import Home
 from appliance.train.interruption import INTERRUPTED, Interruption
+from appliance.train.products import are_fast
 from appliance.train.sft import _Trainer as SftTrainer
 from appliance.worker import main
 
 STAGE = stage("sft", "FACTS", epochs=20, checkpoint_every=5, evaluate_every=1000)
 PREFERENCE_STAGE = stage("dpo", "PREFERENCES", epochs=10, checkpoint_every=5, learning_rate=0.002)
 DROPOUT = "dropout = 0.2\n"
+
+
+@pytest.fixture(autouse=True)
+def as_processes_train(monkeypatch: pytest.MonkeyPatch, exact_products: None) -> None:
+    """Here as in the processes that are killed: in bf16 where that is fast."""
+    monkeypatch.setattr("appliance.train.products.are_fast", are_fast)
 
 
 def until_first_checkpoint(run: Path, stage: str) -> BaseProcess:
