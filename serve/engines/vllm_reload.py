@@ -44,7 +44,8 @@ class Reload:
             if clock := os.environ.get(CLOCK):
                 set_template(_tokenizer(scope["app"].state), TemplateSettings(today=date.fromisoformat(clock)))
             self._prepared = True
-        if scope["type"] == "http" and (scope["path"] in (RELOAD, SLEEP) or self._asleep):
+        posted = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (RELOAD, SLEEP)
+        if posted or (scope["type"] == "http" and self._asleep):
             await self._answer(scope, receive, Reply(send, {}))
         else:
             await self._app(scope, receive, send)

@@ -207,7 +207,7 @@ def test_its_memory_is_bounded(served: Served) -> None:
 async def test_what_asks_it_reaches_nothing_public(served: Served) -> None:
     connector = aiohttp.UnixConnector(str(served.socket))
     async with aiohttp.ClientSession(connector=connector) as engine:
-        for path in ("/docs", "/openapi.json", "/collective_rpc", "/wake_up"):
+        for path in ("/docs", "/openapi.json", "/collective_rpc", "/sleep", "/wake_up"):
             async with engine.get(f"http://engine{path}") as response:
                 assert response.status == 404
 
