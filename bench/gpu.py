@@ -37,6 +37,7 @@ RATIOS: dict[str, Callable[[Found], float]] = {
     "head_gradient_difference": lambda found: found["stack"]["head"]["gradient_difference"],
     "rounding_difference": lambda found: found["rounding"]["difference"],
     "attention_difference": lambda found: found["attention"]["difference"],
+    "fp8_difference": lambda found: found["fp8"]["difference"],
     "sft_peak_gib": lambda found: found["sft_checkpointed"]["peak"] / 2**30,
     "sft_forecast_off": lambda found: _off(found["sft"]["forecast"], found["sft"]["peak"]),
     "sft_checkpointed_forecast_off": lambda found: _off(
@@ -58,6 +59,7 @@ AT_MOST = {
     "head_gradient_difference": 0.02,
     "rounding_difference": 0.001,
     "attention_difference": 0.02,
+    "fp8_difference": 0.01,
     "sft_peak_gib": 8.0,
     "sft_forecast_off": 0.1,
     "sft_checkpointed_forecast_off": 0.1,

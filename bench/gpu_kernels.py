@@ -16,12 +16,14 @@ from gpu_worker import use_older_attention
 from runs import machine
 from torch.nn import functional
 
+from appliance.release.fp8 import rounded
 from appliance.train.forecast import matmul_speed
 from appliance.train.head import install
 from appliance.train.model import ON_GPU, nf4_round_trip
 from appliance.train.packing import attend
 
 DEVICE = "cuda" if ON_GPU else "cpu"
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
 PACKAGES = ("triton", "accelerate", "datasets", "pydantic", "numpy")
 MODULES = (*PACKAGES, "appliance.release.merge", "appliance.release.verify", "appliance.train.stage")
 
@@ -112,6 +114,31 @@ def rounding(rows: int = 14336, columns: int = 4096) -> dict[str, Any]:
         "cpu_seconds": cpu_seconds,
         "device_seconds": device_seconds,
     }
+
+
+def fp8(rows: int = 64, outputs: int = 14336, inputs: int = 4096) -> dict[str, float]:
+    """A product in FP8 as the card multiplies it, against what verifying says that it is."""
+    rows, outputs, inputs = (rows, outputs, inputs) if ON_GPU else (4, 32, 64)
+    torch.manual_seed(0)
+    values = torch.randn(rows, inputs, device=DEVICE).bfloat16()
+    weight = (0.02 * torch.randn(outputs, inputs, device=DEVICE)).bfloat16()
+    exact = values.float() @ weight.float().T
+    scales = values.abs().amax(-1, keepdim=True).float() / LARGEST, (weight.abs().amax().float() / LARGEST)
+    narrow = [
+        (one.float() / scale).to(torch.float8_e4m3fn) for one, scale in zip((values, weight), scales, strict=True)
+    ]
+    multiply = torch._scaled_mm if ON_GPU else _scaled_product
+    of_weights = scales[1].expand(1, outputs).contiguous()
+    found = multiply(narrow[0], narrow[1].T, scales[0], of_weights, out_dtype=torch.bfloat16)
+    simulated = rounded(values, values.abs().amax(-1, keepdim=True)) @ rounded(weight, weight.abs().amax()).T
+    return {"difference": apart(found, simulated), "rounding": apart(simulated, exact)}
+
+
+def _scaled_product(
+    one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor, other_scale: torch.Tensor, *, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """In the place of the card's product, which a CPU may not have."""
+    return ((one.float() * scale) @ (other.float() * other_scale)).to(out_dtype)
 
 
 def attention(heads: int = 32, shared: int = 8) -> dict[str, Any]:

@@ -183,6 +183,12 @@ def attention(bench: Bench) -> dict[str, Any]:
     return attention()
 
 
+def fp8(bench: Bench) -> dict[str, Any]:
+    from gpu_kernels import fp8
+
+    return fp8()
+
+
 def weights(bench: Bench) -> dict[str, Any]:
     """Make what base models are not there."""
     from random_llama import write_model
@@ -310,6 +316,7 @@ PARTS = (
     Part(stack, 120, trains=False),
     Part(rounding, 120, trains=False),
     Part(attention, 120, trains=False),
+    Part(fp8, 120, trains=False),
     Part(weights, 150, trains=False),
     Part(sft_checkpointed, 120, timed=True),
     Part(sft, 120, timed=True),

@@ -36,11 +36,11 @@ def round_to_fp8(model: Any, *, inputs: bool) -> None:
         if isinstance(module, torch.nn.Linear) and module is not head and not stays_in_16_bits(f"{name}.weight")
     }
     for layer in readers.values():
-        layer.weight.copy_(_rounded(layer.weight, layer.weight.abs().amax()))
+        layer.weight.copy_(rounded(layer.weight, layer.weight.abs().amax()))
     for name in expert_parameters(model):
         experts = model.get_parameter(name)
         for weight in experts:
-            weight.copy_(_rounded(weight, weight.abs().amax()))
+            weight.copy_(rounded(weight, weight.abs().amax()))
         readers[name.rpartition(".")[0]] = model.get_submodule(name.rpartition(".")[0])
     for layer in readers.values() if inputs else ():
         layer.register_forward_pre_hook(_round_input)
@@ -50,10 +50,10 @@ def _round_input(layer: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, .
     if not given:
         return given
     first, *others = given
-    return _rounded(first, first.abs().amax(-1, keepdim=True)), *others
+    return rounded(first, first.abs().amax(-1, keepdim=True)), *others
 
 
-def _rounded(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+def rounded(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """`values` as FP8 has them where `largest` is the largest number of the type."""
     scale = (largest.float() / _LARGEST).clamp_min(_LEAST_SCALE)
     return ((values.float() / scale).clamp(-_LARGEST, _LARGEST).to(_TYPE).float() * scale).to(values.dtype)

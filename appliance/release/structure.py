@@ -29,7 +29,7 @@ IN_FP32 = 2.0**-20
 UPDATE_KEPT = 0.02
 """By how much the share of the update that is in the files may differ from 1, beyond what rounding explains."""
 DEVIATIONS = 5.0
-"""Standard deviations of its rounding within which that share lies."""
+"""Standard deviations within which what rounding does by chance lies."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ def judge_weights(base: Path, model: Path, oracle: Oracle | None, see: Callable[
         see(name, merged)
         count, far = _differing(name, start, merged, after)
         values, otherwise = values + after.numel(), otherwise + count
-        if far or count > max(FEW, _otherwise(after.dtype) * after.numel()):
+        if far or count > _otherwise(after):
             what = f"{count} of {after.numel()} values, {far} of them by more than a unit in the last place"
             return Gate(False, {"tensor": name}, f"{name} is not the base's with the adapter merged in: {what} differ")
         if name in targeted:
@@ -132,9 +132,12 @@ def _differing(name: str, start: torch.Tensor, merged: torch.Tensor, stored: tor
     return count, int(((kept - exact).abs() > step + allowed[wrong]).sum())
 
 
-def _otherwise(dtype: torch.dtype) -> float:
-    """Share of the values that two honest computations may round to different neighbours."""
-    return UNITS_APART / 2.0 ** DROPPED_BITS[dtype] if dtype in DROPPED_BITS else 0.0
+def _otherwise(stored: torch.Tensor) -> float:
+    """How many of the values two honest computations may round to different neighbours."""
+    if stored.dtype not in DROPPED_BITS:
+        return 0.0
+    expected = stored.numel() * UNITS_APART / 2.0 ** DROPPED_BITS[stored.dtype]
+    return max(FEW, expected + DEVIATIONS * math.sqrt(expected))
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

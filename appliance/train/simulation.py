@@ -22,8 +22,9 @@ from transformers import AttentionInterface
 from appliance.architecture import empty_model
 from appliance.errors import InvalidInput
 from appliance.train import products
+from appliance.train.fused import fuse_adapters, fuse_layers
 from appliance.train.head import TrainedLogProbs
-from appliance.train.model import DTYPE, add_adapter
+from appliance.train.model import DTYPE, ON_GPU, add_adapter
 from appliance.train.recipe import Adapter
 
 ATTENTION = "without_scores"
@@ -70,6 +71,9 @@ def meta_model(base: Path, adapter: Adapter, *, every_n_layers: int = 0) -> Any:
             weight.data = weight.data.to(DTYPE)
     if products.are_fast():
         products.hold_rounded(products.frozen_layers(model))
+    fuse_adapters(model)
+    if ON_GPU:
+        fuse_layers(model)
     if every_n_layers:
         model.gradient_checkpointing_enable(every_n_layers=every_n_layers)
     return model
@@ -166,7 +170,8 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         return int((4 if func.overloadpacket is _ATTEND else 10) * pairs * query.shape[3])
     if func.overloadpacket is _GROUPED:
         return int(2 * args[0].numel() * args[1].shape[-1])
-    count = flop_registry.get(func.overloadpacket)
+    packet = func.overloadpacket
+    count = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)
     return int(count(*args, **kwargs, out_val=out)) if count else 0
 
 

@@ -29,6 +29,7 @@ from appliance.train.events import EventLog
 from appliance.train.examples import Examples, chosen, tokenised
 from appliance.train.fit import require_fit
 from appliance.train.forecast import Forecast, NoForecast, Size, Work, forecast_stage
+from appliance.train.fused import fuse
 from appliance.train.guard import Diverged, Guard
 from appliance.train.interruption import INTERRUPTED, Interrupted, Interruption
 from appliance.train.kto import KTO
@@ -166,6 +167,7 @@ def _train(
     model = _adapted_model(run, recipe, stage, base)
     if products.are_fast():
         products.round_frozen(model, limit.warn)
+    fuse(model, limit.warn)
     if stage.gradient_checkpointing == "auto":
         limit.last_resort = partial(_checkpoint_gradients, model)
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)

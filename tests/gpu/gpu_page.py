@@ -23,7 +23,7 @@ from appliance.architecture import empty_model
 from appliance.gpu import Card
 from appliance.settings import Settings
 from appliance.supervisor.engines import Room
-from appliance.train import forecast, simulation
+from appliance.train import forecast, products, simulation
 from appliance.train.forecast import Box, Forecast, Size, Work, forecast_stage
 from appliance.train.micro_batches import MicroBatchLimit
 from appliance.train.recipe import Recipe, parse_recipe
@@ -110,7 +110,11 @@ def as_on_a_gpu() -> Iterator[None]:
         "meta_model": meta_model,
         "simulate": simulate,
     }
-    with patch.multiple(forecast, **values), patch.object(simulation, "DTYPE", torch.bfloat16):
+    with (
+        patch.multiple(forecast, **values),
+        patch.multiple(simulation, ON_GPU=True, DTYPE=torch.bfloat16),
+        patch.object(products, "ON_GPU", True),
+    ):
         yield
 
 

@@ -51,11 +51,12 @@ class Seen:
     def step(self, trainer: MicroBatchTrainer, model: Any, *arguments: Any, **named: Any) -> Any:
         """A training step, and what it is made of."""
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        # Transformers wraps their forward pass.
+        wholes = {type(whole).__name__ for whole in (model, model.get_base_model())}
         products: set[str] = set()
         hooks = [
-            factor.register_forward_hook(lambda _, given, out: products.update(map(str, (given[0].dtype, out.dtype))))
+            layer.register_forward_hook(lambda _, given, out: products.update(map(str, (given[0].dtype, out.dtype))))
             for layer in layers
-            for factor in layer.lora_A.values()
         ]
         loss = _step(trainer, model, *arguments, **named)
         for hook in hooks:
@@ -65,6 +66,7 @@ class Seen:
             "adapter": sorted({str(weight.dtype) for weight in model.parameters() if weight.requires_grad}),
             "gradients": sorted({str(weight.grad.dtype) for weight in model.parameters() if weight.grad is not None}),
             "products": sorted(products),
+            "fused": sorted({type(layer).__name__ for layer in model.modules() if "forward" in vars(layer)} - wholes),
             "pinned": [str(trainer.args.dataloader_pin_memory)],
         }
         return loss

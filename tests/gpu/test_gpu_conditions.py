@@ -75,7 +75,8 @@ def test_layers_are_in_four_bits_products_in_bf16_and_adapters_in_fp32(seen: dic
         "kto/kto": ["Linear4bit"],
         "lora/sft": ["Linear"],
     }
-    for steps in seen["steps"].values():
+    for name, steps in seen["steps"].items():
+        assert steps["fused"] == ["Linear" if name == "lora/sft" else "Linear4bit", "MistralMLP", "MistralRMSNorm"]
         assert (steps["adapter"], steps["gradients"]) == (["torch.float32"], ["torch.float32"])
         assert steps["products"] == ["torch.bfloat16"], "no copy of what an adapter is given is kept in fp32"
         assert steps["pinned"] == ["True"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import add_run, events, make_model, result, stage, work
 
 from appliance.home import Home
-from appliance.train import products
+from appliance.train import products, trial
 from appliance.train.model import add_adapter, load_model
 from appliance.train.products import RoundedLinear, are_fast, round_frozen
 from appliance.train.recipe import Adapter
@@ -94,7 +94,7 @@ def test_adapters_head_and_norms_stay_in_fp32(tiny_model: Path) -> None:
 
 
 def test_a_model_that_would_be_another_stays_as_it_is(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "SAME_WITHIN", 1e-6)
+    monkeypatch.setattr(trial, "SAME_WITHIN", 1e-6)
     model = adapted(tiny_model)
     (said,) = rounded(model)
     assert said.startswith("products stay in fp32 instead of bf16: what it says would differ by 0.0")
