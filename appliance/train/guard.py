@@ -101,8 +101,8 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
-        sums = [weight.grad.sum() for weight in model.parameters() if weight.grad is not None]
-        if sums and not torch.isfinite(torch.stack(sums)).all():
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             # The step then updates nothing: one such update would be the end of every weight.
             model.zero_grad()
 
