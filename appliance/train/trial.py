@@ -10,10 +10,11 @@ from appliance.errors import is_out_of_memory, reason
 from appliance.train.head import TrainedLogProbs
 from appliance.train.model import DTYPE
 
-SAME_WITHIN = 0.1
-"""How far, of their size, log-probabilities and gradient may be from what they were. In bf16 instead of fp32 SmolLM2's
-gradient is by 0.02, and under autocast, with which a GPU trains, by 0.06."""
-_TRIED = (4, 64, 16)
+SAME_WITHIN = 0.2
+"""How far, of their size, log-probabilities and gradient may be from what they were: several times what rounding does.
+SmolLM2's gradient is by 0.03 with products in bf16 instead of fp32, and by 0.05 with norms that round once less in
+bf16."""
+_TRIED = (2, 48, 16)
 """Rows and tokens of the trial, and how many of a row's are predicted: few, for the sake of memory."""
 
 Said = tuple[torch.Tensor, torch.Tensor]
