@@ -38,6 +38,8 @@ RATIOS: dict[str, Callable[[Found], float]] = {
     "rounding_difference": lambda found: found["rounding"]["difference"],
     "attention_difference": lambda found: found["attention"]["difference"],
     "fp8_difference": lambda found: found["fp8"]["difference"],
+    "layers_over_publishers": lambda found: _pass_seconds(found, "publishers") / _pass_seconds(found, "ours"),
+    "layers_over_ligers": lambda found: _pass_seconds(found, "ligers") / _pass_seconds(found, "ours"),
     "sft_peak_gib": lambda found: found["sft_checkpointed"]["peak"] / 2**30,
     "sft_forecast_off": lambda found: _off(found["sft"]["forecast"], found["sft"]["peak"]),
     "sft_checkpointed_forecast_off": lambda found: _off(
@@ -69,6 +71,7 @@ AT_MOST = {
     "leave_seconds": 20.0,
 }
 AT_LEAST = {
+    "layers_over_publishers": 1.0,
     "halved": 1.0,
     "short_rows_over_padded": 1.0,
     "short_rows_over_plain_trl": 3.0,
@@ -200,6 +203,11 @@ def _off(found: float, wanted: float) -> float:
 
 def _faster(found: Found, one: str, other: str) -> float:
     return float(found[one]["tokens_per_second"] / found[other]["tokens_per_second"])
+
+
+def _pass_seconds(found: Found, layers: str) -> float:
+    """Of the longest pass with those layers."""
+    return max(float(one["seconds"]) for one in found["layers"][layers].values())
 
 
 def _roomy(dry: bool) -> Path:

@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from gpu_worker import use_older_attention
+from peft.helpers import disable_input_dtype_casting
 from runs import machine
 from torch.nn import functional
 
 from appliance.release.fp8 import rounded
 from appliance.train.forecast import matmul_speed
+from appliance.train.fused import fuse_adapters, fuse_layers
 from appliance.train.head import install
-from appliance.train.model import ON_GPU, nf4_round_trip
+from appliance.train.model import ON_GPU, add_adapter, load_model, nf4_round_trip
 from appliance.train.packing import attend
+from appliance.train.recipe import Adapter
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -198,6 +201,44 @@ def _row_by_row(query: Any, key: Any, value: Any, bounds: Any, *_: Any, **named:
     back = named["window_size"][0]
     rows = _rows((tensor.transpose(0, 1)[None] for tensor in (query, key, value)), tuple(bounds.diff().tolist()))
     return torch.cat([_alone(row, back + 1 or None) for row in rows], 2)[0].transpose(0, 1)
+
+
+def passes(base: Path, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Seconds and peak bytes of a forward and backward pass over rows of `lengths`, by how layers are computed."""
+    from transformers.integrations.liger import apply_liger_kernel
+    from transformers.utils import is_liger_kernel_available
+
+    model = add_adapter(load_model(base, quantised=ON_GPU), Adapter(kind="qlora", rank=16), 0).train()
+    figures = {"publishers": _passes(model, lengths)}
+    fuse_adapters(model)
+    figures["adapters"] = _passes(model, lengths)
+    changed = fuse_layers(model)
+    figures["ours"] = _passes(model, lengths)
+    if ON_GPU and is_liger_kernel_available():
+        for layer in changed:
+            del layer.forward
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+        figures["ligers"] = _passes(model, lengths)
+    return figures
+
+
+def _passes(model: Any, lengths: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    backbone = model.get_base_model().base_model
+    figures = {}
+    for length in lengths:
+        ids = torch.arange(length, device=DEVICE)[None] % 1000
+
+        def run(ids: torch.Tensor = ids) -> None:
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU), disable_input_dtype_casting(model):
+                hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.float().square().mean().backward()
+
+        run()
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = min(timed(run)[1] for _ in range(4))
+        figures[str(length)] = {"seconds": seconds, "peak": torch.cuda.max_memory_allocated() if ON_GPU else 0}
+    return figures
 
 
 def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:

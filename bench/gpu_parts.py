@@ -206,6 +206,14 @@ def weights(bench: Bench) -> dict[str, Any]:
     return figures
 
 
+def layers(bench: Bench) -> dict[str, Any]:
+    """Passes with the publishers' layers, with ours, and with Liger's where it is installed."""
+    from gpu_kernels import passes
+
+    lengths = (bench.length, 4 * bench.length)
+    return passes(bench.home.models / bench.large, lengths)
+
+
 def sft_checkpointed(bench: Bench) -> dict[str, Any]:
     """Rows of full length, one a step, every layer computed twice."""
     count = bench.steps(12)
@@ -318,6 +326,7 @@ PARTS = (
     Part(attention, 120, trains=False),
     Part(fp8, 120, trains=False),
     Part(weights, 150, trains=False),
+    Part(layers, 150, timed=True),
     Part(sft_checkpointed, 120, timed=True),
     Part(sft, 120, timed=True),
     Part(dpo, 180),

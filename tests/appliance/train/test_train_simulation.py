@@ -132,3 +132,25 @@ def test_on_a_gpu_it_holds_what_an_h100_did(
     taken = simulate(model, 1, LONGEST, LONGEST)
     fixed = sum(MEASURED[part]["forecast_parts"][name] for name in ("weights", "adapter", "gradients", "optimiser"))
     assert fixed + taken.activations + taken.logits == pytest.approx(MEASURED[part]["peak"], rel=0.05)
+
+
+LAYERS = json.loads((Path(__file__).parents[3] / "bench" / "results" / "gpu_layers.json").read_text())["passes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layers", "keep_less"), [("publishers' layers, NF4", False), ("Liger's norms, rotations and MLPs, NF4", True)]
+)
+@pytest.mark.parametrize("case", ["full", "wide"])
+def test_layers_that_keep_less_hold_what_they_did_on_an_h200(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str, keep_less: bool, case: str
+) -> None:
+    """Liger's keep the tensors that ours keep."""
+    monkeypatch.setattr(simulation, "DTYPE", torch.bfloat16)
+    monkeypatch.setattr(simulation, "ON_GPU", keep_less)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    measured = LAYERS[layers][case]
+    trained = round(0.875 * measured["tokens"])
+    taken = simulate(meta_model(tmp_path, Adapter(kind="qlora", rank=16)), 1, measured["tokens"], trained)
+    fixed = sum(MEASURED["sft"]["forecast_parts"][name] for name in ("weights", "adapter", "gradients"))
+    assert (fixed + taken.activations + taken.logits) / 2**30 == pytest.approx(measured["peak_gib"], rel=0.02)
