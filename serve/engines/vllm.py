@@ -27,7 +27,7 @@ from serve.engines.openai_engine import (
     weights_in_float32,
     weights_in_fp8,
 )
-from serve.engines.reasoning import reasoning_parser
+from serve.engines.parsers import reasoning_parser, tool_parser
 from serve.engines.transformers import HONOURS as COMMON
 from serve.engines.vllm_reload import CLOCK, Reload
 
@@ -71,6 +71,8 @@ class VllmEngine(OpenAIEngine):
         "logprobs",
         "top_logprobs",
         "response_format",
+        "tools",
+        "tool_choice",
     }
     ready_seconds = 900.0
     reloads = True
@@ -165,6 +167,8 @@ class VllmEngine(OpenAIEngine):
         chat_template, _ = template_and_end(release)
         if parser := reasoning_parser(release, chat_template):
             argv += ["--reasoning-parser", parser]
+        if parser := tool_parser(chat_template):
+            argv += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
         if switches := thinking_switches(chat_template):
             # Not by the tokenizer, as the day, and where it is not asked for too: what tells a thought from an answer
             # takes every model for one that thinks unless it is told.

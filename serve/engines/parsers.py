@@ -1,4 +1,4 @@
-"""By which of vLLM's parsers the thought in a model's answer is told from what it says."""
+"""By which of vLLM's parsers a thought in a model's answer, or a call of a tool, is told from what it says."""
 
 from __future__ import annotations
 
@@ -38,3 +38,35 @@ def reasoning_parser(model: Path, template: str) -> str:
     if switches := thinking_switches(template):
         return _SWITCHED if "enable_thinking" in switches else _SWITCHED_OTHERWISE
     return _ALWAYS if _BEGINS_A_THOUGHT.search(template) else ""
+
+
+_CALLS = (
+    ("<|tool_call_start|>", "lfm2"),
+    ("<|tool_call>call:", "gemma4"),
+    ("<start_function_call>", "functiongemma"),
+    ("<arg_key>", "glm45"),
+    ("<seed:tool_call>", "seed_oss"),
+    ("<minimax:tool_call>", "minimax_m2"),
+    ("<|tool_calls_section_begin|>", "kimi_k2"),
+    ("<｜tool▁sep｜>", "deepseek_v3"),
+    ("<function_calls>", "olmo3"),
+    ("<function=", "qwen3_coder"),
+    ("<tool_call>", "hermes"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<|tool_call|>", "granite"),
+    ("functools[", "phi4_mini_json"),
+    ("<|channel|>commentary", "openai"),
+    ("<|python_start|>", "llama4_pythonic"),
+    ("Environment: ipython", "llama3_json"),
+)
+"""What stands in the template of a family whose calls a parser knows, the more particular marks first."""
+
+
+def tool_parser(template: str) -> str:
+    """The name of the parser for the calls of a model with this chat template; empty: it knows no tools, or none does.
+
+    The mark alone tells: models of one type come with templates of several families.
+    """
+    if not re.search(r"\btools\b", template):
+        return ""
+    return next((parser for mark, parser in _CALLS if mark in template), "")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import PUBLISHED, tokenizer_of
+from chat_templates import OF_OUR_OWN, PUBLISHED, tokenizer_of
 from tokenizers import AddedToken
 
 from appliance.data.render import render_conversation, render_prompt
 from appliance.data.tokenizer import thinking_switches
-from serve.engines.reasoning import reasoning_parser
+from serve.engines.parsers import reasoning_parser, tool_parser
 
 THINKING = {
     "qwen3": ("qwen3", "qwen3"),
@@ -90,6 +90,74 @@ def test_the_parser_takes_answers_apart_as_the_template_puts_them_together(name:
     text = tokenizer.decode(ids[:-1], skip_special_tokens=request.skip_special_tokens)
     thought, said = found.extract_reasoning(text, request)
     assert ((thought or "").strip(), (said or "").strip()) == (THOUGHT if thinking else "", TEXT)
+
+
+CALLING = {
+    **dict.fromkeys(("gemma4", "gemma4_v5"), "gemma4"),
+    "glm4moe": "glm45",
+    "gptoss": "openai",
+    **dict.fromkeys(("lfm2_v2", "lfm2_2_5", "lfm2_2_5_vl"), "lfm2"),
+    **dict.fromkeys(("llama3_1", "llama3_2"), "llama3_json"),
+    **dict.fromkeys(("nemotron_3_nano", "nemotron_3_super", "qwen3_5_think", "qwen3_6", "qwen3_8"), "qwen3_coder"),
+    **dict.fromkeys(("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl"), "hermes"),
+    "mistral": "mistral",
+    "granite": "granite",
+}
+"""Templates that know tools, and the parser of their calls."""
+CALL_MARKS = [
+    "<|python_tag|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    '<|"|>',
+    "<|tool_call_start|>",
+    "<|tool_call_end|>",
+    "[TOOL_CALLS]",
+]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a town",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}, "days": {"type": "integer"}}},
+    },
+}
+ARGUMENTS = {"town": "Bergen", "days": 3}
+
+
+def template_named(name: str) -> str:
+    return OF_OUR_OWN.get(name) or published(name)
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_a_template_that_knows_tools_gets_the_parser_of_its_calls(name: str) -> None:
+    assert tool_parser(template_named(name)) == CALLING[name]
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3", "gemma3", "qwen2_5_vl", "cohere", "olmo2", "smollm2"])
+def test_one_that_knows_none_gets_no_parser(name: str) -> None:
+    assert tool_parser(template_named(name)) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CALLING if name not in ("gptoss", "mistral", "granite")])
+def test_the_parser_finds_the_calls_that_the_template_writes(name: str) -> None:
+    manager: Any = pytest.importorskip("vllm.tool_parsers").ToolParserManager
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    tokenizer = tokenizer_of(template_named(name))
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in (*MARKS, *CALL_MARKS)])
+    call = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    prompt = render_prompt(tokenizer, ASKED, [TOOL])
+    whole = render_conversation(tokenizer, [*ASKED, answer], [TOOL])[-1]
+    ids = whole.input_ids[len(prompt) :]
+    request = ChatCompletionRequest(model="m", messages=ASKED, tools=[TOOL])
+    parser = manager.get_tool_parser(CALLING[name])(tokenizer, request.tools)
+    text = tokenizer.decode(ids[:-1], skip_special_tokens=parser.adjust_request(request).skip_special_tokens)
+    found = parser.extract_tool_calls(text, request)
+    assert [(one.function.name, json.loads(one.function.arguments)) for one in found.tool_calls] == [
+        ("weather", ARGUMENTS)
+    ]
 
 
 class Request:
