@@ -23,6 +23,7 @@ class Card:
     number: int
     """Its place in the order of the PCI bus; of a part, that of the GPU."""
     uuid: str
+    """Empty where it does not answer."""
     name: str
     memory_total: int | None
     memory_used: int | None
@@ -49,7 +50,10 @@ def cards() -> tuple[Card, ...]:
         return ()
     found: list[Card] = []
     for number in range(nvml.nvmlDeviceGetCount()):
-        device = nvml.nvmlDeviceGetHandleByIndex(number)
+        device = _told(nvml, "GetHandleByIndex", number)
+        if device is None:  # it is lost, or not for this user
+            found.append(Card(number, "", "a GPU that does not answer", None, None, None))
+            continue
         capability = _told(nvml, "GetCudaComputeCapability", device)
         found += [_card(nvml, number, part, capability) for part in _parts(nvml, device) or [device]]
     return tuple(found)
@@ -70,7 +74,7 @@ def chosen() -> Card | None:
     if not known:
         return None
     if not wanted:
-        return max(known, key=lambda card: card.memory_total or 0)
+        return max(known, key=lambda card: (bool(card.uuid), card.memory_total or 0))
     for card in known:
         if wanted == str(card.number) or card.uuid.startswith(wanted):
             return card
@@ -84,7 +88,7 @@ def chosen() -> Card | None:
 def environment() -> dict[str, str]:
     """What a child's environment has so that it sees the chosen GPU alone, and counts as the driver does."""
     card = chosen()
-    return {"CUDA_VISIBLE_DEVICES": card.uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if card else {}
+    return {"CUDA_VISIBLE_DEVICES": card.uuid or str(card.number), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if card else {}
 
 
 def held_by(pids: Set[int]) -> int | None:
@@ -92,7 +96,8 @@ def held_by(pids: Set[int]) -> int | None:
     nvml, card = _driver(), chosen()
     if nvml is None or card is None:
         return None
-    using = _told(nvml, "GetComputeRunningProcesses", nvml.nvmlDeviceGetHandleByUUID(card.uuid))
+    device = _told(nvml, "GetHandleByUUID", card.uuid)
+    using = device and _told(nvml, "GetComputeRunningProcesses", device)
     if using is None:
         return None
     held = [one.usedGpuMemory for one in using if one.pid in pids]
@@ -127,7 +132,7 @@ def _card(nvml: Any, number: int, device: Any, capability: Any | None) -> Card:
     rates = _told(nvml, "GetUtilizationRates", device)
     return Card(
         number,
-        str(nvml.nvmlDeviceGetUUID(device)),
+        str(_told(nvml, "GetUUID", device) or ""),
         str(_told(nvml, "GetName", device) or "NVIDIA GPU"),
         int(memory.total) if memory else None,
         int(memory.used) if memory else None,

@@ -32,6 +32,8 @@ class Device:
     parts: list[Device] = field(default_factory=list)
     users: Mapping[int, int | None] | None = None
     capability: tuple[int, int] | None = (8, 6)
+    lost: bool = False
+    """It has fallen off the bus, or is not for this user."""
 
 
 class Driver:
@@ -50,6 +52,8 @@ class Driver:
         return len(self.devices)
 
     def nvmlDeviceGetHandleByIndex(self, number: int) -> Device:
+        if self.devices[number].lost:
+            raise NVMLError
         return self.devices[number]
 
     def nvmlDeviceGetMaxMigDeviceCount(self, device: Device) -> int:
@@ -79,7 +83,10 @@ class Driver:
         return SimpleNamespace(total=device.total, used=device.used)
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Device:
-        return next(device for device in self.devices if device.uuid == uuid)
+        device = next((device for device in self.devices if device.uuid == uuid and not device.lost), None)
+        if device is None:
+            raise NVMLError
+        return device
 
     def nvmlDeviceGetComputeRunningProcesses(self, device: Device) -> Any:
         if device.users is None:
@@ -174,6 +181,21 @@ def test_the_setting_wins_and_one_that_is_not_there_is_refused(monkeypatch: pyte
     monkeypatch.setenv("APPLIANCE_GPU", "2")
     with pytest.raises(InvalidInput, match=r"no GPU 2 here .* one of 0 \(the GPU-aa11, GPU-aa11\), 1 "):
         gpu.chosen()
+
+
+def test_one_that_is_lost_is_listed_and_another_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug(monkeypatch, Device("GPU-ee55", 80 * GIB, lost=True), BIG)
+    assert [(card.number, card.name) for card in gpu.cards()] == [
+        (0, "a GPU that does not answer"),
+        (1, "the GPU-bb22"),
+    ]
+    assert gpu.environment()["CUDA_VISIBLE_DEVICES"] == "GPU-bb22"
+
+
+def test_the_only_one_when_lost_is_not_the_same_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug(monkeypatch, Device("GPU-ee55", 80 * GIB, lost=True))
+    assert gpu.environment()["CUDA_VISIBLE_DEVICES"] == "0", "so that PyTorch says what is wrong with it"
+    assert (hardware.has_gpu(), hardware.total_memory(), gpu.held_by({1})) == (True, None, None)
 
 
 MIG = ((1, 10, 0), (2, 40, 8))
