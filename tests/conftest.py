@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("APPLIANCE_HOME", None)
@@ -17,6 +18,10 @@ os.environ.pop("APPLIANCE_HOME", None)
 CACHE = Path(__file__).parent.parent / ".cache" / "home"
 COSTLY = ("trained", "served", "shell")
 """Session fixtures that take longer than the tests that ask for them."""
+
+# No test asserts times.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 # Importing makes half a million objects that stay. A collection would go through them again and again.
 gc.disable()

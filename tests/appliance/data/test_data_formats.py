@@ -436,7 +436,7 @@ def test_every_shape_has_an_example() -> None:
     assert {to_canonical(value).format for value, _, _ in SHAPED.values()} == set(FORMATS)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.sampled_from(sorted(SHAPED)), SPRINKLED, SPRINKLED)
 def test_no_key_is_lost_in_silence(shape: str, in_row: dict[str, Any], inside: dict[str, Any]) -> None:
     """Each key that is sprinkled in changes the row, or is told, or is the reason why there is none."""

@@ -384,7 +384,6 @@ valid = st.sampled_from(ALPACA + SHAREGPT)
 sound = st.lists(valid) | st.lists(st.sampled_from(JUDGED)) | st.lists(st.sampled_from(PAIRS))
 pass_through = settings(
     max_examples=100,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
