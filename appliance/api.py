@@ -253,6 +253,8 @@ class Serving(Shape):
     fits: bool
     precision: Precision = "16-bit"
     """In which the release would be served; FP8 where it does not fit in 16 bits."""
+    two: str = ""
+    """Whether two engines for it can run at once, as a canary or an adapter that answers early needs it, and how."""
 
 
 class Forecasts(Shape):

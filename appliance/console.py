@@ -73,6 +73,7 @@ def print_forecasts(found: api.Forecasts) -> None:
         print(f"the release takes {size(serving.needed)}{has} to be verified and served{how}")
         if not serving.fits:
             say('it does not fit: take a smaller base, or set end = "adapter" to train its adapter alone')
+        print(f"for a canary, or its adapter before it is merged: {serving.two}")
 
 
 def _checkpointed(every_n_layers: int) -> str:

@@ -29,7 +29,7 @@ from appliance.release.lineage import copy_start, going_on
 from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
 from appliance.store.runs import ACTIVE
-from appliance.supervisor.engines import Room
+from appliance.supervisor.engines import Room, advice_on_two
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.dry_run import DryRunRequest
 from appliance.train.events import EventLog
@@ -157,7 +157,11 @@ def control_app(
         with tempfile.TemporaryDirectory(dir=home.incoming) as folder:
             outcome = await run_module("appliance.train.dry_run", home, asked, Path(folder), request)
         serving = room and api.Serving(
-            needed=room.needed, available=room.available, fits=room.suffices, precision=room.precision
+            needed=room.needed,
+            available=room.available,
+            fits=room.suffices,
+            precision=room.precision,
+            two=advice_on_two(supervisor.engines.kind.room(model_path(home, recipe.base), beside=True)),
         )
         return api.Forecasts(stages=outcome["stages"], serving=serving)
 

@@ -72,6 +72,18 @@ class Room:
             )
 
 
+SIDE_BY_SIDE = 0.45
+"""Share of a GPU's memory with which two engines run on it."""
+
+
+def advice_on_two(room: Room) -> str:
+    """What to set so that two engines run at once, from what one takes `beside` the other; or that they cannot."""
+    if not room.suffices:
+        return f"this box cannot hold two engines for it: each takes {room.needed / 2**30:.1f} GiB"
+    how = " in FP8" if room.precision == "FP8" else ""
+    return f"APPLIANCE_LEASE=share and APPLIANCE_GPU_MEMORY_SHARE={SIDE_BY_SIDE} make room for two engines{how}"
+
+
 @dataclass(frozen=True)
 class EngineCommand:
     """How to start an engine process: the supervisor runs it in a process group of its own, output to a file."""
@@ -156,8 +168,11 @@ class EngineKind(Protocol):
         """Bytes of memory that a process for the model files in `release` will take."""
         ...
 
-    def room(self, model: Path) -> Room:
-        """What serving the model in `model` takes at least, what this box could give it, and in which precision."""
+    def room(self, model: Path, *, beside: bool = False) -> Room:
+        """What serving the model in `model` takes at least, what this box could give it, and in which precision.
+
+        `beside` another engine like it, each with SIDE_BY_SIDE of the memory.
+        """
         ...
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:

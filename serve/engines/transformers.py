@@ -56,12 +56,18 @@ class TransformersEngine(OpenAIEngine):
         """Bytes of memory that a process for the model files in `release` will take."""
         return weights_in_float32(release) + int(self._settings.kv_cache_gib * (1 << 30)) + OVERHEAD
 
-    def room(self, model: Path) -> Room:
-        """What serving the model in `model` takes at least, what this box could give it, and in which precision."""
+    def room(self, model: Path, *, beside: bool = False) -> Room:
+        """What serving the model in `model` takes at least, what this box could give it, and in which precision.
+
+        `beside` another engine like it, each with half of the memory.
+        """
+        available = total_memory()
+        if available and beside:
+            available //= 2
         if not has_gpu():
-            return Room(self.memory(model), total_memory(), "32-bit")
+            return Room(self.memory(model), available, "32-bit")
         one_request = cache_bytes(model, context_length(model, self._settings.max_model_len))
-        return Room(weights_in_16_bits(model) + one_request + OVERHEAD, total_memory())
+        return Room(weights_in_16_bits(model) + one_request + OVERHEAD, available)
 
     def command(
         self,

@@ -14,7 +14,7 @@ from appliance.gpu import chosen
 from appliance.hardware import total_memory
 from appliance.models import is_quantised, template_and_end
 from appliance.settings import Settings
-from appliance.supervisor.engines import EngineCommand, Room
+from appliance.supervisor.engines import SIDE_BY_SIDE, EngineCommand, Room
 from serve.engines import vllm_start
 from serve.engines.openai_engine import (
     OFFLINE,
@@ -105,18 +105,22 @@ class VllmEngine(OpenAIEngine):
             return int(self._settings.gpu_memory_share * (total_memory() or 0))
         return weights_in_float32(release) + (self._cache_gib << 30) + OVERHEAD
 
-    def room(self, model: Path) -> Room:
-        """What serving the model in `model` takes at least, what this box could give it, and in which precision."""
-        if not self._gpu:
-            return Room(self.memory(model), total_memory(), "32-bit")
+    def room(self, model: Path, *, beside: bool = False) -> Room:
+        """What serving the model in `model` takes at least, what this box could give it, and in which precision.
+
+        `beside` another engine like it, each with SIDE_BY_SIDE of the memory.
+        """
         total = total_memory()
-        available = None if total is None else int(self._settings.gpu_memory_share * total)
+        if not self._gpu:
+            return Room(self.memory(model), total and total // (2 if beside else 1), "32-bit")
+        share = SIDE_BY_SIDE if beside else self._settings.gpu_memory_share
+        available = None if total is None else int(share * total)
         one_request = cache_bytes(model, context_length(model, self._settings.max_model_len))
-        beside = one_request + _OVERHEAD_ON_GPU
+        with_weights = one_request + _OVERHEAD_ON_GPU
         in_16_bits, in_fp8 = weights_in_16_bits(model), None
         if (card := chosen()) and card.holds_fp8 and not is_quantised(model):
             in_fp8 = weights_in_fp8(model)
-        return choose_room(in_16_bits + beside, None if in_fp8 is None else in_fp8 + beside, available)
+        return choose_room(in_16_bits + with_weights, None if in_fp8 is None else in_fp8 + with_weights, available)
 
     def command(
         self,

@@ -31,7 +31,7 @@ TOO_LARGE = FITS | {
 
 
 def test_a_column_for_each_stage_and_advice_where_it_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    serving = api.Serving(needed=4_000_000_000, available=8_000_000_000, fits=True)
+    serving = api.Serving(needed=4_000_000_000, available=8_000_000_000, fits=True, two="room for two")
     print_forecasts(api.Forecasts(stages=(FITS, TOO_LARGE), serving=serving))
     told, advice = capsys.readouterr()
     assert [line.split() for line in told.splitlines()] == [
@@ -48,6 +48,7 @@ def test_a_column_for_each_stage_and_advice_where_it_does_not_fit(capsys: pytest
         ["time", "about", "50", "min", "about", "50", "min"],
         ["fits", "yes", "NO"],
         ["the", "release", "takes", "4.0", "GB", "of", "8.0", "GB", "to", "be", "verified", "and", "served"],
+        ["for", "a", "canary,", "or", "its", "adapter", "before", "it", "is", "merged:", "room", "for", "two"],
     ]
     assert advice == "dpo does not fit: set micro_batch_size = 1\n"
 

@@ -39,7 +39,7 @@ class InventedEngine(OpenAIEngine):
     def memory(self, release: Path) -> int:
         return 0
 
-    def room(self, model: Path) -> Room:
+    def room(self, model: Path, *, beside: bool = False) -> Room:
         return Room(0, None)
 
     def command(

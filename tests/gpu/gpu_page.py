@@ -160,13 +160,13 @@ def trained_on(card: int, folder: Path, longest: int, *, display: bool = False) 
         return forecast_stage(folder, recipe, recipe.stages[0], work, 400)
 
 
-def served_on(card: int, folder: Path) -> tuple[Room, int]:
+def served_on(card: int, folder: Path, *, beside: bool = False) -> tuple[Room, int]:
     """What verifying and serving a release of the base takes of a card of so many GB, and the tokens of its cache."""
     total = card * 10**9
     engine = vllm.VllmEngine(Settings(), gpu=True)
     card_here = Card(0, "", "", total, 0, 0, LEAST_CAPABILITY)
     with patch.multiple(vllm, total_memory=lambda: total, chosen=lambda: card_here):
-        room = engine.room(folder)
+        room = engine.room(folder, beside=beside)
     assert room.available is not None
     one_request = cache_bytes(folder, context_length(folder, 0))
     return room, (room.available - room.needed + one_request) // cache_bytes(folder, 1)
@@ -203,6 +203,11 @@ def tables() -> str:
         lines.append("|---" * (len(BASES) + 1) + "|")
         for card in CARDS:
             cells = [said_of_serving(*served_on(card, folders[base.name])) for base in BASES]
+            lines.append(f"| {card} GB | " + " | ".join(cells) + " |")
+        lines += ["", "| card | " + " | ".join(f"two engines of {base.name}" for base in BASES) + " |"]
+        lines.append("|---" * (len(BASES) + 1) + "|")
+        for card in CARDS:
+            cells = [said_of_serving(*served_on(card, folders[base.name], beside=True)) for base in BASES]
             lines.append(f"| {card} GB | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -52,17 +52,25 @@ def test_a_display_leaves_less(tmp_path: Path) -> None:
     assert free.available - shared.available == GIB
 
 
-def test_what_is_served_grows_with_the_card_and_is_on_the_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [False, True], ids=["one engine", "two engines"])
+def test_what_is_served_grows_with_the_card_and_is_on_the_page(tmp_path: Path, beside: bool) -> None:
+    one, two = (line for line in PAGE.splitlines() if line.startswith("| 24 GB |") and "tokens of cache" in line)
     for base in BASES:
         folder = folder_of(base, tmp_path)
-        rooms, tokens = zip(*(served_on(card, folder) for card in CARDS), strict=True)
+        rooms, tokens = zip(*(served_on(card, folder, beside=beside) for card in CARDS), strict=True)
         fits = [room.suffices for room in rooms]
         assert fits == sorted(fits)
         assert list(tokens) == sorted(tokens)
-        (row,) = (line for line in PAGE.splitlines() if line.startswith("| 24 GB |") and "tokens of cache" in line)
-        cell = row.strip("| ").split(" | ")[1 + BASES.index(base)]
+        cell = (two if beside else one).strip("| ").split(" | ")[1 + BASES.index(base)]
         assert cell == said_of_serving(rooms[CARDS.index(24)], tokens[CARDS.index(24)])
-    assert (rooms[CARDS.index(24)].precision, rooms[CARDS.index(48)].precision) == ("FP8", "16-bit"), "of the largest"
+    known = (rooms[CARDS.index(24)].precision, rooms[CARDS.index(80)].precision)
+    assert known == ("FP8", "16-bit"), "of the largest"
+
+
+def test_two_engines_have_less_than_half_of_the_card_each(tmp_path: Path) -> None:
+    alone, beside = (served_on(24, folder_of(SMALL, tmp_path), beside=two)[0] for two in (False, True))
+    assert alone.needed == beside.needed
+    assert beside.available == pytest.approx(0.45 * 24e9)
 
 
 def test_the_measured_figures_are_those_of_the_record() -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from appliance import api
 from appliance.errors import Conflict, InvalidInput, NotFound
 from appliance.sources import find_sources
-from appliance.supervisor.engines import Room
+from appliance.supervisor.engines import Room, advice_on_two
 
 RECIPE = """
 name = "r"
@@ -83,12 +83,13 @@ async def test_a_run_whose_release_could_not_be_served_is_refused_before_its_fir
     control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await import_rows(control, tmp_path)
-    monkeypatch.setattr(control.supervisor.engines.kind, "room", lambda model: Room(3 << 30, 2 << 30))
+    monkeypatch.setattr(control.supervisor.engines.kind, "room", lambda model, beside=False: Room(3 << 30, 2 << 30))
     recipe = RECIPE.format(second="sft")
     with pytest.raises(Conflict, match=r"takes 3\.0 GiB to be verified and served, of which this box has 2\.0 — take"):
         await control.client.train(recipe)
     found = await control.client.forecast(recipe)
-    assert found.serving == api.Serving(needed=3 << 30, available=2 << 30, fits=False)
+    no = "this box cannot hold two engines for it: each takes 3.0 GiB"
+    assert found.serving == api.Serving(needed=3 << 30, available=2 << 30, fits=False, two=no)
     assert (await control.client.train('end = "adapter"\n' + recipe)).state == "queued"
     assert (await control.client.forecast('end = "adapter"\n' + recipe)).serving is None
 
@@ -102,9 +103,12 @@ async def test_a_release_that_will_be_served_in_fp8_is_said_to_be_before_its_fir
     recipe, told = RECIPE.format(second="sft"), []
     for precision in ("FP8", "16-bit"):
         room = Room(2 << 30, 3 << 30, precision)
-        monkeypatch.setattr(control.supervisor.engines.kind, "room", lambda model, room=room: room)
+        monkeypatch.setattr(control.supervisor.engines.kind, "room", lambda model, beside=False, room=room: room)
         found = await control.client.forecast(recipe)
-        assert found.serving == api.Serving(needed=2 << 30, available=3 << 30, fits=True, precision=precision)
+        expected = api.Serving(
+            needed=2 << 30, available=3 << 30, fits=True, precision=precision, two=advice_on_two(room)
+        )
+        assert found.serving == expected
         run = await control.client.train(recipe)
         told.append([event["message"] for event in await control.client.events(run.id)])
     assert told == [

@@ -105,7 +105,7 @@ class FakeEngine:
     async def logprobs(self, address: str, name: str, token_ids: list[int]) -> list[float] | None:
         return self.logps
 
-    def room(self, model: Path) -> Room:
+    def room(self, model: Path, *, beside: bool = False) -> Room:
         return Room(self.size, None, self.precision)
 
     async def probe(self, address: str, name: str, probe: Probe) -> ProbeAnswer:

@@ -21,7 +21,7 @@ from appliance.errors import Conflict, InvalidInput
 from appliance.gpu import Card
 from appliance.hardware import total_memory
 from appliance.settings import load_settings
-from appliance.supervisor.engines import Room
+from appliance.supervisor.engines import Room, advice_on_two
 from serve.engines.choose import choose_engine
 from serve.engines.openai_engine import (
     OVERHEAD,
@@ -312,6 +312,24 @@ def test_a_model_that_does_not_fit_in_fp8_either_is_refused_with_that_figure(
         Conflict, match=r"takes 16\.9 GiB to be verified and served in FP8, of which this box has 14\.7"
     ):
         room.require("tiny")
+
+
+@pytest.mark.parametrize(
+    ("gib", "said"),
+    [
+        (80, "APPLIANCE_LEASE=share and APPLIANCE_GPU_MEMORY_SHARE=0.45 make room for two engines"),
+        (32, "this box cannot hold two engines for it: each takes 16.9 GiB"),
+        (40, "APPLIANCE_LEASE=share and APPLIANCE_GPU_MEMORY_SHARE=0.45 make room for two engines in FP8"),
+    ],
+)
+def test_whether_two_engines_fit_is_said_with_what_to_set(
+    release: Path, monkeypatch: pytest.MonkeyPatch, gib: int, said: str
+) -> None:
+    on_card(monkeypatch, (9, 0))
+    (release / "config.json").write_text(json.dumps(LLAMA_8B))
+    monkeypatch.setattr("serve.engines.vllm.total_memory", lambda: gib << 30)
+    room = VllmEngine(load_settings({}), gpu=True).room(release, beside=True)
+    assert advice_on_two(room) == said
 
 
 def test_weights_in_fp8_are_those_of_the_header(release: Path) -> None:
