@@ -7,6 +7,7 @@ given, its weights and what it gives are rounded, as they are on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,12 @@ def round_frozen(model: Any, warn: Callable[..., Any]) -> None:
     Where a trial shows that the model or its gradient is then another, nothing changes, and `warn` is told why.
     """
     layers = frozen_layers(model)
-    expected = trial.said(model)
-    for layer in layers:
-        layer.__class__ = RoundedLinear
-    if fault := trial.fault(model, expected):
+
+    def become(kind: type[torch.nn.Linear]) -> None:
         for layer in layers:
-            layer.__class__ = torch.nn.Linear
+            layer.__class__ = kind
+
+    if fault := trial.keep_if_same(model, partial(become, RoundedLinear), partial(become, torch.nn.Linear)):
         warn(message=f"products stay in fp32 instead of bf16: {fault}")
         return
     hold_rounded(layers)

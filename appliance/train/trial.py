@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,21 +34,33 @@ def said(model: Any) -> Said:
         with torch.autocast(model.device.type, DTYPE, enabled=torch.bfloat16 == DTYPE):
             hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -last - 1 : -1].flatten(0, 1)
             apply: Any = TrainedLogProbs.apply
-            logps, *_ = apply(hidden, head.weight, head.bias, ids[:, -last:].flatten(), 1.0, 0)
+            logps, *_ = apply(hidden.to(head.weight.dtype), head.weight, head.bias, ids[:, -last:].flatten(), 1.0, 0)
         found = torch.autograd.grad(logps.mean(), trained, allow_unused=True)
     finally:
         model.train(training)
     return logps.detach(), torch.cat([one.flatten() for one in found if one is not None])
 
 
-def fault(model: Any, expected: Said) -> str:
-    """Why the present layers of `model` will not do in the place of those that gave `expected`; empty: they do."""
+def keep_if_same(model: Any, change: Callable[[], None], undo: Callable[[], None]) -> str:
+    """Make `change` to the layers of `model`; where it then says or learns another thing, `undo` it.
+
+    The answer is why it was undone; empty: it stays.
+    """
     try:
-        found = said(model)
+        expected = said(model)
+        change()
+        fault = _difference(expected, said(model))
     except Exception as error:  # models are their publishers' code
+        undo()
         if is_out_of_memory(error):
             raise
-        return f"the model refuses them ({reason(error)})"
+        return f"the model refuses ({reason(error)})"
+    if fault:
+        undo()
+    return fault
+
+
+def _difference(expected: Said, found: Said) -> str:
     for what, one, other in zip(("what it says", "its gradient"), expected, found, strict=True):
         difference = float((other.float() - one.float()).norm() / one.float().norm())
         if not difference < SAME_WITHIN:

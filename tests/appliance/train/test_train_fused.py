@@ -261,3 +261,17 @@ def test_a_model_that_would_be_another_keeps_them(
     assert said[0].startswith("norms and MLPs are computed as the model's publisher wrote them: what it says would")
     assert is_fused(model) == {"Linear"}
     assert_same(list(trial.said(model)), list(before))
+
+
+def test_a_model_that_cannot_be_tried_keeps_them(
+    tiny_model: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any) -> trial.Said:
+        raise ValueError("not like this")
+
+    said: list[str] = []
+    monkeypatch.setattr(trial, "said", refuse)
+    model = adapted(tiny_model, kind="lora")
+    fused.fuse(model, lambda **fields: said.append(fields["message"]))
+    assert said[0].endswith("the model refuses (ValueError: not like this)")
+    assert is_fused(model) == {"Linear"}

@@ -112,7 +112,7 @@ def test_a_model_that_refuses_them_stays_as_it_is(tiny_model: Path) -> None:
 
     layer.register_forward_pre_hook(refuse)
     (said,) = rounded(model)
-    assert "the model refuses them (ValueError: not mine" in said
+    assert "the model refuses (ValueError: not mine" in said
     assert not any(isinstance(module, RoundedLinear) for module in model.modules())
 
 
