@@ -101,7 +101,7 @@ class Bench:
         """Each side's figures and their ratios, by adapter."""
         figures: dict[str, Any] = {}
         ratios: dict[str, float] = {}
-        peak, per_token = matmul_speed(), operations_per_token(self.base)
+        peak, per_token = matmul_speed(2048), operations_per_token(self.base)
         for adapter in given.adapter:
             taken: dict[str, list[Figures]] = {side: [] for side in ("ours", *PEERS)}
             for turn in range(given.rounds):

@@ -18,6 +18,7 @@ import torch
 
 from appliance.architecture import quantised_modules
 from appliance.errors import InvalidInput, reason
+from appliance.train import products
 from appliance.train.callbacks import SHARE
 from appliance.train.checkpoints import KEPT
 from appliance.train.micro_batches import MicroBatchLimit
@@ -27,9 +28,10 @@ from appliance.train.products import RoundedLinear
 from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.simulation import Pass, meta_model, simulate
 
-EFFICIENCY = 0.36
-"""Share of the speed of large matrix products that a whole step reaches: with SmolLM2 on a CPU, `around` in
-bench/results/train.json."""
+EFFICIENCY, EFFICIENCY_IN_BF16, EFFICIENCY_ON_GPU = 0.36, 0.22, 0.4
+"""Share of the speed of large matrix products that a whole step reaches: of SmolLM2 on a CPU, in fp32 and where frozen
+layers multiply in bf16 (`around` in bench/results/train.json), and of an 8B on an H200 (bench/results/gpu_layers.json).
+"""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: four bits, a byte for 64 weights, and 4 bytes for 256 of those."""
 SLACK = 1.0 if ON_GPU else 1.65
@@ -190,7 +192,7 @@ class Box:
         """This box, once so many more bytes are free than now."""
         process = _process_memory()
         available = torch.cuda.mem_get_info()[0] if ON_GPU else psutil.virtual_memory().available + process
-        return cls(available + freed, 0 if ON_GPU else process, EFFICIENCY * matmul_speed())
+        return cls(available + freed, 0 if ON_GPU else process, training_speed())
 
 
 def forecast_stage(base: Path, recipe: Recipe, stage: AnyStage, work: Work, steps: int, freed: int = 0) -> Forecast:
@@ -242,9 +244,17 @@ def _process_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def matmul_speed(size: int = 2048) -> float:
-    """Floating-point operations a second that matrix products reach here, in the precision of training."""
-    one = torch.randn(size, size, device="cuda" if ON_GPU else "cpu", dtype=DTYPE)
+def training_speed() -> float:
+    """Floating-point operations a second of a training step here."""
+    if ON_GPU:
+        return EFFICIENCY_ON_GPU * matmul_speed(4096)
+    return (EFFICIENCY_IN_BF16 if products.are_fast() else EFFICIENCY) * matmul_speed(2048)
+
+
+def matmul_speed(size: int) -> float:
+    """Floating-point operations a second that matrix products reach here, in the precision of frozen layers."""
+    dtype = torch.bfloat16 if products.are_fast() else DTYPE
+    one = torch.randn(size, size, device="cuda" if ON_GPU else "cpu", dtype=dtype)
     best = math.inf
     for _ in range(4):
         begun = time.perf_counter()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import add_run, events, result, stage, work
 
 from appliance.home import Home
@@ -51,7 +52,7 @@ def give(monkeypatch: pytest.MonkeyPatch, available: int, overhead: int = 0) -> 
     held = type("Held", (), {"available": available - overhead})
     monkeypatch.setattr(forecast.psutil, "virtual_memory", held)
     monkeypatch.setattr(forecast, "_process_memory", lambda: overhead)
-    monkeypatch.setattr(forecast, "matmul_speed", lambda: 1e6)
+    monkeypatch.setattr(forecast, "training_speed", lambda: 1e6)
 
 
 def test_tokens_steps_and_the_largest_pass(tiny_model: Path) -> None:
@@ -206,3 +207,28 @@ def test_the_peak_kept_is_the_largest_that_a_step_said(tmp_path: Path) -> None:
     for memory in (5, 9, 7):
         log.append("step", "sft", memory=memory)
     assert _memory(log.read()) == {"memory_forecast": 8, "memory_peak": 9}
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "fast", "share", "size"),
+    [(False, False, 0.36, 2048), (False, True, 0.22, 2048), (True, False, 0.4, 4096)],
+)
+def test_time_is_told_by_products_as_the_steps_have_them(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, fast: bool, share: float, size: int
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(forecast, "ON_GPU", on_gpu)
+    monkeypatch.setattr(forecast.products, "are_fast", lambda: fast)
+    monkeypatch.setattr(forecast, "matmul_speed", lambda size: sizes.append(size) or 1e9)
+    assert forecast.training_speed() == share * 1e9
+    assert sizes == [size]
+
+
+def test_frozen_layers_in_bf16_are_measured_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.dtype] = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *sizes, **named: made.append(named["dtype"]) or randn(*sizes, **named))
+    for fast, size in ((False, 16), (True, 17)):  # what was measured once is known
+        monkeypatch.setattr(forecast.products, "are_fast", lambda fast=fast: fast)
+        assert forecast.matmul_speed(size) > 0
+    assert made == [torch.float32, torch.bfloat16]
