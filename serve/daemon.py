@@ -32,8 +32,8 @@ from appliance.supervisor.engines import EngineKind
 from appliance.supervisor.supervisor import Supervisor
 from serve.control import control_app
 from serve.engines.choose import choose_engine
-from serve.gateway.app import Gateway, Route
-from serve.gateway.feedback import Ledger
+from serve.gateway.edge import Gateway, Route
+from serve.gateway.ledger import Ledger
 from serve.notify import notify
 
 log = logging.getLogger(__name__)

@@ -25,9 +25,9 @@ from appliance.errors import InvalidInput
 from serve.engines.answer import Answer
 from serve.engines.generation import EngineDead, Generator
 from serve.engines.transformers import HONOURS
-from serve.gateway.asgi import ClientGone, Reply, read_body, read_json, until_gone
-from serve.gateway.errors import ChatError, no_engine
-from serve.gateway.fields import admit
+from serve.wire.asgi import ClientGone, Reply, read_body, read_json, until_gone
+from serve.wire.errors import ChatError, no_engine
+from serve.wire.fields import admit
 
 log = logging.getLogger("engine")
 

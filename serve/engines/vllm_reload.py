@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from appliance.data.template_input import take_as_text
 from appliance.data.tokenizer import TemplateSettings, set_template
 from serve.engines.openai_engine import ASLEEP, RELOAD, SLEEP
-from serve.gateway.asgi import ClientGone, Reply, read_body, read_json
-from serve.gateway.errors import ChatError
+from serve.wire.asgi import ClientGone, Reply, read_body, read_json
+from serve.wire.errors import ChatError
 
 log = logging.getLogger("vllm.reload")
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from appliance.canary import Comparison, Tally
-from serve.gateway.errors import ChatError
-from serve.gateway.fields import MODEL_ALIAS
 from serve.gateway.observation import Observation
-from serve.gateway.upstream import Upstream
+from serve.gateway.relay import Upstream
+from serve.wire.errors import ChatError
+from serve.wire.fields import MODEL_ALIAS
 
 CONVERSATION_HEADER = b"x-conversation-id"
 _NAMES = ("prompt_cache_key", "safety_identifier", "user")

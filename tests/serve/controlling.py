@@ -17,8 +17,8 @@ from appliance.supervisor.supervisor import Supervisor
 from appliance.train.recipe import Recipe
 from serve.control import control_app
 from serve.engines.transformers import TransformersEngine
-from serve.gateway.app import Gateway
-from serve.gateway.feedback import Ledger
+from serve.gateway.edge import Gateway
+from serve.gateway.ledger import Ledger
 
 
 class Nobody:

@@ -12,8 +12,8 @@ import pytest
 from engine_process import KEY, Served, listening, serving
 
 from appliance.settings import Settings, load_settings
-from serve.gateway.app import Gateway, Route
-from serve.gateway.feedback import Ledger
+from serve.gateway.edge import Gateway, Route
+from serve.gateway.ledger import Ledger
 
 if TYPE_CHECKING:
     from serve.engines.generation import Generator

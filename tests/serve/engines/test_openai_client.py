@@ -13,8 +13,8 @@ import openai
 import pytest
 from engine_process import KEY, Served, listening
 
-from serve.gateway.app import Gateway, Route
-from serve.gateway.feedback import Ledger
+from serve.gateway.edge import Gateway, Route
+from serve.gateway.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 

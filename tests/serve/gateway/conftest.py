@@ -14,8 +14,8 @@ import uvicorn
 from scripted_engine import KEY, OTHER_KEY, ScriptedEngine, route
 
 from appliance.store.database import open_database
-from serve.gateway.app import Gateway
-from serve.gateway.feedback import Ledger
+from serve.gateway.edge import Gateway
+from serve.gateway.ledger import Ledger
 
 
 @pytest.fixture

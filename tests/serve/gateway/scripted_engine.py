@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.gateway.app import Route
+from serve.gateway.edge import Route
 
 KEY, OTHER_KEY = "sk-good", "sk-other"
 """The API keys that the gateway under test takes."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from appliance.store.database import open_database
 from appliance.store.feedback import NEWEST_KEPT, Answer, Feedback, Remark
-from serve.gateway.errors import ChatError
+from serve.wire.errors import ChatError
 
 log = logging.getLogger(__name__)
 

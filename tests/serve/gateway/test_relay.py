@@ -21,7 +21,7 @@ from scripted_engine import (
     stall,
 )
 
-from serve.gateway.app import Gateway
+from serve.gateway.edge import Gateway
 
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 ASK_STREAM = {**ASK, "stream": True}

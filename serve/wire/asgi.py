@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import Receive, Send
 
-from serve.gateway.errors import ChatError
+from serve.wire.errors import ChatError
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -14,12 +14,12 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from appliance.canary import Comparison
-from serve.gateway.asgi import ClientGone, Reply, read_body, read_json, until_gone
 from serve.gateway.canary import CONVERSATION_HEADER, Canary, conversation_of, counted
-from serve.gateway.errors import ChatError, no_engine
-from serve.gateway.feedback import Ledger, read_feedback
-from serve.gateway.fields import MODEL_ALIAS, admit
-from serve.gateway.upstream import Route, Upstream
+from serve.gateway.ledger import Ledger, read_feedback
+from serve.gateway.relay import Route, Upstream
+from serve.wire.asgi import ClientGone, Reply, read_body, read_json, until_gone
+from serve.wire.errors import ChatError, no_engine
+from serve.wire.fields import MODEL_ALIAS, admit
 
 __all__ = ["Gateway", "Route"]
 

@@ -15,9 +15,9 @@ import pytest
 from scripted_engine import ANSWER, KEY, OTHER_KEY, STREAM, ScriptedEngine, answer, chunk, events, stall
 
 from appliance.store.database import open_database
-from serve.gateway import feedback as module
-from serve.gateway.app import FEEDBACK_LIMIT, Gateway
-from serve.gateway.feedback import Ledger
+from serve.gateway import ledger as module
+from serve.gateway.edge import FEEDBACK_LIMIT, Gateway
+from serve.gateway.ledger import Ledger
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 ASK_STREAM = {**ASK, "stream": True}

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from scripted_engine import ANSWER, ScriptedEngine, answer, events, route
 
-from serve.gateway.app import BODY_LIMIT, Gateway
-from serve.gateway.feedback import Ledger
+from serve.gateway.edge import BODY_LIMIT, Gateway
+from serve.gateway.ledger import Ledger
 
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 CHAT = "/v1/chat/completions"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.gateway.errors import ChatError
-from serve.gateway.fields import admit
+from serve.wire.errors import ChatError
+from serve.wire.fields import admit
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 HONOURS = frozenset(

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from scripted_engine import STREAM, ScriptedEngine, chunk, events, route
 
-from serve.gateway import app
-from serve.gateway.app import Gateway
+from serve.gateway import edge
+from serve.gateway.edge import Gateway
 
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 ASK_STREAM = {**ASK, "stream": True}
@@ -76,7 +76,7 @@ async def test_where_no_engine_comes_it_says_when_to_try_again(
 async def test_no_more_than_a_bounded_number_wait(
     http: httpx.AsyncClient, gateway: Gateway, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "HELD_AT_MOST", 2)
+    monkeypatch.setattr(edge, "HELD_AT_MOST", 2)
     gateway.hold(True)
     gateway.route(None)
     asking = [asyncio.create_task(http.post(CHAT, json=ASK)) for _ in range(2)]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import aiohttp
 
 from appliance.supervisor.engines import EngineKind
-from serve.gateway.asgi import Reply
-from serve.gateway.errors import ChatError, no_engine
 from serve.gateway.observation import Observation
+from serve.wire.asgi import Reply
+from serve.wire.errors import ChatError, no_engine
 
 _JSON = {"content-type": "application/json"}
 _LAST_EVENT = b"data: [DONE]\n\n"

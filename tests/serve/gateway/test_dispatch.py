@@ -12,8 +12,8 @@ import pytest
 from scripted_engine import ANSWER, STREAM, Script, ScriptedEngine, answer, broken_answer, chunk, events, route, stall
 
 from appliance.canary import FIRST_TOKEN, LATER_TOKEN, WHOLE_ANSWER, Comparison
-from serve.gateway.app import Gateway
 from serve.gateway.canary import chosen, conversation_of
+from serve.gateway.edge import Gateway
 from serve.gateway.observation import Observation
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from appliance.data.tokenizer import TOLD_BY_ALL
-from serve.gateway.errors import ChatError
+from serve.wire.errors import ChatError
 
 MODEL_ALIAS = "live"
 """The model name that always means the live release."""
