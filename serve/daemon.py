@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import uvicorn
-
 from appliance import hardware
 from appliance.canary import Comparison
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed
@@ -35,10 +33,13 @@ from serve.engines.choose import choose_engine
 from serve.gateway.edge import Gateway, Route
 from serve.gateway.ledger import Ledger
 from serve.notify import notify
+from serve.wire.door import Limits, Server, limits_by_descriptors
 
 log = logging.getLogger(__name__)
 
 WORKER_GRACE_SECONDS = 20.0
+_FOR_OPERATORS = Limits(whole_seconds=None, unread_seconds=None, connections=128, backlog=32)
+"""Of the control socket: an upload takes its time, and who follows a log may stop reading for a while."""
 
 
 def run(settings: Settings) -> None:
@@ -78,7 +79,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     control = _listen_unix(home.control_socket())
     endpoint = f"http://{settings.host}:{public.getsockname()[1]}/v1"
     app = control_app(home, db, supervisor, keys, endpoint, gateway.operator)
-    servers = [_Server(gateway), _Server(app)]
+    servers = [Server(gateway, limits_by_descriptors()), Server(app, _FOR_OPERATORS)]
     serving = [
         asyncio.create_task(server.serve([listener]))
         for server, listener in zip(servers, (public, control), strict=True)
@@ -132,26 +133,6 @@ class _Frontage:
 
     async def drained(self, address: str, timeout: float) -> None:
         await self._gateway.drained(address, timeout)
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that leaves signals to the daemon."""
-
-    def __init__(self, app: object) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,  # type: ignore[arg-type]  # uvicorn's own union of app types is not exported
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=10,
-                server_header=False,
-            )
-        )
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from datetime import date
 from pathlib import Path
@@ -32,6 +33,8 @@ _RELOAD_TIMEOUT = aiohttp.ClientTimeout(total=110)
 _SLEEP_TIMEOUT = aiohttp.ClientTimeout(total=60)
 _LONGEST_DEFAULT_CONTEXT = 8192
 _READY_TIMEOUT = aiohttp.ClientTimeout(total=2)
+_OUR_OWN_WANT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Why a connection may fail that say nothing about the other side."""
 _PROBE_SECONDS = 300
 _SLOWEST_TOKEN_SECONDS = 2
 """Per token of a probe's answer: a large model on a CPU. An engine that hangs is found by its health much sooner."""
@@ -45,10 +48,14 @@ class OpenAIEngine:
     adapter_rank = 0
 
     async def ready(self, address: str) -> bool:
-        """Whether the engine has loaded and answers."""
+        """Whether the engine has loaded and answers. Raises OSError where this process cannot ask it."""
         try:
             async with _connect(address, _READY_TIMEOUT) as engine, engine.get("http://engine/health") as response:
                 return response.status == 200
+        except aiohttp.ClientOSError as error:
+            if error.errno in _OUR_OWN_WANT:
+                raise OSError(error.errno, "the engine could not be asked") from error
+            return False
         except (aiohttp.ClientError, TimeoutError):
             return False
 
