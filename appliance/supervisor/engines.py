@@ -88,6 +88,12 @@ class EngineKind(Protocol):
     name: str
     honours: frozenset[str]
     """Names of the chat completion fields that this engine really obeys."""
+    at_once: int
+    """Answers that a process works on at a time; more would wait within it."""
+    longest_answer: int
+    """Tokens that an answer has at most."""
+    token_seconds: float
+    """How long a token of a slow answer may take."""
     ready_seconds: float
     """How long a start may take before it counts as failed."""
 

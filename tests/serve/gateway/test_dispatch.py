@@ -12,9 +12,8 @@ import pytest
 from scripted_engine import ANSWER, STREAM, Script, ScriptedEngine, answer, broken_answer, chunk, events, route, stall
 
 from appliance.canary import FIRST_TOKEN, LATER_TOKEN, WHOLE_ANSWER, Comparison
-from serve.gateway.canary import chosen, conversation_of
+from serve.gateway.canary import chosen
 from serve.gateway.edge import Gateway
-from serve.gateway.observation import Observation
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 ASK_STREAM = {**ASK, "stream": True}
@@ -43,24 +42,6 @@ def test_the_same_conversation_always_falls_to_the_same_side() -> None:
     """Known values: a daemon that is started again, or a later version, must not move anybody."""
     assert [number for number in range(60) if chosen(f"{number}", 0.1)] == [18, 29, 47, 55]
     assert not chosen("\ud800", 0.0), "half of a surrogate pair has a place too"
-
-
-@pytest.mark.parametrize(
-    ("request_fields", "header", "caller", "name"),
-    [
-        ({}, "", "", None),
-        ({}, "", "k1", "k1//"),
-        ({"user": "u"}, "", "k1", "k1/user/u"),
-        ({"user": "u", "safety_identifier": "s"}, "", "k1", "k1/safety_identifier/s"),
-        ({"user": "u", "safety_identifier": "s", "prompt_cache_key": "p"}, "", "k1", "k1/prompt_cache_key/p"),
-        ({"prompt_cache_key": "p"}, "c", "k1", "k1/header/c"),
-        ({"prompt_cache_key": "", "user": 7}, "", "k1", "k1//"),
-        ({"user": "u"}, "", "", "/user/u"),
-        ({}, "c", "", "/header/c"),
-    ],
-)
-def test_what_names_a_conversation(request_fields: dict[str, Any], header: str, caller: str, name: str | None) -> None:
-    assert conversation_of({**ASK, **request_fields}, header, caller) == name
 
 
 @pytest.fixture
@@ -329,19 +310,3 @@ async def test_the_canary_answers_its_share_while_the_live_engine_is_away(
     assert (await http.post(CHAT, json=ASK, headers=named("canary"))).json()["model"] == "r2"
     assert (await http.post(CHAT, json=ASK, headers=named("live"))).status_code == 503
     assert comparison.live_tally.requests == 0, "an engine that is away has not failed"
-
-
-def test_no_text_of_an_answer_is_taken_for_its_end() -> None:
-    seen = Observation()
-    seen.events(chunk('"finish_reason": "length"') + chunk('data: {"error": "content": "x"'), False)
-    seen.document(b'{"choices": [{"message": {"content": "\\"finish_reason\\": \\"length\\""}}]}')
-    assert (seen.stops, seen.failed) == ([], False)
-
-
-def test_every_choice_has_its_end_in_either_spelling() -> None:
-    seen = Observation()
-    seen.events(
-        b'data: {"choices":[{"finish_reason":"stop"}]}\n\ndata: {"choices": [{"finish_reason": "length"}]}\n\n', False
-    )
-    seen.events(b'data: {"choices": [{"finish_reason": null}]}\n\n', True)
-    assert seen.stops == ["stop", "length"]

@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import sqlite3
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ import httpx
 import pytest
 from scripted_engine import ANSWER, KEY, OTHER_KEY, STREAM, ScriptedEngine, answer, chunk, events, stall
 
-from appliance.store.database import open_database
-from serve.gateway import ledger as module
-from serve.gateway.edge import FEEDBACK_LIMIT, Gateway
+from appliance import sqlite
+from appliance import traffic as module
+from appliance.sqlite import connect
+from appliance.traffic import Traffic
+from serve.gateway.account import Account
+from serve.gateway.edge import CLIENT_LEFT, FEEDBACK_LIMIT, Gateway
 from serve.gateway.ledger import Ledger
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -27,23 +32,32 @@ COMPACT = json.dumps(ANSWER, separators=(",", ":")).encode()
 
 def rows(path: Path, table: str = "feedback") -> list[dict[str, Any]]:
     """What is on disk."""
-    with contextlib.closing(open_database(path / "appliance.db")) as db:
+    with contextlib.closing(connect(path / "traffic.db", module.MIGRATIONS)) as db:
         return [dict(row) for row in db.execute(f"SELECT * FROM {table}")]
+
+
+async def recorded(path: Path, count: int) -> list[dict[str, Any]]:
+    """The requests on disk, as soon as so many are there to their end."""
+    async with asyncio.timeout(60):
+        while len(found := [row for row in rows(path, "requests") if row["status"]]) < count:
+            await asyncio.sleep(0.05)
+    return found
 
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """While it holds something, the database may not grow by a page."""
     full: list[bool] = []
+    transaction = module.transaction
 
-    def open_full(path: Path) -> sqlite3.Connection:
-        db = open_database(path)
-        if full:
-            db.execute("PRAGMA cache_size = 1")
-            db.execute("PRAGMA max_page_count = 1")
-        return db
+    @contextlib.contextmanager
+    def limited(db: sqlite3.Connection) -> Iterator[None]:
+        db.execute("PRAGMA cache_size = 1")
+        db.execute(f"PRAGMA max_page_count = {1 if full else 1 << 30}")
+        with transaction(db):
+            yield
 
-    monkeypatch.setattr(module, "open_database", open_full)
+    monkeypatch.setattr(module, "transaction", limited)
     return full
 
 
@@ -66,9 +80,9 @@ async def test_an_answer_can_be_rated(
     response = await http.post(FEEDBACK, json={"id": "chatcmpl-1", "rating": "good", "comment": "¡bien!"})
     assert (response.status_code, response.json()) == (200, {"id": "chatcmpl-1", "rating": "good"})
     (row,) = rows(tmp_path)
-    assert (row["request"], row["rating"], row["comment"]) == ("chatcmpl-1", "good", "¡bien!")
+    assert (row["answer"], row["rating"], row["comment"]) == ("chatcmpl-1", "good", "¡bien!")
     (request,) = rows(tmp_path, "requests")
-    assert (request["release"], request["key"]) == ("r1", "k1")
+    assert (request["model"], request["key"]) == ("r1", "k1")
 
 
 async def test_a_correction_alone_says_that_the_answer_was_bad(http: httpx.AsyncClient, tmp_path: Path) -> None:
@@ -152,41 +166,133 @@ async def test_a_body_that_is_no_object_or_too_large_is_refused(
 
 
 async def test_answers_are_written_down_by_and_by_and_known_after_a_restart(
-    http: httpx.AsyncClient, gateway: Gateway, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    http: httpx.AsyncClient, gateway: Gateway, traffic: Traffic, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "WRITE_SECONDS", 0.01)
-    writing = asyncio.create_task(ledger.serve())
-    for _ in range(3):
-        await http.post(CHAT, json=ASK)
-    async with asyncio.timeout(60):
-        while not rows(tmp_path, "requests"):
-            await asyncio.sleep(0.01)
-    writing.cancel()
-    gateway._ledger = Ledger(tmp_path / "appliance.db")
+    await http.post(CHAT, json=ASK)
+    await asyncio.to_thread(traffic.close)
+    again = Traffic(tmp_path / "traffic.db")
+    again.start()
+    gateway._ledger._traffic = again
     assert (await http.post(FEEDBACK, json={"id": "chatcmpl-1", "rating": "good"})).status_code == 200
+    await asyncio.to_thread(again.close)
 
 
 async def test_a_full_disk_stops_no_answer_and_loses_none(
-    http: httpx.AsyncClient,
-    ledger: Ledger,
-    full_disk: list[bool],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    http: httpx.AsyncClient, full_disk: list[bool], traffic: Traffic, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "WRITE_SECONDS", 0.01)
     full_disk.append(True)
-    ledger._waiting.extend(module.Answer(f"chatcmpl-{number}", "r1", "k1", 0.0) for number in range(2, 1000))
-    writing = asyncio.create_task(ledger.serve())
-    await asyncio.sleep(0.1)
-    assert (await http.post(CHAT, json=ASK)).status_code == 200
-    refused = await http.post(FEEDBACK, json={"id": "chatcmpl-1", "rating": "bad"})
-    assert refused.status_code == 503
-    assert int(refused.headers["retry-after"]) > 0
-    assert refused.json()["error"]["code"] == "not_written"
-    await asyncio.sleep(0.1)
-    writing.cancel()
-    failed = [record for record in caplog.records if "answers could not be written" in record.message]
+    account = Account("chat", "k1")
+    for number in range(2, 1000):
+        account.id, account.answer = f"req_{number}", f"chatcmpl-{number}"
+        Ledger(traffic).begun(account)
+    for _ in range(3):
+        assert (await http.post(CHAT, json=ASK)).status_code == 200
+        refused = await http.post(FEEDBACK, json={"id": "chatcmpl-1", "rating": "bad"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert refused.json()["error"]["code"] == "not_written"
+    failed = [record for record in caplog.records if "traffic could not be written" in record.message]
     assert [record.levelno for record in failed] == [logging.ERROR], "said once, not every second"
     full_disk.clear()
     for id in ("chatcmpl-1", "chatcmpl-2", "chatcmpl-999"):
         assert (await http.post(FEEDBACK, json={"id": id, "rating": "bad"})).status_code == 200
+
+
+async def test_a_held_lock_stops_no_answer_and_loses_none(
+    http: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.2)
+    threads: set[threading.Thread] = set()
+
+    def noted(*arguments: Any) -> sqlite3.Connection:
+        threads.add(threading.current_thread())
+        return connect(*arguments)
+
+    monkeypatch.setattr(module, "connect", noted)
+    with contextlib.closing(connect(tmp_path / "traffic.db", module.MIGRATIONS)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        for _ in range(5):
+            assert (await http.post(CHAT, json=ASK)).status_code == 200
+        asked = asyncio.create_task(http.post(FEEDBACK, json={"id": "chatcmpl-1", "rating": "bad"}))
+        assert (await http.post(CHAT, json=ASK_STREAM)).status_code == 200
+        assert (await asked).status_code == 503
+        holder.execute("ROLLBACK")
+    assert threads, "it has tried"
+    assert threading.main_thread() not in threads, "nobody who answers waits for the lock"
+    assert (await http.post(FEEDBACK, json={"id": "chatcmpl-1", "rating": "bad"})).status_code == 200
+    assert len(await recorded(tmp_path, 6)) == 6
+
+
+async def test_a_slow_disk_stops_no_answer(
+    http: httpx.AsyncClient, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wakes = threading.Event()
+    write = traffic._write
+
+    def slowly(*arguments: Any) -> None:
+        wakes.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(traffic, "_write", slowly)
+    asked = asyncio.create_task(http.post(FEEDBACK, json={"id": "chatcmpl-1", "rating": "bad"}))
+    for _ in range(5):
+        assert (await http.post(CHAT, json=ASK)).status_code == 200
+    assert not asked.done()
+    wakes.set()
+    await asked
+
+
+async def test_an_account_says_all_of_a_request(
+    http: httpx.AsyncClient, engine: ScriptedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    usage = json.dumps({"id": "chatcmpl-1", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}})
+    engine.script = events(chunk("Hel"), chunk("lo", "stop"), f"data: {usage}\n\n".encode(), b"data: [DONE]\n\n")
+    streamed = await http.post(CHAT, json={**ASK_STREAM, "model": "r1"}, headers={"x-conversation-id": "c"})
+    assert "usage" not in streamed.text
+    engine.script = answer(200, ANSWER)
+    whole = await http.post(CHAT, json=ASK)
+    refused = await http.post(CHAT, json={**ASK, "model": "gpt"})
+    engine.script = answer(500, {"error": {"message": "CUDA error"}})
+    failed = await http.post(CHAT, json=ASK)
+    broken = await http.post(CHAT, content=b"{")
+    found = {row["id"]: row for row in await recorded(tmp_path, 5)}
+    rows = [found[response.headers["x-request-id"]] for response in (streamed, whole, refused, failed, broken)]
+    assert [(row["status"], row["error"]) for row in rows] == [
+        (200, ""),
+        (200, ""),
+        (404, "model_not_found"),
+        (502, "engine_failed"),
+        (400, "invalid_json"),
+    ]
+    assert [(row["asked"], row["model"], row["deployment"]) for row in rows] == [
+        ("r1", "r1", "live"),
+        ("live", "r1", "live"),
+        ("gpt", "", ""),
+        ("live", "r1", "live"),
+        ("", "", ""),
+    ]
+    assert [(row["prompt_tokens"], row["completion_tokens"], row["finish"]) for row in rows[:2]] == [(3, 2, "stop")] * 2
+    assert {row["key"] for row in rows} == {"k1"}
+    assert rows[0]["conversation"] == "k1/header/c"
+    for row in rows[:2]:
+        assert row["arrived"] <= row["sent"] <= row["first_byte"] <= row["last_byte"]
+    for id in found:
+        assert any(id in record.getMessage() for record in caplog.records), "the log knows it by its id"
+
+
+async def test_a_client_that_leaves_is_on_record(
+    http: httpx.AsyncClient, engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    engine.script = stall()
+    asking = asyncio.create_task(http.post(CHAT, json=ASK))
+    await asyncio.wait_for(engine.arrived.wait(), 60)
+    asking.cancel()
+    (row,) = await recorded(tmp_path, 1)
+    assert (row["status"], row["model"], row["first_byte"]) == (CLIENT_LEFT, "r1", None)
+
+
+async def test_names_that_no_database_takes_stop_no_writing(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    for fields in ({"user": "\ud800"}, {"model": "\ud800"}, {"user": "x" * 100_000}):
+        await http.post(CHAT, content=json.dumps({**ASK, **fields}))
+    assert len(await recorded(tmp_path, 3)) == 3
