@@ -48,13 +48,25 @@ def _prepare(connection: sqlite3.Connection, path: Path, migrations: Sequence[st
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version > len(migrations):
+    if _version(connection) > len(migrations):
         raise InvalidInput(
             "newer_database", f"{path} was written by a newer appliance", "upgrade the appliance, or use another home"
         )
-    for number in range(version, len(migrations)):
-        connection.executescript(f"BEGIN; {migrations[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+    while (version := _version(connection)) < len(migrations):
+        try:
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {migrations[version]} PRAGMA user_version = {version + 1}; COMMIT;"
+            )
+        except sqlite3.OperationalError:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            # Somebody else may have opened it at the same moment, and have been first.
+            if _version(connection) == version:
+                raise
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ WRITE_SECONDS = 1.0
 """How long a request may wait to be written down; what a kill loses."""
 MOST_WAITING = 50_000
 """Requests that wait in memory while nothing can be written, the newest."""
+FEWEST_KEPT = 10_000
+"""Requests that stay however much of the disk feedback takes, so that more can be given."""
 MOST_WATCHED = 4
 """Releases whose ratings are kept at hand: those that were asked for last."""
 _FEWEST_FORGOTTEN = 1000
@@ -152,7 +154,9 @@ class Traffic:
             with self._news:
                 self._news.wait(0 if self._remarks or self._closing else WRITE_SECONDS)
                 requests, self._waiting = self._waiting, {}
-                remarks, self._remarks = self._remarks, []
+                # Those whose giver has left before anybody looked at them are dropped.
+                remarks = [remark for remark in self._remarks if remark[2].set_running_or_notify_cancel()]
+                self._remarks = []
                 closing = self._closing
             try:
                 db = db or connect(self._path, MIGRATIONS)
@@ -166,7 +170,8 @@ class Traffic:
                     merged = [*(requests | self._waiting).items()]
                     self._waiting = dict(merged[-MOST_WAITING:])
                 for _, _, given in remarks:
-                    given.set_exception(error)
+                    if not given.done():
+                        given.set_exception(error)
                 with contextlib.suppress(sqlite3.Error):
                     if db:
                         db.close()
@@ -200,12 +205,15 @@ class Traffic:
     def _forget(self, db: sqlite3.Connection, written: int) -> None:
         """The requests that are too old, and of what is too much the oldest: a few at a time, but more than come."""
         most = max(_FEWEST_FORGOTTEN, 2 * written)
-        oldest = "DELETE FROM requests WHERE position IN (SELECT position FROM requests {} ORDER BY arrived LIMIT ?)"
-        db.execute(oldest.format("WHERE arrived < ?"), (time.time() - self._days * 86400, most))
+        before = time.time() - self._days * 86400
+        db.execute(_FORGET.format("arrived < ?", "arrived"), (before, most))
         if _size(db) > self._bytes:
-            db.execute(oldest.format(""), (most,))
+            db.execute(
+                _FORGET.format("position <= (SELECT max(position) - ? FROM requests)", "position"), (FEWEST_KEPT, most)
+            )
 
 
+_FORGET = "DELETE FROM requests WHERE position IN (SELECT position FROM requests WHERE {} ORDER BY {} LIMIT ?)"
 _COLUMNS = tuple(field.name for field in fields(Request))
 _NOTE = (
     f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"

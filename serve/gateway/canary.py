@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 from appliance.canary import FIRST_TOKEN, LATER_TOKEN, WHOLE_ANSWER, Comparison
 from serve.gateway.account import Account
-from serve.gateway.admission import Deployment
 
 
 @dataclass(frozen=True)
 class Canary:
-    """The candidate's deployment, the share of conversations that it is to answer, and the figures so far."""
+    """The share of conversations that the candidate is to answer, and the figures so far."""
 
-    deployment: Deployment
     share: float
     comparison: Comparison
 

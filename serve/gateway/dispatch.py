@@ -65,26 +65,26 @@ class Dispatch:
         self._accounts = accounts
         self._wanted = wanted
         self._patience = patience
-        self._hold_seconds = hold_seconds
         self.live = Deployment(MODEL_ALIAS, ability.at_once, hold_seconds, absence)
+        self._candidate = Deployment("canary", ability.at_once, hold_seconds)
         self._canary: Canary | None = None
 
     def route_canary(self, route: Route, share: float, comparison: Comparison) -> None:
         """Send a share of the conversations there, and count in `comparison` how both releases answer."""
-        deployment = Deployment("canary", self._ability.at_once, self._hold_seconds)
-        deployment.route(route)
-        self._canary = Canary(deployment, share, comparison)
+        self._candidate.route(route)
+        self._canary = Canary(share, comparison)
 
     def end_canary(self) -> None:
         """Send all conversations to the live release, and count no longer. Answers that have begun go on."""
         self._canary = None
+        self._candidate.route(None)
 
     def models(self) -> dict[str, float]:
         """The names that answer now, and since when."""
         found = {}
         if live := self.live.engine:
             found = {MODEL_ALIAS: live.since, live.route.model: live.since}
-        if self._canary and (candidate := self._canary.deployment.engine):
+        if candidate := self._candidate.engine:
             found[candidate.route.model] = candidate.since
         return found
 
@@ -102,7 +102,7 @@ class Dispatch:
             self._require_known(asked)
         if canary and (named or (asked == MODEL_ALIAS and canary.takes(conversation))):
             try:
-                return await self._answer(admitted, canary.deployment, account, reply)
+                return await self._answer(admitted, self._candidate, account, reply)
             except ChatError as error:
                 if error.status < 500 or reply.streaming or named:
                     raise

@@ -42,8 +42,7 @@ class Ledger:
     async def give(self, remark: Remark, caller: str) -> None:
         """Keep what the holder of a key says. It is on disk afterwards. Raises ChatError where it cannot be."""
         try:
-            # Whoever leaves meanwhile has said it all the same.
-            found = await asyncio.shield(asyncio.wrap_future(self._traffic.give(remark, caller)))
+            found = await asyncio.wrap_future(self._traffic.give(remark, caller))
         except Exception as error:
             log.error("feedback could not be written down: %s", error)
             raise ChatError(

@@ -178,7 +178,7 @@ class Door(HttpToolsProtocol):
         self._refused = True
         self._arrived()
         cycle = self.cycle
-        if cycle and (cycle.response_started if self._in_body else not cycle.response_complete):
+        if self.pipeline or (cycle and (cycle.response_started if self._in_body else not cycle.response_complete)):
             self.transport.abort()
             return
         if cycle and self._in_body:
@@ -219,6 +219,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 interface="asgi3",
                 log_config=None,
+                log_level="error",  # a stranger's bytes are nothing to log
                 access_log=False,
                 proxy_headers=False,
                 lifespan="off",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_a_writer_waits_for_another_one(path: Path, db: sqlite3.Connection) -> N
     db.execute("CREATE TABLE x (y)")
     ending.join()
     other.close()
+
+
+def test_several_may_open_a_new_one_at_once(tmp_path: Path) -> None:
+    def open_it(number: int) -> None:
+        for each in range(8):
+            open_database(tmp_path / f"{each}.db").close()
+
+    with ThreadPoolExecutor(6) as several:
+        list(several.map(open_it, range(6)))
 
 
 def test_a_newer_schema_is_refused(path: Path, db: sqlite3.Connection) -> None:

@@ -232,3 +232,20 @@ async def test_a_place_at_an_engine_that_has_left_meanwhile_is_none(tmp_path: Pa
     deployment.route(Route("unix:/new", "new"))
     await asyncio.wait_for(asking, 10)
     assert entered == ["new"]
+
+
+async def test_whoever_leaves_in_the_moment_of_its_turn_leaves_no_place_taken() -> None:
+    deployment = Deployment("live", 1, 5)
+    deployment.hold(True)
+
+    async def enter() -> None:
+        async with deployment.place(1):
+            pass
+
+    asking = asyncio.create_task(enter())
+    await until(lambda: deployment.waiting == 1)
+    deployment.route(Route("unix:/new", "new"))
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert deployment.engine is not None
+    assert (deployment.engine.answers, deployment.waiting) == (0, 0)

@@ -293,6 +293,39 @@ async def test_a_canary_that_ends_finishes_its_answers_and_gets_no_more(
     assert comparison.live_tally.requests == 0, "nobody counts any more"
 
 
+async def test_an_engine_that_has_failed_is_not_waited_for_while_another_one_is(
+    http: httpx.AsyncClient, gateway: Gateway, engine: ScriptedEngine, candidate: ScriptedEngine, comparison: Comparison
+) -> None:
+    candidate.script = hang_up
+    gateway.hold(True)
+    gateway.route(None)
+    asking = asyncio.create_task(http.post(CHAT, json=ASK, headers=named("canary")))
+    async with asyncio.timeout(60):
+        while not gateway._dispatch.live.waiting:
+            await asyncio.sleep(0.01)
+    await asyncio.wait_for(gateway.drained(candidate.address, 600), 10)
+    gateway.route(route(engine))
+    assert (await asking).json()["model"] == "r1"
+
+
+async def test_a_canary_that_ends_keeps_nobody_waiting(
+    http: httpx.AsyncClient, gateway: Gateway, candidate: ScriptedEngine, comparison: Comparison
+) -> None:
+    candidate.script = stall()
+    gateway._dispatch._candidate.at_once = 1
+    asking = [asyncio.create_task(http.post(CHAT, json=ASK, headers=named("canary"))) for _ in range(2)]
+    async with asyncio.timeout(60):
+        while gateway._dispatch._candidate.waiting < 1:
+            await asyncio.sleep(0.01)
+    gateway.end_canary()
+    done, _ = await asyncio.wait(asking, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+    assert [each.result().json()["model"] for each in done] == ["r1"], "the live release answers who has waited for it"
+    assert len(candidate.requests) == 1
+    for task in asking:
+        task.cancel()
+    await asyncio.wait_for(candidate.left.wait(), 60)
+
+
 async def test_a_new_share_keeps_the_figures(
     http: httpx.AsyncClient, gateway: Gateway, candidate: ScriptedEngine, comparison: Comparison
 ) -> None:

@@ -242,6 +242,28 @@ async def test_a_slow_disk_stops_no_answer(
     await asked
 
 
+async def test_what_was_said_is_kept_though_nobody_waits_for_it_any_more(
+    http: httpx.AsyncClient, ledger: Ledger, traffic: Traffic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await http.post(CHAT, json=ASK)
+    goes_on, begun, write = threading.Event(), threading.Event(), traffic._write
+
+    def slowly(db: Any, requests: Any, remarks: Any) -> None:
+        if remarks:
+            begun.set()
+            goes_on.wait(60)
+        write(db, requests, remarks)
+
+    monkeypatch.setattr(traffic, "_write", slowly)
+    saying = asyncio.create_task(ledger.give(module.Remark("chatcmpl-1", "bad"), "k1"))
+    await asyncio.to_thread(begun.wait, 60)
+    saying.cancel()
+    await asyncio.wait([saying])
+    goes_on.set()
+    await ledger.give(module.Remark("chatcmpl-1", "bad", comment="again"), "k1")
+    assert [row["comment"] for row in rows(tmp_path)] == ["again"]
+
+
 async def test_an_account_says_all_of_a_request(
     http: httpx.AsyncClient, engine: ScriptedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -191,6 +191,18 @@ async def test_who_is_answered_before_the_end_of_its_body_is_not_waited_for(conn
     assert await asyncio.wait_for(reader.read(), 30) == b""
 
 
+async def test_nothing_is_said_in_the_midst_of_an_answer(connect: Connect, app: App) -> None:
+    """A second request that stays half, sent behind one that is being answered."""
+    reader, writer = await connect(whole_seconds=0.3)
+    writer.write(b"GET /stream HTTP/1.1\r\nhost: x\r\n\r\nPOST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1")
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while part := await asyncio.wait_for(reader.read(1 << 20), 30):
+            said = said[-100:] + part
+            assert b"408" not in said
+    assert b"request_timeout" not in said
+
+
 async def test_an_upload_may_take_its_time_where_only_headers_have_to_come(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,11 +219,14 @@ async def test_an_upload_may_take_its_time_where_only_headers_have_to_come(
 
 
 async def test_idle_connections_are_closed(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "IDLE_SECONDS", 0)
-    reader, writer = await connect()
-    writer.write(GET + b"\r\n\r\n")
-    assert (await answer(reader))[0] == 200
-    await closed(reader)
+    """Also where empty lines come in the place of a request."""
+    monkeypatch.setattr(door, "IDLE_SECONDS", 1)
+    for more in (b"", b"\r\n"):
+        reader, writer = await connect()
+        writer.write(GET + b"\r\n")
+        assert (await answer(reader))[0] == 200
+        writer.write(more)
+        await closed(reader)
 
 
 async def test_a_client_that_does_not_read_is_given_up(connect: Connect, app: App) -> None:
