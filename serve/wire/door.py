@@ -29,6 +29,8 @@ LAST_WORD_SECONDS = 2.0
 MOST_CONNECTIONS = 4096
 _RESERVED = 512
 """Descriptors that connections leave for the control socket, the engines, databases and files."""
+_MOST_DESCRIPTORS = 1 << 20
+"""Some containers allow a thousand times as many, and there are programs that go through them all when they start."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,10 @@ def limits_by_descriptors() -> Limits:
     A connection has one more to an engine. So many may have been accepted that have not been counted yet that some
     backlogs have to fit into what is reserved.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = 1 << 20 if limit == resource.RLIM_INFINITY else limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     reserved = min(_RESERVED, limit // 2)
     return Limits(connections=min(MOST_CONNECTIONS, max(1, (limit - reserved) // 2)), backlog=max(1, reserved // 4))
 

@@ -264,7 +264,7 @@ async def test_what_is_no_http_is_refused_in_the_one_shape(connect: Connect) -> 
     assert (status, said["error"]["code"]) == (400, "invalid_request")
 
 
-@pytest.mark.parametrize(("hard", "connections"), [(256, 64), (1024, 256), (65536, 4096)])
+@pytest.mark.parametrize(("hard", "connections"), [(256, 64), (1024, 256), (4096, 1792), (65536, 4096)])
 def test_connections_leave_descriptors_for_the_others(hard: int, connections: int) -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
         pytest.skip("this machine allows fewer")
