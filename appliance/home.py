@@ -39,6 +39,12 @@ class Home:
         return self.root / "appliance.db"
 
     @property
+    def traffic(self) -> Path:
+        """What the endpoint was asked, and what people say about its answers: another database, because that of the
+        state must never wait for this one."""
+        return self.root / "traffic.db"
+
+    @property
     def lock(self) -> Path:
         return self.root / "daemon.lock"
 

@@ -61,6 +61,8 @@ class Settings:
         "how long answers that have begun may go on when their engine is to stop or to change its weights, in seconds; "
         "new requests wait meanwhile, a minute longer at most",
     )
+    traffic_days: int = _setting(30, "how long requests to the endpoint stay on record, in days; feedback stays")
+    traffic_gib: float = _setting(1.0, "disk that this record takes at most, in GiB; the oldest requests go first")
     kv_cache_gib: float = _setting(1.0, "memory of the engine's KV cache on a machine without a GPU, in GiB")
     gpu: str = _setting(
         "",

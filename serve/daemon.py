@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import uvicorn
-
 from appliance import hardware
 from appliance.canary import Comparison
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed
@@ -28,17 +26,23 @@ from appliance.settings import Settings
 from appliance.store.database import open_database
 from appliance.store.keys import Keys
 from appliance.store.releases import Releases
-from appliance.supervisor.engines import EngineKind
+from appliance.store.runs import Runs
 from appliance.supervisor.supervisor import Supervisor
+from appliance.traffic import Traffic
+from serve.absence import Absences
 from serve.control import control_app
 from serve.engines.choose import choose_engine
-from serve.gateway.app import Gateway, Route
-from serve.gateway.feedback import Ledger
+from serve.gateway.admission import Route
+from serve.gateway.edge import Gateway
+from serve.gateway.ledger import Ledger
 from serve.notify import notify
+from serve.wire.door import Limits, Server, limits_by_descriptors
 
 log = logging.getLogger(__name__)
 
 WORKER_GRACE_SECONDS = 20.0
+_FOR_OPERATORS = Limits(whole_seconds=None, unread_seconds=None, connections=128, backlog=32)
+"""Of the control socket: an upload takes its time, and who follows a log may stop reading for a while."""
 
 
 def run(settings: Settings) -> None:
@@ -60,25 +64,34 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
             "start on loopback, make one with `appliance keys create NAME`, then start again",
         )
     engine = choose_engine(settings)
-    ledger = Ledger(home.database)
+    traffic = Traffic(home.traffic, settings.traffic_days, settings.traffic_gib)
+    traffic.start()
     releases = Releases(db)
-    hold = settings.drain_seconds + 60
-    gateway = Gateway(keys.authenticate, ledger, releases.wanted, hold_seconds=hold, setback=releases.setback)
+    exclusive = settings.lease == "exclusive" or (settings.lease == "auto" and hardware.has_gpu())
+    gateway = Gateway(
+        keys.authenticate,
+        Ledger(traffic),
+        engine,
+        wanted=releases.wanted,
+        hold_seconds=settings.drain_seconds + 60,
+        absence=Absences(home, releases, Runs(db), exclusive).now,
+    )
     supervisor = Supervisor(
         home,
         db,
         engine,
-        _Frontage(gateway, engine),
-        exclusive=settings.lease == "exclusive" or (settings.lease == "auto" and hardware.has_gpu()),
+        _Frontage(gateway),
+        exclusive=exclusive,
         on_tick=_watchdog(),
         canary_requests=settings.canary_requests,
         drain_seconds=settings.drain_seconds,
+        ratings=traffic.ratings,
     )
     public = _listen_tcp(settings.host, settings.port)
     control = _listen_unix(home.control_socket())
     endpoint = f"http://{settings.host}:{public.getsockname()[1]}/v1"
     app = control_app(home, db, supervisor, keys, endpoint, gateway.operator)
-    servers = [_Server(gateway), _Server(app)]
+    servers = [Server(gateway, limits_by_descriptors()), Server(app, _FOR_OPERATORS)]
     serving = [
         asyncio.create_task(server.serve([listener]))
         for server, listener in zip(servers, (public, control), strict=True)
@@ -87,7 +100,6 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     supervising = asyncio.create_task(supervisor.serve())
-    recording = asyncio.create_task(ledger.serve())
     notify("READY=1")
     log.info("chat endpoint %s, control socket %s, engine %s", endpoint, home.control_socket(), engine.name)
     waiting = asyncio.create_task(ended.wait())
@@ -101,8 +113,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     for server in servers:
         server.should_exit = True
     await asyncio.gather(*serving, return_exceptions=True)
-    recording.cancel()
-    await asyncio.gather(recording, ledger.write(), return_exceptions=True)
+    await asyncio.to_thread(traffic.close)
     await supervisor.close(WORKER_GRACE_SECONDS)
     home.control_socket().unlink(missing_ok=True)
     if not ended.is_set():
@@ -114,44 +125,23 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
 class _Frontage:
     """Tells the gateway of the supervisor's choice."""
 
-    def __init__(self, gateway: Gateway, engine: EngineKind) -> None:
+    def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._engine = engine
 
     def route(self, model: str | None, address: str, beneath: str | None) -> None:
-        self._gateway.route(Route(address, model, self._engine, beneath) if model else None)
+        self._gateway.route(Route(address, model, beneath) if model else None)
 
     def hold(self, on: bool) -> None:
         self._gateway.hold(on)
 
     def route_canary(self, release: str, address: str, share: float, comparison: Comparison) -> None:
-        self._gateway.route_canary(Route(address, release, self._engine), share, comparison)
+        self._gateway.route_canary(Route(address, release), share, comparison)
 
     def end_canary(self) -> None:
         self._gateway.end_canary()
 
     async def drained(self, address: str, timeout: float) -> None:
         await self._gateway.drained(address, timeout)
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that leaves signals to the daemon."""
-
-    def __init__(self, app: object) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,  # type: ignore[arg-type]  # uvicorn's own union of app types is not exported
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=10,
-                server_header=False,
-            )
-        )
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @contextlib.contextmanager

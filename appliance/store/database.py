@@ -1,14 +1,11 @@
-"""The database: opening it, and its schema as a list of migrations that only grows."""
+"""The schema of the state, as a list of migrations that only grows."""
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
-from appliance.errors import InvalidInput
-from appliance.home import disk_error
+from appliance.sqlite import connect
 
 MIGRATIONS = (
     """
@@ -58,17 +55,6 @@ MIGRATIONS = (
     CREATE UNIQUE INDEX one_unmerged ON unmerged (ended IS NULL) WHERE ended IS NULL;
     """,
     """
-    CREATE TABLE requests (
-        position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, release TEXT NOT NULL, key TEXT NOT NULL,
-        answered REAL NOT NULL
-    );
-    CREATE TABLE feedback (
-        request TEXT PRIMARY KEY REFERENCES requests(id), rating TEXT NOT NULL, correction TEXT, comment TEXT,
-        given REAL NOT NULL
-    );
-    CREATE INDEX feedback_given ON feedback (given);
-    """,
-    """
     ALTER TABLE releases ADD COLUMN manifest_sha256 TEXT NOT NULL DEFAULT '';
     ALTER TABLE releases ADD COLUMN seen TEXT NOT NULL DEFAULT '{}';
     ALTER TABLE releases ADD COLUMN damage TEXT NOT NULL DEFAULT '';
@@ -80,45 +66,5 @@ MIGRATIONS = (
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Open (or create) the state in WAL mode and bring its schema up to date.
-
-    Raises InvalidInput for a file that is no database or is of a newer version.
-    """
-    try:
-        connection = sqlite3.connect(path, isolation_level=None)
-        connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA busy_timeout = 5000")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > len(MIGRATIONS):
-            raise InvalidInput(
-                "newer_database",
-                f"{path} was written by a newer appliance",
-                "upgrade the appliance, or use another home",
-            )
-        for number in range(version, len(MIGRATIONS)):
-            connection.executescript(f"BEGIN; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
-    except sqlite3.OperationalError as error:
-        raise disk_error(OSError(28 if "full" in str(error) else 13, str(error)), path) from error
-    except sqlite3.DatabaseError as error:
-        raise InvalidInput(
-            "bad_database",
-            f"{path} is not a database of the appliance: {error}",
-            "move it away, or use another home",
-        ) from error
-    return connection
-
-
-@contextlib.contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """What is done in it lasts as a whole, or where it raises not at all."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
+    """The state of the appliance. Raises NoSpace, or InvalidInput for a file that is no such database."""
+    return connect(path, MIGRATIONS)

@@ -6,7 +6,7 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Literal
 
-from appliance.store.database import transaction
+from appliance.sqlite import transaction
 
 Kind = Literal["worker", "engine"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from appliance import api
 from appliance.errors import Conflict, NotFound
 from appliance.release.integrity import Seen, dump_seen, load_seen
-from appliance.store.database import transaction
+from appliance.sqlite import transaction
 
 _COUNTING = "deployments WHERE failed = '' ORDER BY position DESC"
 

@@ -119,6 +119,10 @@ class EngineProcesses:
                 self._sleep.started |= row.address in self._fresh
                 self._ready_since.setdefault(row.owner, time.monotonic())
                 self._answered[row.owner] = time.monotonic()
+            elif isinstance(answer, OSError):
+                # That it was not asked says nothing about it: its time begins anew.
+                clock = self._answered if row.owner in self._answered else self._begun
+                clock[row.owner] = time.monotonic()
 
     def views(self) -> tuple[EngineView, ...]:
         """The engines as decisions see them."""

@@ -100,6 +100,12 @@ class EngineKind(Protocol):
     name: str
     honours: frozenset[str]
     """Names of the chat completion fields that this engine really obeys."""
+    at_once: int
+    """Answers that a process works on at a time; more would wait within it."""
+    longest_answer: int
+    """Tokens that an answer has at most."""
+    token_seconds: float
+    """How long a token of a slow answer may take."""
     ready_seconds: float
     """How long a start may take before it counts as failed."""
 
@@ -128,7 +134,7 @@ class EngineKind(Protocol):
         ...
 
     async def ready(self, address: str) -> bool:
-        """Whether the engine has loaded and answers."""
+        """Whether the engine has loaded and answers. Raises OSError where this process cannot ask it."""
         ...
 
     async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:

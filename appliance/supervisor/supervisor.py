@@ -22,7 +22,6 @@ from appliance.release.manifest import MANIFEST, Manifest, finalise, judge, read
 from appliance.release.recheck import conclude_recheck
 from appliance.settings import Settings
 from appliance.store.canaries import Canaries
-from appliance.store.feedback import Feedback
 from appliance.store.processes import Processes
 from appliance.store.releases import Releases
 from appliance.store.runs import Runs
@@ -63,7 +62,7 @@ from appliance.supervisor.engine_processes import EngineProcesses, Frontage
 from appliance.supervisor.engines import EngineKind
 from appliance.supervisor.probing import ask_gates
 from appliance.supervisor.snapshot import Outcome, RunView, Snapshot
-from appliance.supervisor.trial import Trial
+from appliance.supervisor.trial import Ratings, Trial, no_ratings
 from appliance.supervisor.unmerged import Unmerged, served_name
 from appliance.supervisor.workers import Workers
 from appliance.train.events import EventLog
@@ -89,6 +88,7 @@ class Supervisor:
         on_tick: Callable[[], None] = lambda: None,
         canary_requests: int = Limits.requests,
         drain_seconds: float = Settings.drain_seconds,
+        ratings: Ratings = no_ratings,
         worker_command: tuple[str, ...] = (sys.executable, "-m", "appliance.worker"),
     ) -> None:
         self.home = home
@@ -99,7 +99,7 @@ class Supervisor:
         self.workers = Workers(home, self.runs, self.processes, worker_command)
         self.checks = Checks(home, self.releases, self.poke)
         self.engines = EngineProcesses(home, engine, self.releases, self.processes, frontage, drain_seconds, self.poke)
-        self.trial = Trial(Canaries(db), self.releases, Feedback(db), frontage, Limits(canary_requests))
+        self.trial = Trial(Canaries(db), self.releases, ratings, frontage, Limits(canary_requests))
         self.unmerged = Unmerged(home, UnmergedAdapters(db), self.releases)
         self.routed: str | None = None
         self.routed_adapter: str | None = None

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Protocol
 
 from appliance import api
 from appliance.canary import Comparison, Limits, judge
 from appliance.errors import Conflict
 from appliance.store.canaries import Canaries
-from appliance.store.feedback import Feedback
 from appliance.store.releases import Releases
 from appliance.supervisor.snapshot import CanaryView
+
+Ratings = Callable[[str, float], "Counter[api.Rating]"]
+"""How often the answers that a release has given since a time were rated what."""
+
+
+def no_ratings(release: str, since: float) -> Counter[api.Rating]:
+    """Nobody says anything about answers."""
+    return Counter()
 
 
 class CanaryRoutes(Protocol):
@@ -33,7 +42,7 @@ class Trial:
         self,
         canaries: Canaries,
         releases: Releases,
-        feedback: Feedback,
+        ratings: Ratings,
         routes: CanaryRoutes,
         limits: Limits,
     ) -> None:
@@ -41,7 +50,7 @@ class Trial:
         """The release that the gateway sends a share to, and the share."""
         self._canaries = canaries
         self._releases = releases
-        self._feedback = feedback
+        self._ratings = ratings
         self._routes = routes
         self._limits = limits
         self._comparison = Comparison("", "")
@@ -112,6 +121,6 @@ class Trial:
         if self._since != canary.since:
             self._since = canary.since
             self._comparison = Comparison(canary.live, canary.release)
-        self._comparison.live_tally.ratings = self._feedback.ratings(canary.live, canary.since)
-        self._comparison.candidate_tally.ratings = self._feedback.ratings(canary.release, canary.since)
+        self._comparison.live_tally.ratings = self._ratings(canary.live, canary.since)
+        self._comparison.candidate_tally.ratings = self._ratings(canary.release, canary.since)
         return self._comparison

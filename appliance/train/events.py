@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+_TAIL_BYTES = 64 << 10
 
 KINDS = frozenset(
     {
@@ -56,6 +59,22 @@ class EventLog:
     def read(self, after: int = 0) -> list[dict[str, Any]]:
         """Whole events with a seq above `after`, oldest first."""
         return [event for event in self.read_from(0)[0] if event["seq"] > after]
+
+    def newest(self, kind: str) -> dict[str, Any] | None:
+        """The last event of that kind among the last ones, read from the end."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return None
+        for line in reversed(lines):
+            # The first may be the end of a longer one.
+            with contextlib.suppress(ValueError):
+                event: dict[str, Any] = json.loads(line)
+                if event["event"] == kind:
+                    return event
+        return None
 
     def read_from(self, position: int) -> tuple[list[dict[str, Any]], int]:
         """The whole events that begin at byte `position` or later, and the position after them."""

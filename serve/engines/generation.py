@@ -27,6 +27,7 @@ from appliance.data.thoughts import CLOSE, OPEN
 from serve.engines.answer import Piece
 from serve.engines.sampling import Sampling, processors
 from serve.engines.text import TextStream, Thoughts
+from serve.engines.transformers import BATCH_REQUESTS
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ _PAGE = 256
 """Tokens in a block of the KV cache."""
 _BATCH_TOKENS = 512
 """Tokens in one forward pass; a longer prompt takes several, between which others go on."""
-_BATCH_REQUESTS = 64
 _MARK_TOKENS = 8
 """Tokens at the end of a prompt that may open a thought."""
 _UNHEEDED = ("repetition_penalty", "min_p", "typical_p", "no_repeat_ngram_size")
@@ -69,7 +69,7 @@ class Generator:
                 num_blocks=None if on_gpu else max(1, int(kv_cache_gib * 2**30 / _block_bytes(network))),
                 max_memory_percent=gpu_memory_share if on_gpu else None,
                 max_batch_tokens=_BATCH_TOKENS,
-                max_requests_per_batch=_BATCH_REQUESTS,
+                max_requests_per_batch=BATCH_REQUESTS,
                 use_cuda_graph=False,
                 use_async_batching=False,
                 auto_switch_to_flash=False,
@@ -79,6 +79,8 @@ class Generator:
         self._manager.warmup()
         # One request must always fit into the cache alone.
         self.max_model_len = min(max_model_len, self._manager.continuous_batching_config.num_blocks * _PAGE)
+        self.longest_prompt = self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
+        """Characters that the longest prompt can have: a text of more is too long whatever it says."""
         self._manager.start()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from datetime import date
 from pathlib import Path
@@ -30,11 +31,14 @@ OVERHEAD = 3 << 29
 _RELOAD_TIMEOUT = aiohttp.ClientTimeout(total=110)
 """Requests are held for two minutes."""
 _SLEEP_TIMEOUT = aiohttp.ClientTimeout(total=60)
-_LONGEST_DEFAULT_CONTEXT = 8192
+LONGEST_DEFAULT_CONTEXT = 8192
 _READY_TIMEOUT = aiohttp.ClientTimeout(total=2)
+_OUR_OWN_WANT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Why a connection may fail that say nothing about the other side."""
 _PROBE_SECONDS = 300
-_SLOWEST_TOKEN_SECONDS = 2
-"""Per token of a probe's answer: a large model on a CPU. An engine that hangs is found by its health much sooner."""
+SLOWEST_TOKEN_SECONDS = 2.0
+"""Per token of an answer: a large model on a CPU. An engine that hangs is found by its health much sooner."""
+TOKEN_SECONDS_ON_GPU = 0.25
 
 
 class OpenAIEngine:
@@ -43,12 +47,19 @@ class OpenAIEngine:
     reloads = False
     sleeps = False
     adapter_rank = 0
+    at_once = 64
+    longest_answer = LONGEST_DEFAULT_CONTEXT
+    token_seconds = SLOWEST_TOKEN_SECONDS
 
     async def ready(self, address: str) -> bool:
-        """Whether the engine has loaded and answers."""
+        """Whether the engine has loaded and answers. Raises OSError where this process cannot ask it."""
         try:
             async with _connect(address, _READY_TIMEOUT) as engine, engine.get("http://engine/health") as response:
                 return response.status == 200
+        except aiohttp.ClientOSError as error:
+            if error.errno in _OUR_OWN_WANT:
+                raise OSError(error.errno, "the engine could not be asked") from error
+            return False
         except (aiohttp.ClientError, TimeoutError):
             return False
 
@@ -108,7 +119,7 @@ class OpenAIEngine:
         prompt: dict[str, Any] = {"model": name, "messages": probe.messages}
         if probe.tools:
             prompt["tools"] = probe.tools
-        timeout = aiohttp.ClientTimeout(total=_PROBE_SECONDS + probe.max_tokens * _SLOWEST_TOKEN_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=_PROBE_SECONDS + probe.max_tokens * SLOWEST_TOKEN_SECONDS)
         try:
             async with _connect(address, timeout) as engine:
                 rendered = json.loads(await _post(engine, "/tokenize", {**prompt, "add_generation_prompt": True}))
@@ -199,7 +210,7 @@ def context_length(release: Path, setting: int) -> int:
         raise InvalidInput(
             "bad_model", f"cannot read {release / 'config.json'}: {error}", "pull or train the model again"
         ) from None
-    limit = setting or _LONGEST_DEFAULT_CONTEXT
+    limit = setting or LONGEST_DEFAULT_CONTEXT
     return min(own, limit) if isinstance(own, int) else limit
 
 

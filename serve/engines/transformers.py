@@ -11,14 +11,20 @@ from appliance.hardware import has_gpu, total_memory
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineCommand, Room
 from serve.engines.openai_engine import (
+    LONGEST_DEFAULT_CONTEXT,
     OFFLINE,
     OVERHEAD,
+    SLOWEST_TOKEN_SECONDS,
+    TOKEN_SECONDS_ON_GPU,
     OpenAIEngine,
     cache_bytes,
     context_length,
     weights_in_16_bits,
     weights_in_float32,
 )
+
+BATCH_REQUESTS = 64
+"""Answers in one forward pass."""
 
 HONOURS = frozenset(
     {
@@ -49,8 +55,12 @@ class TransformersEngine(OpenAIEngine):
     honours = HONOURS
     ready_seconds = 300.0
 
+    at_once = BATCH_REQUESTS
+
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.longest_answer = settings.max_model_len or LONGEST_DEFAULT_CONTEXT
+        self.token_seconds = TOKEN_SECONDS_ON_GPU if has_gpu() else SLOWEST_TOKEN_SECONDS
 
     def memory(self, release: Path) -> int:
         """Bytes of memory that a process for the model files in `release` will take."""

@@ -25,15 +25,17 @@ from appliance.errors import InvalidInput
 from serve.engines.answer import Answer
 from serve.engines.generation import EngineDead, Generator
 from serve.engines.transformers import HONOURS
-from serve.gateway.asgi import ClientGone, Reply, read_body, read_json, until_gone
-from serve.gateway.errors import ChatError, no_engine
-from serve.gateway.fields import admit
+from serve.wire.asgi import ClientGone, Reply, read_json, until_gone
+from serve.wire.errors import ChatError, no_engine
+from serve.wire.fields import admit
 
 log = logging.getLogger("engine")
 
 _BODY_LIMIT = 8 << 20
 _TO_PROBES = frozenset({"tools"})
 """What the supervisor's own probes may ask beyond HONOURS: calls are not made out in an answer."""
+_RENDERED_AT_ONCE = 2
+"""Prompts that are tokenised at a time: each takes a processor, and memory many times its size."""
 _LAST_WORDS_SECONDS = 5
 """How long a dead engine still says that it is dead before its process ends."""
 
@@ -44,6 +46,7 @@ class Server:
     def __init__(self, generator: Generator, name: str) -> None:
         self._generator = generator
         self._name = name
+        self._rendering = asyncio.Semaphore(_RENDERED_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send, {})
@@ -53,9 +56,9 @@ class Server:
                     self._require_life()
                     await reply.json(200, {"status": "ok"})
                 case "POST", "/tokenize":
-                    await self._tokenize(read_json(await read_body(receive, _BODY_LIMIT)), reply)
+                    await self._tokenize(await read_json(receive, _BODY_LIMIT), reply)
                 case "POST", "/v1/chat/completions":
-                    request = read_json(await read_body(receive, _BODY_LIMIT))
+                    request = await read_json(receive, _BODY_LIMIT)
                     await until_gone(receive, self._complete(request, reply))
                 case _:
                     raise ChatError(404, f"there is nothing at {scope['path']}", code="unknown_url")
@@ -102,11 +105,15 @@ class Server:
                 await reply.json(200, answer.whole())
 
     async def _render(self, admitted: dict[str, Any]) -> list[int]:
+        size = sum(len(message.get("content", "")) for message in admitted["messages"])
+        if size > self._generator.longest_prompt:
+            raise self._too_long(f"no prompt of so many tokens has the {size} characters of the messages")
         try:
             told = self._told(admitted)
-            return await asyncio.to_thread(
-                partial(self._generator.render, admitted["messages"], admitted.get("tools"), **told)
-            )
+            async with self._rendering:
+                return await asyncio.to_thread(
+                    partial(self._generator.render, admitted["messages"], admitted.get("tools"), **told)
+                )
         except InvalidInput as error:
             raise ChatError(400, error.message, code="invalid_value", param="messages") from None
 
@@ -122,22 +129,17 @@ class Server:
         """Tokens that may come. Raises ChatError where none can."""
         context = self._generator.max_model_len
         if prompt >= context:
-            raise ChatError(
-                400,
-                f"this model's maximum context length is {context} tokens, and the messages are {prompt} tokens long",
-                code="context_length_exceeded",
-                param="messages",
-            )
+            raise self._too_long(f"the messages are {prompt} tokens long")
         name = "max_completion_tokens" if "max_completion_tokens" in admitted else "max_tokens"
         asked = admitted.get(name, context - prompt)
         if asked > context:
-            raise ChatError(
-                400,
-                f"this model's maximum context length is {context} tokens, and '{name}' asks for {asked}",
-                code="context_length_exceeded",
-                param=name,
-            )
+            raise self._too_long(f"'{name}' asks for {asked}", name)
         return int(min(asked, context - prompt))
+
+    def _too_long(self, why: str, param: str = "messages") -> ChatError:
+        context = self._generator.max_model_len
+        message = f"this model's maximum context length is {context} tokens, and {why}"
+        return ChatError(400, message, code="context_length_exceeded", param=param)
 
     def _require_life(self) -> None:
         if not self._generator.alive:

@@ -17,8 +17,11 @@ from appliance.settings import Settings
 from appliance.supervisor.engines import SIDE_BY_SIDE, EngineCommand, Room
 from serve.engines import vllm_start
 from serve.engines.openai_engine import (
+    LONGEST_DEFAULT_CONTEXT,
     OFFLINE,
     OVERHEAD,
+    SLOWEST_TOKEN_SECONDS,
+    TOKEN_SECONDS_ON_GPU,
     OpenAIEngine,
     ask,
     cache_bytes,
@@ -74,12 +77,16 @@ class VllmEngine(OpenAIEngine):
         "tools",
         "tool_choice",
     }
+    at_once = 256
+    """What vLLM takes into a batch by itself on most cards; on the largest it takes more."""
     ready_seconds = 900.0
     reloads = True
 
     def __init__(self, settings: Settings, gpu: bool) -> None:
         self._settings = settings
         self._gpu = gpu
+        self.longest_answer = settings.max_model_len or LONGEST_DEFAULT_CONTEXT
+        self.token_seconds = TOKEN_SECONDS_ON_GPU if gpu else SLOWEST_TOKEN_SECONDS
         self.adapter_rank = _room_for_rank(settings.adapter_rank)
         # What vLLM would make of adapters' memory after a sleep has not been looked at.
         self.sleeps = gpu and settings.lease != "share" and settings.sleep == "auto" and not self.adapter_rank

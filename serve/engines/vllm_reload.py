@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from appliance.data.template_input import take_as_text
 from appliance.data.tokenizer import TemplateSettings, set_template
 from serve.engines.openai_engine import ASLEEP, RELOAD, SLEEP
-from serve.gateway.asgi import ClientGone, Reply, read_body, read_json
-from serve.gateway.errors import ChatError
+from serve.wire.asgi import ClientGone, Reply, read_json
+from serve.wire.errors import ChatError
 
 log = logging.getLogger("vllm.reload")
 
@@ -54,7 +54,7 @@ class Reload:
         state = scope["app"].state
         try:
             if scope["path"] == RELOAD:
-                asked = read_json(await read_body(receive, _BODY_LIMIT))
+                asked = await read_json(receive, _BODY_LIMIT)
                 await _reload(state, asked["weights"], asked["name"], asked.get("clock"), self._asleep)
                 self._asleep = False
                 await reply.json(200, {"model": asked["name"]})

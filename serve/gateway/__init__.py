@@ -1,1 +1,1 @@
-"""The chat endpoint: app.py answers, fields.py says what may be asked, upstream.py talks to the engine."""
+"""The chat endpoint."""

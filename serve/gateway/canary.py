@@ -1,38 +1,37 @@
-"""The canary's place in the gateway: whose requests it answers, and the count of both sides' answers."""
+"""The canary's place in the gateway: which conversations it answers, and the count of both sides' answers."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from appliance.canary import Comparison, Tally
-from serve.gateway.errors import ChatError
-from serve.gateway.fields import MODEL_ALIAS
-from serve.gateway.observation import Observation
-from serve.gateway.upstream import Upstream
-
-CONVERSATION_HEADER = b"x-conversation-id"
-_NAMES = ("prompt_cache_key", "safety_identifier", "user")
-"""Fields by which clients name a conversation or a person, the narrowest first."""
+from appliance.canary import FIRST_TOKEN, LATER_TOKEN, WHOLE_ANSWER, Comparison
+from serve.gateway.account import Account
 
 
 @dataclass(frozen=True)
 class Canary:
-    """The candidate's engine, the share of conversations that it is to answer, and the figures so far."""
+    """The share of conversations that the candidate is to answer, and the figures so far."""
 
-    upstream: Upstream
     share: float
     comparison: Comparison
 
-    def takes(self, request: dict[str, Any], conversation: str | None) -> bool:
-        """Whether the candidate is to answer: it was asked for by its name, or the conversation falls to it."""
-        model = request.get("model") or MODEL_ALIAS
-        if model != MODEL_ALIAS:
-            return bool(model == self.upstream.route.model)
+    def takes(self, conversation: str | None) -> bool:
+        """Whether the conversation falls to the candidate."""
         return conversation is not None and chosen(f"{self.comparison.candidate}/{conversation}", self.share)
+
+    def count(self, account: Account) -> None:
+        """Count what has become of an answer: a failure of the engine, or how it went.
+
+        A refusal of the client's request and a client that leaves are not counted.
+        """
+        tally = self.comparison.tally(account.model)
+        if tally is None:
+            return
+        if account.failed:
+            tally.add_error()
+        elif account.complete:
+            tally.add_answer(account.finish, timings(account))
 
 
 def chosen(conversation: str, share: float) -> bool:
@@ -41,36 +40,14 @@ def chosen(conversation: str, share: float) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-def conversation_of(request: dict[str, Any], header: str, caller: str) -> str | None:
-    """What a request names its conversation by: the header, a field, else the API key; None: by nothing.
-
-    `caller` is the key's id, empty for an operator: conversations of two keys are never the same.
-    """
-    names = (("header", header), *((field, request.get(field)) for field in _NAMES))
-    kind, name = next(((kind, name) for kind, name in names if isinstance(name, str) and name), ("", ""))
-    return f"{caller}/{kind}/{name}" if caller or name else None
-
-
-@contextlib.contextmanager
-def counted(tally: Tally | None) -> Iterator[Observation | None]:
-    """Watch an answer, and count it in the end: a failure of the engine, or how it went. No tally: neither.
-
-    A refusal of the client's request and a client that leaves are not counted.
-    """
-    if tally is None:
-        yield None
-        return
-    seen = Observation()
-    try:
-        yield seen
-    except ChatError as error:
-        seen.complete = False
-        if error.status >= 500:
-            tally.add_error()
-        raise
-    finally:
-        # A client that has its whole answer may be gone before this is reached: then it is cancelled, and counts.
-        if seen.complete and seen.failed:
-            tally.add_error()
-        elif seen.complete:
-            tally.add_answer(seen.stops, seen.seconds)
+def timings(account: Account) -> dict[str, float]:
+    """Times of an answer by the names of `appliance.canary.TIMINGS`. An event with text counts as a token."""
+    sent, first, last = account.sent, account.first_byte, account.last_byte
+    if sent is None or first is None or last is None:
+        return {}
+    if not account.streamed:
+        return {WHOLE_ANSWER: (last - sent) / account.completion_tokens} if account.completion_tokens else {}
+    seconds = {FIRST_TOKEN: first - sent}
+    if account.pieces > 1 and account.first_text is not None and account.last_text is not None:
+        seconds[LATER_TOKEN] = (account.last_text - account.first_text) / (account.pieces - 1)
+    return seconds

@@ -14,11 +14,12 @@ from appliance.settings import Settings
 from appliance.store.database import open_database
 from appliance.store.keys import Keys
 from appliance.supervisor.supervisor import Supervisor
+from appliance.traffic import Traffic
 from appliance.train.recipe import Recipe
 from serve.control import control_app
 from serve.engines.transformers import TransformersEngine
-from serve.gateway.app import Gateway
-from serve.gateway.feedback import Ledger
+from serve.gateway.edge import Gateway
+from serve.gateway.ledger import Ledger
 
 
 class Nobody:
@@ -43,8 +44,9 @@ class Control:
         self.home.create()
         self.db: sqlite3.Connection = open_database(self.home.database)
         keys = Keys(self.db)
-        self.supervisor = Supervisor(self.home, self.db, TransformersEngine(Settings()), Nobody(), exclusive=False)
-        chat = Gateway(keys.authenticate, Ledger(self.home.database)).operator
+        engine = TransformersEngine(Settings())
+        self.supervisor = Supervisor(self.home, self.db, engine, Nobody(), exclusive=False)
+        chat = Gateway(keys.authenticate, Ledger(Traffic(self.home.traffic)), engine).operator
         app = control_app(self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", chat)
         self.client = Client(root / "none", httpx.ASGITransport(app, raise_app_exceptions=False))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,34 @@ def test_opening_again_keeps_what_is_there(path: Path, db: sqlite3.Connection) -
     Runs(db).add("facts-1", RECIPE)
     db.close()
     assert Runs(open_database(path)).get("facts-1").recipe == "facts"
+
+
+def test_it_is_durable_and_for_its_owner_alone(path: Path, db: sqlite3.Connection) -> None:
+    db.execute("CREATE TABLE x (y)")
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.glob("appliance.db*")} == {0o600}
+    assert db.execute("PRAGMA synchronous").fetchone()[0] == 2, "a commit has reached the disk"
+    path.chmod(0o644)
+    open_database(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_writer_waits_for_another_one(path: Path, db: sqlite3.Connection) -> None:
+    other = sqlite3.connect(path, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    ending = threading.Timer(0.3, other.rollback)
+    ending.start()
+    db.execute("CREATE TABLE x (y)")
+    ending.join()
+    other.close()
+
+
+def test_several_may_open_a_new_one_at_once(tmp_path: Path) -> None:
+    def open_it(number: int) -> None:
+        for each in range(8):
+            open_database(tmp_path / f"{each}.db").close()
+
+    with ThreadPoolExecutor(6) as several:
+        list(several.map(open_it, range(6)))
 
 
 def test_a_newer_schema_is_refused(path: Path, db: sqlite3.Connection) -> None:

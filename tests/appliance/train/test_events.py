@@ -69,3 +69,19 @@ def test_writers_take_turns(tmp_path: Path) -> None:
 def test_an_unknown_kind_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown event kind"):
         EventLog(tmp_path / "events.jsonl").append("setp", "sft")
+
+
+def test_the_newest_of_a_kind_is_read_from_the_end(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    assert log.newest("step") is None
+    log.append("step", "sft", step=1)
+    for number in range(3000):
+        log.append("warning", "sft", message=f"warning {number}")
+    assert log.newest("step") is None, "too long ago to be looked for"
+    log.append("step", "sft", step=2)
+    log.append("warning", "sft", message="x")
+    with open(log.path, "ab") as file:
+        file.write(b'{"seq": 9, "event": "step"')
+    newest = log.newest("step")
+    assert newest is not None
+    assert newest["step"] == 2

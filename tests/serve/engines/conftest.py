@@ -12,8 +12,10 @@ import pytest
 from engine_process import KEY, Served, listening, serving
 
 from appliance.settings import Settings, load_settings
-from serve.gateway.app import Gateway, Route
-from serve.gateway.feedback import Ledger
+from appliance.traffic import Traffic
+from serve.gateway.admission import Route
+from serve.gateway.edge import Gateway
+from serve.gateway.ledger import Ledger
 
 if TYPE_CHECKING:
     from serve.engines.generation import Generator
@@ -95,7 +97,7 @@ def mortal(settings: Settings, smollm2: Path, tmp_path: Path) -> Iterator[Served
 @pytest.fixture
 async def endpoint(served: Served, tmp_path: Path) -> AsyncIterator[str]:
     """URL of a gateway in front of the engine; its key is KEY."""
-    gateway = Gateway({KEY: "k1"}.get, Ledger(tmp_path / "appliance.db"))
-    gateway.route(Route(served.address, served.name, served.kind))
+    gateway = Gateway({KEY: "k1"}.get, Ledger(Traffic(tmp_path / "traffic.db")), served.kind)
+    gateway.route(Route(served.address, served.name))
     async with listening(gateway) as url:
         yield url

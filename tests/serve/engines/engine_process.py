@@ -19,7 +19,7 @@ from appliance.data.tokenizer import TemplateSettings
 from appliance.settings import Settings
 from appliance.supervisor.engines import EngineKind
 from serve.engines.choose import choose_engine
-from serve.gateway.app import Gateway
+from serve.gateway.edge import Gateway
 
 KEY = "sk-good"
 

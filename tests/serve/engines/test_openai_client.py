@@ -13,8 +13,10 @@ import openai
 import pytest
 from engine_process import KEY, Served, listening
 
-from serve.gateway.app import Gateway, Route
-from serve.gateway.feedback import Ledger
+from appliance.traffic import Traffic
+from serve.gateway.admission import Route
+from serve.gateway.edge import Gateway
+from serve.gateway.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
@@ -276,8 +278,8 @@ async def _running(served: Served) -> float:
 
 
 async def test_an_engine_that_is_killed_in_a_stream(mortal: Served, tmp_path: Path) -> None:
-    gateway = Gateway({KEY: "k1"}.get, Ledger(tmp_path / "appliance.db"))
-    gateway.route(Route(mortal.address, mortal.name, mortal.kind))
+    gateway = Gateway({KEY: "k1"}.get, Ledger(Traffic(tmp_path / "traffic.db")), mortal.kind)
+    gateway.route(Route(mortal.address, mortal.name))
     async with listening(gateway) as url, openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
         fields: dict[str, Any] = {"model": "live", "messages": STORY, "extra_body": {"ignore_eos": True}}
         stream = await client.chat.completions.create(**fields, stream=True)

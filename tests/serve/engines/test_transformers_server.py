@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +104,41 @@ async def test_beyond_the_context(http: httpx.AsyncClient, fields: dict[str, Any
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
     assert "512" in error["message"]
+
+
+async def test_a_text_of_megabytes_is_refused_by_its_size(
+    http: httpx.AsyncClient, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[int] = []
+    monkeypatch.setattr(generator, "render", lambda messages, *_, **__: rendered.append(len(messages)) or [1])
+    long = [{"role": "user", "content": "x" * (2 << 20)}, {"role": "user", "content": "x" * (2 << 20)}]
+    for path in (CHAT, "/tokenize"):
+        response = await http.post(path, json={"messages": long})
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert rendered == [], "nothing was tokenised"
+    assert (await http.post("/tokenize", json={"messages": MESSAGES})).status_code == 200
+    assert rendered == [1]
+
+
+async def test_prompts_are_tokenised_a_few_at_a_time(
+    http: httpx.AsyncClient, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def render(*arguments: Any, **named: Any) -> list[int]:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.02)
+        with lock:
+            at_once -= 1
+        return [1]
+
+    monkeypatch.setattr(generator, "render", render)
+    await asyncio.gather(*(http.post("/tokenize", json={"messages": MESSAGES}) for _ in range(12)))
+    assert most == 2
 
 
 @pytest.mark.parametrize(

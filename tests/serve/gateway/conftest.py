@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from scripted_engine import KEY, OTHER_KEY, ScriptedEngine, route
+from scripted_engine import KEY, OTHER_KEY, Kind, ScriptedEngine, route
 
-from appliance.store.database import open_database
-from serve.gateway.app import Gateway
-from serve.gateway.feedback import Ledger
+from appliance.traffic import Traffic
+from serve.gateway.edge import Gateway
+from serve.gateway.ledger import Ledger
 
 
 @pytest.fixture
@@ -33,9 +33,22 @@ def patience() -> float:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    open_database(tmp_path / "appliance.db").close()
-    return Ledger(tmp_path / "appliance.db")
+def kind() -> Kind:
+    """What the engine can do."""
+    return Kind()
+
+
+@pytest.fixture
+def traffic(tmp_path: Path) -> Iterator[Traffic]:
+    traffic = Traffic(tmp_path / "traffic.db")
+    traffic.start()
+    yield traffic
+    traffic.close()
+
+
+@pytest.fixture
+def ledger(traffic: Traffic) -> Ledger:
+    return Ledger(traffic)
 
 
 @pytest.fixture
@@ -45,8 +58,8 @@ def wanted() -> set[str]:
 
 
 @pytest.fixture
-async def gateway(engine: ScriptedEngine, ledger: Ledger, wanted: set[str], patience: float) -> Gateway:
-    gateway = Gateway({KEY: "k1", OTHER_KEY: "k2"}.get, ledger, lambda: wanted, patience)
+async def gateway(engine: ScriptedEngine, ledger: Ledger, wanted: set[str], patience: float, kind: Kind) -> Gateway:
+    gateway = Gateway({KEY: "k1", OTHER_KEY: "k2"}.get, ledger, kind, lambda: wanted, patience)
     gateway.route(route(engine))
     return gateway
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.gateway.app import Route
+from serve.gateway.admission import Route
 
 KEY, OTHER_KEY = "sk-good", "sk-other"
 """The API keys that the gateway under test takes."""
@@ -146,13 +146,15 @@ def broken_answer() -> Script:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the gateway asks of an engine's kind."""
+    """What the gateway has to know of a kind of engine."""
 
-    name: str = "scripted"
+    at_once: int = 64
+    longest_answer: int = 100
+    token_seconds: float = 0.0
     honours: frozenset[str] = frozenset(
         {"model", "messages", "stream", "stream_options", "temperature", "max_tokens", "stop", "n"}
     )
 
 
 def route(engine: ScriptedEngine, model: str = "r1") -> Route:
-    return Route(engine.address, model, Kind())  # type: ignore[arg-type]  # it is never started or probed
+    return Route(engine.address, model)

@@ -9,8 +9,10 @@ from typing import Any
 import httpx
 import pytest
 from scripted_engine import (
+    ANSWER,
     OVERFLOW_OF_VLLM,
     STREAM,
+    Kind,
     Script,
     ScriptedEngine,
     answer,
@@ -21,7 +23,7 @@ from scripted_engine import (
     stall,
 )
 
-from serve.gateway.app import Gateway
+from serve.gateway.edge import Gateway
 
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 ASK_STREAM = {**ASK, "stream": True}
@@ -127,6 +129,34 @@ async def test_an_engine_that_goes_silent_in_a_stream_is_given_up(
     received = frames((await http.post(CHAT, json=ASK_STREAM)).text)
     assert received[0]["choices"][0]["delta"]["content"] == "Hel"
     assert received[1]["error"]["code"] == "engine_timeout"
+
+
+class TestWholeAnswers:
+    """An answer that comes as a whole says nothing before its last token."""
+
+    @pytest.fixture
+    def patience(self) -> float:
+        return 0.2
+
+    @pytest.fixture
+    def kind(self) -> Kind:
+        return Kind(longest_answer=100, token_seconds=0.3)
+
+    @pytest.mark.parametrize(
+        ("fields", "status"),
+        [({}, 200), ({"max_tokens": 9}, 200), ({"max_tokens": 1}, 504), ({"stream": True}, 504)],
+    )
+    async def test_it_has_the_time_that_its_tokens_take(
+        self, http: httpx.AsyncClient, engine: ScriptedEngine, fields: dict[str, Any], status: int
+    ) -> None:
+        whole = answer(200, ANSWER)
+
+        async def script(writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(1.2)
+            await whole(writer)
+
+        engine.script = script
+        assert (await http.post(CHAT, json={**ASK, **fields})).status_code == status
 
 
 @pytest.mark.parametrize("patience", [1.0])

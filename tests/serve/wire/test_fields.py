@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.gateway.errors import ChatError
-from serve.gateway.fields import admit
+from serve.wire.errors import ChatError
+from serve.wire.fields import admit
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 HONOURS = frozenset(
@@ -169,6 +169,39 @@ def test_messages_must_be_there(messages: dict[str, Any]) -> None:
 )
 def test_a_message_that_cannot_be_read(message: Any, param: str) -> None:
     assert refused(messages=[message]).param == param
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "code"),
+    [
+        ({"role": "user", "content": "Hi", "junk": 1}, "messages[0].junk", "unknown_parameter"),
+        ({"role": "user", "content": "Hi", "x" * 5000: 1}, f"messages[0].{'x' * 64}…", "unknown_parameter"),
+        ({"role": "user", "content": "Hi", "nmae": "a"}, "messages[0].nmae", "unknown_parameter"),
+        ({"role": "user", "content": "Hi", "tool_calls": [{}]}, "messages[0].tool_calls", "unsupported_parameter"),
+        ({"role": "user", "content": "Hi", "tool_call_id": "1"}, "messages[0].tool_call_id", "unsupported_parameter"),
+        ({"role": "user", "content": "Hi", "reasoning": "x"}, "messages[0].reasoning", "unsupported_parameter"),
+        ({"role": "assistant", "content": "Hi", "tool_calls": "f()"}, "messages[0].tool_calls", "invalid_value"),
+        ({"role": "assistant", "content": "Hi", "refusal": "No."}, "messages[0].refusal", "invalid_value"),
+        ({"role": "assistant", "content": "Hi", "audio": {"id": "a"}}, "messages[0].audio", "invalid_value"),
+        ({"role": "user", "content": "Hi", "name": 5}, "messages[0].name", "invalid_value"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]},
+            "messages[0].content[0].cache_control",
+            "unknown_parameter",
+        ),
+    ],
+)
+def test_what_a_message_may_not_say_is_refused_by_name(message: Any, param: str, code: str) -> None:
+    error = refused(messages=[message])
+    assert (error.param, error.code) == (param, code)
+    assert f"'{param}'" in error.message
+    assert ("did you mean 'name'?" in error.message) is ("nmae" in message)
+
+
+def test_an_answer_may_be_sent_back_as_it_came() -> None:
+    nothing = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    said = {"role": "assistant", "content": "Hi", **nothing}
+    assert admit({"messages": [said]}, HONOURS)["messages"] == [{"role": "assistant", "content": "Hi"}]
 
 
 def test_messages_come_to_one_form() -> None:

@@ -12,9 +12,8 @@ import pytest
 from scripted_engine import ANSWER, STREAM, Script, ScriptedEngine, answer, broken_answer, chunk, events, route, stall
 
 from appliance.canary import FIRST_TOKEN, LATER_TOKEN, WHOLE_ANSWER, Comparison
-from serve.gateway.app import Gateway
-from serve.gateway.canary import chosen, conversation_of
-from serve.gateway.observation import Observation
+from serve.gateway.canary import chosen
+from serve.gateway.edge import Gateway
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 ASK_STREAM = {**ASK, "stream": True}
@@ -43,24 +42,6 @@ def test_the_same_conversation_always_falls_to_the_same_side() -> None:
     """Known values: a daemon that is started again, or a later version, must not move anybody."""
     assert [number for number in range(60) if chosen(f"{number}", 0.1)] == [18, 29, 47, 55]
     assert not chosen("\ud800", 0.0), "half of a surrogate pair has a place too"
-
-
-@pytest.mark.parametrize(
-    ("request_fields", "header", "caller", "name"),
-    [
-        ({}, "", "", None),
-        ({}, "", "k1", "k1//"),
-        ({"user": "u"}, "", "k1", "k1/user/u"),
-        ({"user": "u", "safety_identifier": "s"}, "", "k1", "k1/safety_identifier/s"),
-        ({"user": "u", "safety_identifier": "s", "prompt_cache_key": "p"}, "", "k1", "k1/prompt_cache_key/p"),
-        ({"prompt_cache_key": "p"}, "c", "k1", "k1/header/c"),
-        ({"prompt_cache_key": "", "user": 7}, "", "k1", "k1//"),
-        ({"user": "u"}, "", "", "/user/u"),
-        ({}, "c", "", "/header/c"),
-    ],
-)
-def test_what_names_a_conversation(request_fields: dict[str, Any], header: str, caller: str, name: str | None) -> None:
-    assert conversation_of({**ASK, **request_fields}, header, caller) == name
 
 
 @pytest.fixture
@@ -312,6 +293,39 @@ async def test_a_canary_that_ends_finishes_its_answers_and_gets_no_more(
     assert comparison.live_tally.requests == 0, "nobody counts any more"
 
 
+async def test_an_engine_that_has_failed_is_not_waited_for_while_another_one_is(
+    http: httpx.AsyncClient, gateway: Gateway, engine: ScriptedEngine, candidate: ScriptedEngine, comparison: Comparison
+) -> None:
+    candidate.script = hang_up
+    gateway.hold(True)
+    gateway.route(None)
+    asking = asyncio.create_task(http.post(CHAT, json=ASK, headers=named("canary")))
+    async with asyncio.timeout(60):
+        while not gateway._dispatch.live.waiting:
+            await asyncio.sleep(0.01)
+    await asyncio.wait_for(gateway.drained(candidate.address, 600), 10)
+    gateway.route(route(engine))
+    assert (await asking).json()["model"] == "r1"
+
+
+async def test_a_canary_that_ends_keeps_nobody_waiting(
+    http: httpx.AsyncClient, gateway: Gateway, candidate: ScriptedEngine, comparison: Comparison
+) -> None:
+    candidate.script = stall()
+    gateway._dispatch._candidate.at_once = 1
+    asking = [asyncio.create_task(http.post(CHAT, json=ASK, headers=named("canary"))) for _ in range(2)]
+    async with asyncio.timeout(60):
+        while gateway._dispatch._candidate.waiting < 1:
+            await asyncio.sleep(0.01)
+    gateway.end_canary()
+    done, _ = await asyncio.wait(asking, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+    assert [each.result().json()["model"] for each in done] == ["r1"], "the live release answers who has waited for it"
+    assert len(candidate.requests) == 1
+    for task in asking:
+        task.cancel()
+    await asyncio.wait_for(candidate.left.wait(), 60)
+
+
 async def test_a_new_share_keeps_the_figures(
     http: httpx.AsyncClient, gateway: Gateway, candidate: ScriptedEngine, comparison: Comparison
 ) -> None:
@@ -329,19 +343,3 @@ async def test_the_canary_answers_its_share_while_the_live_engine_is_away(
     assert (await http.post(CHAT, json=ASK, headers=named("canary"))).json()["model"] == "r2"
     assert (await http.post(CHAT, json=ASK, headers=named("live"))).status_code == 503
     assert comparison.live_tally.requests == 0, "an engine that is away has not failed"
-
-
-def test_no_text_of_an_answer_is_taken_for_its_end() -> None:
-    seen = Observation()
-    seen.events(chunk('"finish_reason": "length"') + chunk('data: {"error": "content": "x"'), False)
-    seen.document(b'{"choices": [{"message": {"content": "\\"finish_reason\\": \\"length\\""}}]}')
-    assert (seen.stops, seen.failed) == ([], False)
-
-
-def test_every_choice_has_its_end_in_either_spelling() -> None:
-    seen = Observation()
-    seen.events(
-        b'data: {"choices":[{"finish_reason":"stop"}]}\n\ndata: {"choices": [{"finish_reason": "length"}]}\n\n', False
-    )
-    seen.events(b'data: {"choices": [{"finish_reason": null}]}\n\n', True)
-    assert seen.stops == ["stop", "length"]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from starlette.types import Receive, Send
 
-from serve.gateway.errors import ChatError
+from serve.wire.errors import ChatError
 
 Headers = list[tuple[bytes, bytes]]
+
+MOST_VALUES = 50_000
+"""Values in a request: a conversation of four megabytes has some thousand, and a million of them take seconds."""
+_PARSED_AT_ONCE = 64 << 10
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
 
 _EVENT_STREAM: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -41,8 +47,17 @@ async def read_body(receive: Receive, limit: int) -> bytes:
             return b"".join(parts)
 
 
-def read_json(body: bytes) -> dict[str, Any]:
+async def read_json(receive: Receive, limit: int) -> dict[str, Any]:
+    """The JSON object that the request's body is. Raises ChatError, and ClientGone."""
+    body = await read_body(receive, limit)
+    return parse_json(body) if len(body) <= _PARSED_AT_ONCE else await asyncio.to_thread(parse_json, body)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`. Raises ChatError."""
+    # Python does nothing else while it parses, in whichever thread: what bounds the time is how much there is to parse.
+    if _too_many_values(body):
+        raise ChatError(400, f"the request has more than {MOST_VALUES} values", code="too_many_values")
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -51,6 +66,18 @@ def read_json(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ChatError(400, "the request is not a JSON object", code="invalid_json")
     return value
+
+
+def _too_many_values(body: bytes) -> bool:
+    """Whether JSON holds more values than MOST_VALUES, commas and brackets within its texts left out of the count."""
+    if _marks(body) <= MOST_VALUES:
+        return False
+    return body.count(b'"') - body.count(b'\\"') > 2 * MOST_VALUES or _marks(_STRING.sub(b"", body)) > MOST_VALUES
+
+
+def _marks(body: bytes) -> int:
+    """How many marks there are of which one comes before each value."""
+    return sum(body.count(mark) for mark in (b",", b"[", b"{"))
 
 
 async def until_gone(receive: Receive, answering: Coroutine[Any, Any, None]) -> None:
@@ -68,12 +95,16 @@ async def until_gone(receive: Receive, answering: Coroutine[Any, Any, None]) -> 
 
 
 class Reply:
-    """The answer to one request: a JSON document, or a stream of server-sent events. `streaming`: it has begun."""
+    """The answer to one request: a JSON document, or a stream of server-sent events.
+
+    `status`: what the client was told, 0 before that. `streaming`: events have begun.
+    """
 
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
         self._headers: Headers = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.streaming = False
+        self.status = 0
 
     async def json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
         """The whole answer."""
@@ -103,12 +134,10 @@ class Reply:
             await self.events(b"data: " + json.dumps(error.body()).encode() + b"\n\n")
             await self.end_events()
             return
-        headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-        if error.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        await self.json(error.status, error.body(), headers)
+        await self.json(error.status, error.body(), error.headers())
 
     async def _start(self, status: int, headers: Headers) -> None:
+        self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]})
 
 

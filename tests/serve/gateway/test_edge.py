@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from scripted_engine import ANSWER, ScriptedEngine, answer, events, route
+from scripted_engine import ANSWER, Kind, ScriptedEngine, answer, events, route
 
-from serve.gateway.app import BODY_LIMIT, Gateway
-from serve.gateway.feedback import Ledger
+from serve.gateway.edge import BODY_LIMIT, Gateway
+from serve.gateway.ledger import Ledger
+from serve.wire import asgi, fields
 
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 CHAT = "/v1/chat/completions"
@@ -127,11 +130,86 @@ async def test_what_is_not_on_the_list_does_not_exist(http: httpx.AsyncClient, p
     assert error(response)["code"] == "unknown_url"
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("DELETE", "/v1/models"), ("POST", "/healthz")])
-async def test_the_wrong_method(http: httpx.AsyncClient, method: str, path: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", CHAT, "POST"),
+        ("DELETE", "/v1/models", "GET"),
+        ("DELETE", "/v1/models/r1", "GET"),
+        ("POST", "/healthz", "GET, HEAD"),
+    ],
+)
+async def test_the_wrong_method(http: httpx.AsyncClient, method: str, path: str, allowed: str) -> None:
     response = await http.request(method, path)
     assert response.status_code == 405
     assert error(response)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+async def test_health_may_be_asked_by_head(http: httpx.AsyncClient, path: str) -> None:
+    response = await http.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+@pytest.mark.parametrize("name", ["live", "r1"])
+async def test_a_model_by_its_name(http: httpx.AsyncClient, name: str) -> None:
+    listed = (await http.get("/v1/models")).json()["data"]
+    assert (await http.get(f"/v1/models/{name}")).json() == next(each for each in listed if each["id"] == name)
+    missing = await http.get("/v1/models/gpt-4")
+    assert (missing.status_code, error(missing)["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("key", ["name", "model", "path"])
+async def test_what_a_client_sends_is_not_sent_back_whole(http: httpx.AsyncClient, key: str) -> None:
+    long = "x" * 60_000
+    asked = {**ASK, "model": long} if key == "model" else {**ASK, long: 1}
+    response = await (http.get(f"/{long}") if key == "path" else http.post(CHAT, json=asked))
+    assert response.status_code in (400, 404)
+    assert len(response.content) < 1000
+
+
+async def test_a_name_of_megabytes_is_not_compared_with_others(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr(fields.difflib, "get_close_matches", lambda name, *_, **__: compared.append(len(name)) or [])
+    assert (await http.post(CHAT, json={**ASK, "x" * 3_000_000: 1})).status_code == 400
+    assert (await http.post(CHAT, json={**ASK, "modle": 1})).status_code == 400
+    assert compared == [5]
+
+
+@pytest.mark.parametrize("junk", ["[],", '"",', "1,", '{"a":1},'])
+async def test_a_request_of_a_million_values_is_refused_before_it_is_read(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, junk: str
+) -> None:
+    body = '{"messages":[' + junk * (3_500_000 // len(junk)) + junk[:-1] + "]}"
+    monkeypatch.setattr(asgi, "json", SimpleNamespace(dumps=json.dumps))
+    response = await http.post(CHAT, content=body.encode())
+    assert (response.status_code, error(response)["code"]) == (400, "too_many_values")
+
+
+async def test_texts_of_megabytes_are_no_values(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    text = 'a, [b], {"c"}, \\" \n' * 150_000
+    asked = {"messages": [{"role": "user", "content": text}]}
+    assert (await http.post(CHAT, json=asked)).status_code == 200
+    assert engine.requests[0]["messages"] == asked["messages"]
+
+
+async def test_a_large_request_is_parsed_beside_the_loop(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[bool] = []
+    parse = asgi.parse_json
+
+    def noted(body: bytes) -> dict[str, Any]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return parse(body)
+
+    monkeypatch.setattr(asgi, "parse_json", noted)
+    for size in (10, 100_000):
+        assert (await http.post(CHAT, json={"messages": [{"role": "user", "content": "x" * size}]})).status_code == 200
+    assert threads == [True, False]
 
 
 async def test_health_and_readiness_need_no_key_and_differ(url: str, gateway: Gateway) -> None:
@@ -164,7 +242,7 @@ async def test_with_no_live_release_it_says_what_to_do(http: httpx.AsyncClient, 
         b'"x"',
         b"\xff\xfe{",
         b'{"temperature": NaN}',
-        b"[" * 100_000,
+        b"[" * 40_000,
         b'{"seed": ' + b"9" * 5000 + b"}",
     ],
 )
@@ -213,7 +291,7 @@ async def test_a_fault_of_the_gateway_itself_has_the_same_shape(
     def break_down(key: str) -> str:
         raise RuntimeError("database gone")
 
-    async with httpx.AsyncClient(base_url=await listen(Gateway(break_down, ledger))) as client:
+    async with httpx.AsyncClient(base_url=await listen(Gateway(break_down, ledger, Kind()))) as client:
         response = await client.get("/v1/models", headers={"authorization": "Bearer sk-good"})
     assert response.status_code == 500
     assert "database" not in error(response)["message"]

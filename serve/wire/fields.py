@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
 from appliance.data.tokenizer import TOLD_BY_ALL
-from serve.gateway.errors import ChatError
+from serve.wire.errors import MOST_SHOWN, ChatError, shown
 
 MODEL_ALIAS = "live"
 """The model name that always means the live release."""
@@ -22,11 +22,12 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class _Field:
-    """One field: what it must be, and when leaving it out changes nothing."""
+    """One field: what it must be, and when leaving it out changes nothing. `roles`: of a message, in which of them."""
 
     expects: str
     valid: Callable[[Any], bool]
     neutral: Callable[[Any], bool] = lambda value: False
+    roles: tuple[str, ...] = _ROLES
 
 
 def admit(request: dict[str, Any], honours: Set[str]) -> dict[str, Any]:
@@ -39,9 +40,7 @@ def admit(request: dict[str, Any], honours: Set[str]) -> dict[str, Any]:
     for name, value in request.items():
         field = _FIELDS.get(name)
         if field is None:
-            raise ChatError(
-                400, f"unknown parameter '{name}'{_did_you_mean(name)}", code="unknown_parameter", param=name
-            )
+            raise unknown(name, _FIELDS)
         if value is None:
             continue
         if not field.valid(value):
@@ -62,17 +61,43 @@ def admit(request: dict[str, Any], honours: Set[str]) -> dict[str, Any]:
     return admitted
 
 
+def unknown(name: str, known: Iterable[str], within: str = "") -> ChatError:
+    """The refusal of a key that is none of those `known` in the object `within`."""
+    where = f"{within}.{shown(name)}" if within else shown(name)
+    close = difflib.get_close_matches(name, known, n=1) if len(name) <= MOST_SHOWN else []
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return ChatError(400, f"unknown parameter '{where}'{hint}", code="unknown_parameter", param=where)
+
+
 def _message(index: int, message: Any) -> dict[str, Any]:
     """A message with its text in one string and without empty keys. Raises ChatError."""
     where = f"messages[{index}]"
     if not isinstance(message, dict):
         raise ChatError(400, f"'{where}' must be an object", code="invalid_value", param=where)
-    said = {key: value for key, value in message.items() if value is not None}
-    role = said.get("role")
+    role = message.get("role")
     if role not in _ROLES:
         raise ChatError(
             400, f"'{where}.role' must be one of {', '.join(_ROLES)}", code="invalid_value", param=f"{where}.role"
         )
+    said: dict[str, Any] = {}
+    for name, value in message.items():
+        key = _MESSAGE_KEYS.get(name)
+        if key is None:
+            raise unknown(name, _MESSAGE_KEYS, where)
+        if value is None or key.neutral(value):
+            continue
+        if not key.valid(value):
+            raise ChatError(
+                400, f"'{where}.{name}' must be {key.expects}", code="invalid_value", param=f"{where}.{name}"
+            )
+        if role not in key.roles:
+            raise ChatError(
+                400,
+                f"'{where}.{name}' is not supported in a message of the role '{role}'; leave it out",
+                code="unsupported_parameter",
+                param=f"{where}.{name}",
+            )
+        said[name] = value
     if role == "developer":
         said["role"] = "system"
     if "reasoning_content" in said:
@@ -95,6 +120,8 @@ def _text(where: str, content: Any) -> str:
                     code="unsupported_content",
                     param=f"{where}[{index}]",
                 )
+            for name in part.keys() - {"type", "text"}:
+                raise unknown(name, ("type", "text"), f"{where}[{index}]")
         content = "\n".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ChatError(400, f"'{where}' must be a string or a list of text parts", code="invalid_value", param=where)
@@ -103,11 +130,6 @@ def _text(where: str, content: Any) -> str:
     except UnicodeEncodeError:
         raise ChatError(400, f"'{where}' holds half of a surrogate pair", code="invalid_value", param=where) from None
     return content
-
-
-def _did_you_mean(name: str) -> str:
-    close = difflib.get_close_matches(name, _FIELDS, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
@@ -146,6 +168,10 @@ def _template_variables(value: Any) -> bool:
 
 def _always(value: Any) -> bool:
     return True
+
+
+def _calls(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(call, dict) for call in value)
 
 
 _BOOLEAN, _STRING, _OBJECT, _LIST = _a(bool), _a(str), _a(dict), _a(list)
@@ -200,4 +226,19 @@ _FIELDS: dict[str, _Field] = {
     "prompt_cache_retention": _Field("a string", _STRING, _always),
     "service_tier": _Field("a string", _STRING, _one_of("auto", "default")),
     "store": _Field("true or false", _BOOLEAN, _one_of(False)),
+}
+
+_MESSAGE_KEYS: dict[str, _Field] = {
+    "role": _Field("a string", _STRING),
+    "content": _Field("a string or a list of text parts", _always),
+    "name": _Field("a string", _STRING),
+    "reasoning": _Field("a string", _STRING, _one_of(""), ("assistant",)),
+    "reasoning_content": _Field("a string", _STRING, _one_of(""), ("assistant",)),
+    "tool_calls": _Field("a list of objects", _calls, _one_of([]), ("assistant",)),
+    "tool_call_id": _Field("a string", _STRING, roles=("tool",)),
+    # What an answer that is sent back may bring along.
+    "refusal": _Field("null", _a(), _one_of("")),
+    "annotations": _Field("an empty list", _a(), _one_of([])),
+    "audio": _Field("null", _a()),
+    "function_call": _Field("null", _a()),
 }

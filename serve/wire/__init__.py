@@ -1,0 +1,1 @@
+"""What the engines and the gateway share of HTTP and of the chat protocol."""
