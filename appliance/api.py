@@ -8,10 +8,15 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Shape(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    # Validators are made when a shape is first used, so that a command pays for those that it reads.
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopped"]
+ACTIVE: tuple[RunState, ...] = ("queued", "running", "stopping")
+"""States of runs that still have something to do."""
+Stop = Literal["pause", "keep", "discard"]
+"""How a run is stopped: to be resumed, to go on with what it has learnt, or without its work."""
 ReleaseState = Literal["verified", "verified elsewhere", "refused"]
 """verified elsewhere: its gates have run on another box only, and its archive says so of itself."""
 EngineState = Literal["starting", "ready", "asleep", "backoff"]

@@ -9,17 +9,16 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
-import httpx
 from pydantic import TypeAdapter
 
 from appliance import api
-from appliance.adapters import WEIGHTS, read_about
 from appliance.archive import MANIFEST, TAR_END, tar_header, tar_padding
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed, NotFound, Unreachable
 from appliance.home import building, disk_error, replacing
+from appliance.light_httpx import httpx
 from appliance.sources import SourceFile
 
 T = TypeVar("T")
@@ -29,6 +28,20 @@ _UPLOAD_CHUNK = 1 << 20
 _CHECK_SECONDS = 0.2
 _CHAT_TEMPERATURE = 0.2
 """An operator chats to judge the model: close to its best guess, not a draw from all it might say."""
+
+
+class ImportOptions(TypedDict, total=False):
+    """How rows are read and what is done with them; an option that is None, empty or false is not given."""
+
+    format: str | None
+    columns: str | None
+    base: str | None
+    max_length: int | None
+    encoding: str | None
+    ignore: Sequence[str]
+    drop_untrainable: bool
+    salvage: bool
+    redact: bool
 
 
 class Client:
@@ -66,12 +79,10 @@ class Client:
     async def datasets(self) -> list[api.Dataset]:
         return await self._call("GET", "/v1/datasets", list[api.Dataset])
 
-    async def import_dataset(self, files: Sequence[SourceFile], name: str, **how: Any) -> dict[str, Any]:
-        """Send files to the daemon and return the import's report. Raises InvalidInput for an unreadable file.
-
-        `how` are the import's options: format, columns, base, max_length, encoding, ignore,
-        drop_untrainable, salvage, redact.
-        """
+    async def import_dataset(
+        self, files: Sequence[SourceFile], name: str, **how: Unpack[ImportOptions]
+    ) -> dict[str, Any]:
+        """Send files to the daemon and return the import's report. Raises InvalidInput for an unreadable file."""
         try:
             sizes = [None if file.path is None else file.path.stat().st_size for file in files]
             uploads = [
@@ -84,7 +95,7 @@ class Client:
                 "POST",
                 "/v1/datasets",
                 dict[str, Any],
-                params={key: value for key, value in {"name": name, **how}.items() if value is not None},
+                params={"name": name, **{key: value for key, value in how.items() if value}},
                 content=_upload(head, files),
                 headers={} if None in sizes else {"content-length": str(length)},
                 timeout=None,
@@ -144,7 +155,7 @@ class Client:
     async def run(self, run: str) -> api.Run:
         return await self._call("GET", f"/v1/runs/{run}", api.Run)
 
-    async def stop(self, run: str, how: Literal["pause", "keep", "discard"] = "pause") -> api.Run:
+    async def stop(self, run: str, how: api.Stop = "pause") -> api.Run:
         """Stop a run. A run that has ended is returned as it is.
 
         pause: at a checkpoint, from which it can be resumed. keep: end the stage that trains, and go on with what it
@@ -212,14 +223,28 @@ class Client:
         """End the canary, or where there is none make the release that was live before the live one live again."""
         return await self._call("POST", "/v1/rollback", api.Release)
 
-    async def merge(self, adapter: Path, base: str, name: str, dataset: str = "", **said: bool) -> api.Run:
+    async def merge(
+        self,
+        adapter: Path,
+        base: str,
+        name: str,
+        dataset: str = "",
+        *,
+        quantised: bool = False,
+        same_base: bool = False,
+        base_template: bool = False,
+    ) -> api.Run:
         """Queue a run that merges the adapter in directory `adapter` into `base`.
 
-        What a person has `said` of it: `quantised`, `same_base`, `base_template`. Raises InvalidInput where it is no
-        adapter that can be read, or one for another base.
+        It was trained over the base in NF4 (`quantised`), the base that it names has the same weights (`same_base`),
+        and the base's chat template is to be served (`base_template`), where a person says so. Raises InvalidInput
+        where it is no adapter that can be read, or one for another base.
         """
+        from appliance.adapters import WEIGHTS, read_about
+
         about = read_about(adapter).model_dump_json().encode() + b"\n"
         given = {"name": name, "base": base, "dataset": dataset}
+        said = {"quantised": quantised, "same_base": same_base, "base_template": base_template}
         given |= {key: str(value).lower() for key, value in said.items()}
         return await self._send(adapter / WEIGHTS, "/v1/adapters", api.Run, given, about)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from appliance.errors import InvalidInput, NoSpace
+from appliance.settings import Settings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a model, dataset or recipe may be called: it names a directory or is shown in one line."""
@@ -74,13 +75,8 @@ class Home:
         return self.root / "compiled"
 
     def control_socket(self) -> Path:
-        """The control API's socket: the setting, else this home's own, else the service's where only that exists."""
-        if self._socket:
-            return Path(self._socket)
-        own = self.root / "control.sock"
-        if not own.exists() and not self.root.exists() and _SERVICE_SOCKET.exists():
-            return _SERVICE_SOCKET
-        return own
+        """The control API's socket of the daemon that serves this home."""
+        return Path(self._socket) if self._socket else self.root / "control.sock"
 
     def create(self) -> None:
         """Make the tree, private to its owner. Raises InvalidInput where it cannot be written."""
@@ -96,6 +92,24 @@ class Home:
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise disk_error(error, self.root) from error
+
+
+def find_socket(settings: Settings) -> Path:
+    """The socket of the daemon that a person means: that of the settings, else the service's, else one's own.
+
+    Who names a home means the daemon of that home. A directory of a person's own never hides the service.
+    """
+    if not settings.socket and settings.home == Settings().home and is_there(_SERVICE_SOCKET):
+        return _SERVICE_SOCKET
+    return Home(settings.home, settings.socket).control_socket()
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything at `path`; what may not be looked at is there."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
 
 
 def disk_error(error: OSError, path: Path) -> NoSpace | InvalidInput:

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
 from appliance import __version__, api, hardware
+from appliance.api import ACTIVE
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import thinking_switches
 from appliance.errors import ApplianceError, Conflict, InvalidInput
@@ -28,7 +29,6 @@ from appliance.recipes import shipped_recipes
 from appliance.release.lineage import copy_start, going_on
 from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
-from appliance.store.runs import ACTIVE
 from appliance.supervisor.engines import Room
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.dry_run import DryRunRequest

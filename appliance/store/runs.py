@@ -11,8 +11,6 @@ from appliance import api
 from appliance.errors import NotFound
 from appliance.train.recipe import Recipe
 
-ACTIVE: tuple[api.RunState, ...] = ("queued", "running", "stopping")
-
 
 class Runs:
     """The queue and its history."""
@@ -49,9 +47,9 @@ class Runs:
 
     def active(self) -> list[api.Run]:
         """Runs that still have something to do, oldest first."""
-        marks = ", ".join("?" * len(ACTIVE))
+        marks = ", ".join("?" * len(api.ACTIVE))
         query = f"SELECT * FROM runs WHERE state IN ({marks}) ORDER BY created, rowid"
-        return [_run(row) for row in self._db.execute(query, ACTIVE)]
+        return [_run(row) for row in self._db.execute(query, api.ACTIVE)]
 
     def losses(self, id: str) -> int:
         """How often the present stage's process ended without a result."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,27 @@ ROWS = [{"instruction": f"Question {n}?", "output": f"Answer {n}."} for n in ran
 def write(path: Path, rows: object) -> str:
     path.write_text(json.dumps(rows))
     return str(path)
+
+
+def test_a_verb_loads_no_more_than_it_needs(shell: Shell) -> None:
+    code = "import sys; sys.argv = ['appliance', 'runs']\nfrom appliance.cli.main import main\n"
+    code += "try: main()\nfinally: print('LOADED', *(name for name, module in sys.modules.items() if module))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=shell.environment, capture_output=True, text=True, check=True
+    )
+    loaded = done.stdout.rpartition("LOADED")[2].split()
+    packages = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names - {"sitecustomize"}
+    client = {"httpx", "httpcore", "h11", "anyio", "sniffio", "idna", "certifi"}
+    shapes = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+    assert {package for package in packages if not package.startswith(("_", "brotli"))} <= client | shapes | {
+        "appliance",
+        "click",
+    }
+    assert "httpx._main" not in loaded
+    ours = {name.removeprefix("appliance.") for name in loaded if name.startswith("appliance.")}
+    nouns = {"cli", *(f"cli.{noun}" for noun in ("box", "chat", "datasets", "keys", "models", "releases", "runs"))}
+    shared = {"api", "archive", "client", "errors", "home", "light_httpx", "settings", "sources", "words"}
+    assert ours == nouns | shared | {"cli.console", "cli.main", "cli.session"}
 
 
 def test_a_bare_command_in_a_pipe_prints_help(lonely: Shell) -> None:
