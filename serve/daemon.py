@@ -30,7 +30,7 @@ from appliance.store.keys import Keys
 from appliance.store.releases import Releases
 from appliance.supervisor.engines import EngineKind
 from appliance.supervisor.supervisor import Supervisor
-from serve.control import control_app
+from serve.control.app import control_app
 from serve.engines.choose import choose_engine
 from serve.gateway.app import Gateway, Route
 from serve.gateway.feedback import Ledger

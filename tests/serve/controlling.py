@@ -15,7 +15,7 @@ from appliance.store.database import open_database
 from appliance.store.keys import Keys
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.recipe import Recipe
-from serve.control import control_app
+from serve.control.app import control_app
 from serve.engines.transformers import TransformersEngine
 from serve.gateway.app import Gateway
 from serve.gateway.feedback import Ledger
