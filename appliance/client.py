@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from appliance import api
 from appliance.archive import MANIFEST, TAR_END, tar_header, tar_padding
-from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed, NotFound, Unreachable
+from appliance.errors import ApplianceError, Conflict, InvalidInput, NotAllowed, NotFound, Unanswered, Unreachable
 from appliance.home import building, disk_error, replacing
 from appliance.light_httpx import httpx
 from appliance.sources import SourceFile
@@ -26,6 +26,8 @@ T = TypeVar("T")
 _BY_STATUS = {400: InvalidInput, 403: NotAllowed, 404: NotFound, 409: Conflict, 503: Unreachable}
 _UPLOAD_CHUNK = 1 << 20
 _CHECK_SECONDS = 0.2
+_LONG_CALL = 600.0
+"""Seconds for what the daemon may take long over: it waits for an engine, or a model thinks before its first word."""
 _CHAT_TEMPERATURE = 0.2
 """An operator chats to judge the model: close to its best guess, not a draw from all it might say."""
 
@@ -106,21 +108,21 @@ class Client:
 
     async def remove_dataset(self, name: str) -> api.Dataset:
         """Take the name away; with the last name of it, the dataset."""
-        return await self._call("DELETE", f"/v1/datasets/{name}", api.Dataset)
+        return await self._call("DELETE", _path("datasets", name), api.Dataset)
 
     async def diff_datasets(self, name: str, other: str) -> api.DatasetDiff:
-        return await self._call("GET", f"/v1/datasets/{name}/diff/{other}", api.DatasetDiff)
+        return await self._call("GET", _path("datasets", name, "diff", other), api.DatasetDiff)
 
     async def export_dataset(self, name: str) -> AsyncIterator[bytes]:
         """The rows as JSON Lines, piece by piece."""
         try:
-            async with self._http.stream("GET", f"/v1/datasets/{name}/export", timeout=60) as response:
+            async with self._http.stream("GET", _path("datasets", name, "export"), timeout=60) as response:
                 if response.is_error:
                     raise _problem(response.status_code, await response.aread())
                 async for piece in response.aiter_bytes():
                     yield piece
         except httpx.TransportError as error:
-            raise self._unreachable(error) from None
+            raise self._no_answer(error) from None
 
     async def rendered(
         self, name: str, base: str | None = None, offset: int = 0, limit: int = 1
@@ -128,14 +130,15 @@ class Client:
         """Rows as a base model is trained on them: the conversations of each."""
         params = {"offset": offset, "limit": limit, **({"base": base} if base else {})}
         shape = list[list[api.Conversation]]
-        return await self._call("GET", f"/v1/datasets/{name}/rendered", shape, params=params, timeout=120)
+        return await self._call("GET", _path("datasets", name, "rendered"), shape, params=params, timeout=120)
 
     async def dataset(self, name: str) -> dict[str, Any]:
         """The report of the dataset called (or identified by) `name`."""
-        return await self._call("GET", f"/v1/datasets/{name}", dict[str, Any])
+        return await self._call("GET", _path("datasets", name), dict[str, Any])
 
     async def rows(self, name: str, offset: int = 0, limit: int = 50) -> api.Page:
-        return await self._call("GET", f"/v1/datasets/{name}/rows", api.Page, params={"offset": offset, "limit": limit})
+        params = {"offset": offset, "limit": limit}
+        return await self._call("GET", _path("datasets", name, "rows"), api.Page, params=params)
 
     async def recipes(self) -> list[api.ShippedRecipe]:
         return await self._call("GET", "/v1/recipes", list[api.ShippedRecipe])
@@ -148,12 +151,13 @@ class Client:
         """What each training stage of the recipe would take, and serving its release."""
         return await self._call("POST", "/v1/forecasts", api.Forecasts, json={"recipe": recipe}, timeout=600)
 
-    async def runs(self) -> list[api.Run]:
-        """All runs, newest first."""
-        return await self._call("GET", "/v1/runs", list[api.Run])
+    async def runs(self, limit: int = 200, before: str | None = None) -> list[api.Run]:
+        """The newest runs, at most `limit` (1,000), newest first; with `before`, those queued before that run."""
+        params = {"limit": limit, **({"before": before} if before else {})}
+        return await self._call("GET", "/v1/runs", list[api.Run], params=params)
 
     async def run(self, run: str) -> api.Run:
-        return await self._call("GET", f"/v1/runs/{run}", api.Run)
+        return await self._call("GET", _path("runs", run), api.Run)
 
     async def stop(self, run: str, how: api.Stop = "pause") -> api.Run:
         """Stop a run. A run that has ended is returned as it is.
@@ -162,28 +166,28 @@ class Client:
         has learnt; raises Conflict where none trains. discard: take away the run's work, also if it has stopped
         already; raises Conflict for one that has finished.
         """
-        return await self._call("POST", f"/v1/runs/{run}/stop", api.Run, params={"how": how})
+        return await self._call("POST", _path("runs", run, "stop"), api.Run, params={"how": how})
 
     async def resume(self, run: str) -> api.Run:
         """Queue a stopped or failed run again, from its last checkpoint."""
-        return await self._call("POST", f"/v1/runs/{run}/resume", api.Run)
+        return await self._call("POST", _path("runs", run, "resume"), api.Run)
 
     async def events(self, run: str, after: int = 0) -> list[dict[str, Any]]:
         """The run's events with a seq above `after`."""
-        return await self._call("GET", f"/v1/runs/{run}/events", list[dict[str, Any]], params={"after": after})
+        return await self._call("GET", _path("runs", run, "events"), list[dict[str, Any]], params={"after": after})
 
     async def follow(self, run: str, after: int = 0) -> AsyncIterator[dict[str, Any]]:
         """Events with a seq above `after` as they come, until the run ends or the connection breaks."""
-        async for data in self._stream(f"/v1/runs/{run}/events/stream", {"last-event-id": str(after)}):
+        async for data in self._stream(_path("runs", run, "events", "stream"), {"last-event-id": str(after)}):
             yield json.loads(data)
 
     async def log(self, run: str, lines: int = 200) -> str:
         """The last lines of the run's log."""
-        return await self._call("GET", f"/v1/runs/{run}/log", str, params={"lines": lines})
+        return await self._call("GET", _path("runs", run, "log"), str, params={"lines": lines})
 
     async def follow_log(self, run: str) -> AsyncIterator[str]:
         """The run's log from its start, in pieces as it grows, until the run ends."""
-        async for data in self._stream(f"/v1/runs/{run}/log/stream", {}):
+        async for data in self._stream(_path("runs", run, "log", "stream"), {}):
             yield json.loads(data)
 
     async def releases(self) -> list[api.Release]:
@@ -191,7 +195,7 @@ class Client:
         return await self._call("GET", "/v1/releases", list[api.Release])
 
     async def manifest(self, release: str) -> dict[str, Any]:
-        return await self._call("GET", f"/v1/releases/{release}", dict[str, Any])
+        return await self._call("GET", _path("releases", release), dict[str, Any])
 
     async def promote(self, release: str, accept: str | None = None, canary: float | None = None) -> api.Release:
         """Make a release live, or let it answer the share `canary` of the conversations first.
@@ -200,24 +204,24 @@ class Client:
         """
         params = {"accept": accept} if accept else {}
         params |= {"canary": str(canary)} if canary else {}
-        return await self._call("POST", f"/v1/releases/{release}/promote", api.Release, params=params)
+        return await self._call("POST", _path("releases", release, "promote"), api.Release, params=params)
 
     async def check(self, release: str) -> AsyncIterator[api.Check]:
         """Have all files of a release read and compared with its manifest: how far that is, and at last the outcome."""
-        now = await self._call("POST", f"/v1/releases/{release}/check", api.Check)
+        now = await self._call("POST", _path("releases", release, "check"), api.Check)
         yield now
         while now.state == "reading":
             await asyncio.sleep(_CHECK_SECONDS)
-            now = await self._call("GET", f"/v1/releases/{release}/check", api.Check)
+            now = await self._call("GET", _path("releases", release, "check"), api.Check)
             yield now
 
     async def repeat_gates(self, release: str) -> api.Run:
         """Queue a run that judges a release's own files by its gates. Raises Conflict where its base is not here."""
-        return await self._call("POST", f"/v1/releases/{release}/gates", api.Run)
+        return await self._call("POST", _path("releases", release, "gates"), api.Run)
 
     async def promote_adapter(self, run: str) -> api.Unmerged:
         """Let the adapter of a run answer before its release can. Raises Conflict where it cannot."""
-        return await self._call("POST", f"/v1/runs/{run}/promote-adapter", api.Unmerged)
+        return await self._call("POST", _path("runs", run, "promote-adapter"), api.Unmerged, timeout=_LONG_CALL)
 
     async def rollback(self) -> api.Release:
         """End the canary, or where there is none make the release that was live before the live one live again."""
@@ -286,12 +290,12 @@ class Client:
         return await self._call("POST", "/v1/keys", api.NewKey, json={"name": name})
 
     async def revoke_key(self, key: str) -> api.Key:
-        return await self._call("DELETE", f"/v1/keys/{key}", api.Key)
+        return await self._call("DELETE", _path("keys", key), api.Key)
 
     async def chat(self, messages: list[dict[str, Any]], **options: Any) -> AsyncIterator[str]:
         """The live release's answer, piece by piece. `options` are chat completion fields."""
         body = {"messages": messages, "stream": True, "temperature": _CHAT_TEMPERATURE, **options}
-        async for data in self._stream("/v1/chat/completions", {}, method="POST", json=body):
+        async for data in self._stream("/v1/chat/completions", {}, _LONG_CALL, method="POST", json=body):
             if data == "[DONE]":
                 return
             chunk = json.loads(data)
@@ -305,7 +309,7 @@ class Client:
         """Write a file of a release to `file`, with `member` as that member of a tar. Raises ApplianceError."""
         found = hashlib.sha256()
         try:
-            async with self._http.stream("GET", f"/v1/releases/{release}/files/{quote(name)}") as response:
+            async with self._http.stream("GET", f"{_path('releases', release, 'files')}/{quote(name)}") as response:
                 if response.is_error:
                     raise _problem(response.status_code, await response.aread())
                 size = int(response.headers["content-length"])
@@ -315,7 +319,7 @@ class Client:
                     found.update(chunk)
                 file.write(tar_padding(size) if member else b"")
         except httpx.TransportError as error:
-            raise self._unreachable(error) from None
+            raise self._no_answer(error) from None
         if digest is not None and found.hexdigest() != digest:
             raise ApplianceError(
                 "changed_file", f"{name} of {release} is not what its manifest says", "promote another release"
@@ -334,16 +338,16 @@ class Client:
         try:
             response = await self._http.request(method, path, **options)
         except httpx.TransportError as error:
-            raise self._unreachable(error) from None
+            raise self._no_answer(error) from None
         if response.is_error:
             raise _problem(response.status_code, response.content)
         return TypeAdapter(shape).validate_json(response.content)
 
     async def _stream(
-        self, path: str, headers: dict[str, str], method: str = "GET", **options: Any
+        self, path: str, headers: dict[str, str], silence: float = 60, method: str = "GET", **options: Any
     ) -> AsyncIterator[str]:
-        """The data of each server-sent event."""
-        timeout = httpx.Timeout(60, connect=5)
+        """The data of each server-sent event; `silence`: the seconds after which it is no longer waited for."""
+        timeout = httpx.Timeout(silence, connect=5)
         try:
             async with self._http.stream(method, path, headers=headers, timeout=timeout, **options) as response:
                 if response.is_error:
@@ -352,14 +356,43 @@ class Client:
                     if line.startswith("data:"):
                         yield line[5:].strip()
         except httpx.TransportError as error:
-            raise self._unreachable(error) from None
+            raise self._no_answer(error) from None
 
-    def _unreachable(self, error: Exception) -> Unreachable:
+    def _no_answer(self, error: httpx.TransportError) -> ApplianceError:
+        """What it means that no answer came, or not all of it."""
+        if isinstance(error, httpx.TimeoutException):
+            return Unanswered(
+                "daemon_busy",
+                f"the daemon on {self.socket} is there, and has not answered in time",
+                "what was asked may still be done: see `appliance status`, and the daemon's log where this goes on",
+            )
+        if _is_caused_by(error, PermissionError):
+            return NotAllowed(
+                "no_permission",
+                f"{self.socket} may not be used by this user",
+                "join the group of the service, `sudo usermod -aG appliance $USER`, then log in again",
+            )
+        if isinstance(error, httpx.ConnectError):
+            return Unreachable(
+                "daemon_unreachable",
+                f"no daemon answers on {self.socket}",
+                "start it with `appliance serve`, or `systemctl start appliance`",
+            )
         return Unreachable(
-            "daemon_unreachable",
-            f"no daemon answers on {self.socket}",
-            "start it with `appliance serve`, or `systemctl start appliance`",
+            "daemon_gone", f"the daemon on {self.socket} ended before it had answered", "see its log, then ask again"
         )
+
+
+def _is_caused_by(error: BaseException | None, kind: type[OSError]) -> bool:
+    """Whether a cause of `error` is of that kind."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _path(*parts: str) -> str:
+    """The path of what `parts` name, whatever characters are in them."""
+    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
 
 
 async def _upload(head: bytes, files: Sequence[SourceFile]) -> AsyncIterator[bytes]:

@@ -8,16 +8,17 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from appliance.errors import InvalidInput, NoSpace
+from appliance.errors import ApplianceError, Conflict, InvalidInput, NoSpace
 from appliance.settings import Settings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a model, dataset or recipe may be called: it names a directory or is shown in one line."""
+"""What a model, dataset or recipe may be called: it names a directory or is shown in one line. `is_name` asks it."""
 
 _SOCKET_PATH_LIMIT = 107
 _FICLONE = 0x40049409
@@ -94,6 +95,11 @@ class Home:
             raise disk_error(error, self.root) from error
 
 
+def is_name(text: str) -> bool:
+    """Whether a model, dataset or recipe may be called so."""
+    return re.fullmatch(NAME_PATTERN, text) is not None
+
+
 def find_socket(settings: Settings) -> Path:
     """The socket of the daemon that a person means: that of the settings, else the service's, else one's own.
 
@@ -112,11 +118,27 @@ def is_there(path: Path) -> bool:
         return True
 
 
-def disk_error(error: OSError, path: Path) -> NoSpace | InvalidInput:
-    """The one-line error for an OSError met while writing below `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace("no_space", f"the disk under {path} is full", "free some space, then try again")
-    return InvalidInput("not_writable", f"cannot write to {path}: {error.strerror}", "check the path and its owner")
+def disk_error(error: OSError, path: Path) -> ApplianceError:
+    """The one-line error for an OSError met while working below `path`: what it says, of the file that it names."""
+    where = error.filename if isinstance(error.filename, str) else path
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return NoSpace("no_space", f"the disk under {path} is full", "free some space, then try again")
+        case errno.EROFS:
+            return InvalidInput("read_only", f"the disk of {where} is read only", "mount it writable, then try again")
+        case errno.EACCES | errno.EPERM:
+            return InvalidInput("not_permitted", f"{where} may not be used: {error.strerror}", "check its owner")
+        case errno.ENOTDIR:
+            return InvalidInput("not_a_directory", f"a part of {where} is a file", "choose a path of directories")
+        case errno.ENOENT:
+            return Conflict("file_missing", f"{where} is not there, or is no more", "look at what there is, try again")
+        case errno.EMFILE | errno.ENFILE:
+            return ApplianceError(
+                "too_many_files", "too many files and connections are open", "close some, or raise the limit of files"
+            )
+        case errno.EIO:
+            return ApplianceError("disk_failed", f"the disk under {where} reports an error", "check it: see `dmesg`")
+    return ApplianceError("system_error", f"{where}: {error.strerror or error}", "see the log")
 
 
 def require_space(path: Path, needed: int, purpose: str) -> None:

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tarfile
@@ -21,11 +20,11 @@ from appliance import from_gguf, hub, smollm2
 from appliance.archive import MANIFEST
 from appliance.errors import ApplianceError, Conflict, Exit, InvalidInput, NotFound, Unreachable
 from appliance.home import (
-    NAME_PATTERN,
     Home,
     disk_error,
     fsync_directory,
     fsync_tree,
+    is_name,
     require_space,
     sha256,
     write_json,
@@ -62,7 +61,7 @@ def pull(name: str, home: Home, source: Path | None = None, *, serve_only: bool 
     """
     local_name = name.rpartition("/")[2].lower().removesuffix(".gguf")
     on_hub = name.count("/") == (2 if name.endswith(".gguf") else 1)
-    if not re.match(NAME_PATTERN, local_name):
+    if not is_name(local_name):
         raise InvalidInput(
             "bad_name", f"a model cannot be called {local_name!r}", "use letters, digits, dots and dashes"
         )

@@ -38,10 +38,12 @@ def train(recipe: str, follow: bool, dry_run: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run", required=False)
+@click.option("-n", "--newest", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many to list.")
+@click.option("--before", metavar="RUN", help="List those that were queued before RUN.")
 @json_option
-def runs(run: str | None, as_json: bool) -> None:
-    """List the runs, or show RUN."""
-    found = [ask(lambda client: client.run(run))] if run else ask(lambda client: client.runs())
+def runs(run: str | None, newest: int, before: str | None, as_json: bool) -> None:
+    """List the newest runs, or show RUN."""
+    found = [ask(lambda client: client.run(run))] if run else ask(lambda client: client.runs(newest, before))
     if as_json:
         console.print_json(found[0] if run else found)
         return
@@ -50,6 +52,8 @@ def runs(run: str | None, as_json: bool) -> None:
         for one in found
     ]
     console.print_table(("RUN", "STATE", "STAGE", "BASE", "QUEUED", "WHY"), rows)
+    if len(found) == newest and not run:
+        console.say(f"older ones: `appliance runs --before {found[-1].id}`")
 
 
 @click.command()

@@ -7,8 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from appliance.errors import InvalidInput
-from appliance.home import disk_error
+from appliance.errors import ApplianceError, Conflict, InvalidInput, NoSpace
 
 MIGRATIONS = (
     """
@@ -100,15 +99,31 @@ def open_database(path: Path) -> sqlite3.Connection:
             )
         for number in range(version, len(MIGRATIONS)):
             connection.executescript(f"BEGIN; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
-    except sqlite3.OperationalError as error:
-        raise disk_error(OSError(28 if "full" in str(error) else 13, str(error)), path) from error
-    except sqlite3.DatabaseError as error:
-        raise InvalidInput(
-            "bad_database",
-            f"{path} is not a database of the appliance: {error}",
-            "move it away, or use another home",
-        ) from error
+    except sqlite3.Error as error:
+        raise database_error(error, path) from error
     return connection
+
+
+def database_error(error: sqlite3.Error, path: Path) -> ApplianceError:
+    """The one-line error for what SQLite reports of the database at `path`."""
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_FULL:
+            return NoSpace("no_space", f"the disk under {path} is full", "free some space, then try again")
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
+            return InvalidInput("read_only", f"{path} cannot be written to: {error}", "check its owner and its disk")
+        case sqlite3.SQLITE_CANTOPEN:
+            return InvalidInput("cannot_open", f"{path} cannot be opened: {error}", "check its owner and its disk")
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return Conflict("database_locked", f"something else holds {path}", "try again; end what has it open")
+        case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
+            return InvalidInput(
+                "bad_database",
+                f"{path} is not a database of the appliance, or is damaged: {error}",
+                "move it away, restore it, or use another home",
+            )
+        case sqlite3.SQLITE_IOERR:
+            return ApplianceError("disk_failed", f"{path} cannot be read or written: {error}", "check the disk")
+    return ApplianceError("database_failed", f"the database {path} does not answer: {error}", "see the daemon's log")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse
 from appliance import __version__, api
 from appliance.errors import ApplianceError, InvalidInput
 from appliance.home import Home, disk_error
+from appliance.store.database import database_error
 from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
 from appliance.supervisor.supervisor import Supervisor
@@ -22,6 +24,8 @@ from serve.control.keys import keys_router
 from serve.control.releases import releases_router
 from serve.control.runs import following_router, runs_router
 from serve.control.submission import Submission
+
+log = logging.getLogger(__name__)
 
 
 def control_app(
@@ -61,7 +65,14 @@ def _tell_errors(app: FastAPI, home: Home) -> None:
 
     @app.exception_handler(OSError)
     async def _disk(request: Request, error: OSError) -> JSONResponse:
+        log.warning("%s %s: %s", request.method, request.url.path, error)
         problem = disk_error(error, home.root)
+        return JSONResponse(_body(problem), status_code=problem.status)
+
+    @app.exception_handler(sqlite3.Error)
+    async def _database(request: Request, error: sqlite3.Error) -> JSONResponse:
+        log.warning("%s %s: %s", request.method, request.url.path, error)
+        problem = database_error(error, home.database)
         return JSONResponse(_body(problem), status_code=problem.status)
 
 

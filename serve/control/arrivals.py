@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ from appliance.adapters import CONFIG, WEIGHTS, About, require_meant_for
 from appliance.archive import MANIFEST, unpack
 from appliance.errors import Conflict, InvalidInput
 from appliance.garbage import find_garbage, forget_garbage, remove_garbage
-from appliance.home import NAME_PATTERN, Home, building, require_space, sha256, write_atomic
+from appliance.home import Home, building, is_name, require_space, sha256, write_atomic
 from appliance.models import model_path, require_quantisable
 from appliance.release.foreign import ForeignRequest
 from appliance.release.given import GivenRequest
@@ -154,6 +153,6 @@ def _split_adapter(upload: Path, folder: Path) -> About:
 
 
 def checked_name(name: str) -> str:
-    if not re.match(NAME_PATTERN, name):
+    if not is_name(name):
         raise InvalidInput("bad_name", f"{name!r} is no name", "use letters, digits, dots and dashes")
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,12 +81,12 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
     async def remove(name: str) -> api.Dataset:
         """Remove the name; with the last name of it, the dataset."""
         found = datasets.find(name)
-        if len(datasets.names(found.id)) == 1:
-            if user := dataset_users(home, runs).get(found.id):
-                fault = f"dataset {found.name} is needed by {user}"
-                raise Conflict("dataset_in_use", fault, "keep it, or remove that first")
-            shutil.rmtree(home.datasets / found.id)
+        if len(datasets.names(found.id)) == 1 and (user := dataset_users(home, runs).get(found.id)):
+            fault = f"dataset {found.name} is needed by {user}"
+            raise Conflict("dataset_in_use", fault, "keep it, or remove that first")
         datasets.forget(found.name)
+        if not datasets.names(found.id):
+            await asyncio.to_thread(_remove, home.datasets / found.id)
         return found
 
     @routes.get("/{name}/rows")
@@ -134,6 +135,15 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
         return StreamingResponse(_lines(rows), media_type="application/jsonl")
 
     return routes
+
+
+def _remove(directory: Path) -> None:
+    """Remove a dataset, which is gone at once or not at all; what a kill leaves under another name is cleared later."""
+    aside = directory.with_name(f".{directory.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        directory.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _base(home: Home, name: str | None) -> Path | None:

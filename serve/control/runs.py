@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
@@ -51,8 +51,9 @@ def runs_router(home: Home, supervisor: Supervisor, submission: Submission) -> A
         return run
 
     @routes.get("/v1/runs")
-    async def all_runs() -> list[api.Run]:
-        return runs.all()
+    async def newest(limit: Annotated[int, Query(ge=1, le=1000)] = 200, before: str | None = None) -> list[api.Run]:
+        """Newest first; with `before`, those that were queued before that run."""
+        return runs.newest(limit, before)
 
     @routes.get("/v1/runs/{id}")
     async def run(id: str) -> api.Run:
