@@ -20,6 +20,7 @@ Stop = Literal["pause", "keep", "discard"]
 ReleaseState = Literal["verified", "verified elsewhere", "refused"]
 """verified elsewhere: its gates have run on another box only, and its archive says so of itself."""
 EngineState = Literal["starting", "ready", "asleep", "backoff"]
+PullState = Literal["pulling", "done", "failed"]
 CanaryOutcome = Literal["under way", "promoted", "rolled back"]
 Rating = Literal["good", "bad"]
 Precision = Literal["32-bit", "16-bit", "FP8"]
@@ -202,6 +203,20 @@ class Model(Shape):
     bytes: int
     source: str
     context: int
+
+
+class Pull(Shape):
+    """A base model on its way to this box: `bytes` of `total` (0: not known yet) are here.
+
+    `said`: what was said of it last, if anything. `problem`: why it failed.
+    """
+
+    name: str
+    state: PullState
+    bytes: int
+    total: int
+    said: str
+    problem: Problem | None = None
 
 
 class Gpu(Shape):

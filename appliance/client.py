@@ -78,6 +78,27 @@ class Client:
     async def models(self) -> list[api.Model]:
         return await self._call("GET", "/v1/models", list[api.Model])
 
+    async def pull(self, name: str, source: str | None = None, serve_only: bool = False) -> AsyncIterator[api.Pull]:
+        """Have the daemon pull a base model: how far that is, and at last the outcome. It goes on when nobody looks.
+
+        `source` is a path that the daemon can read, or a release of its.
+        """
+        asked = {"name": name, "source": source, "serve_only": serve_only}
+        now = await self._call("POST", "/v1/pulls", api.Pull, json=asked)
+        yield now
+        while now.state == "pulling":
+            await asyncio.sleep(_CHECK_SECONDS)
+            now = await self._call("GET", _path("pulls", now.name), api.Pull)
+            yield now
+
+    async def pulls(self) -> list[api.Pull]:
+        """The models that are being pulled, and those that have been since the daemon started."""
+        return await self._call("GET", "/v1/pulls", list[api.Pull])
+
+    async def stop_pull(self, name: str) -> api.Pull:
+        """End the pulling of a model; what is here of it stays for the next time."""
+        return await self._call("DELETE", _path("pulls", name), api.Pull)
+
     async def datasets(self) -> list[api.Dataset]:
         return await self._call("GET", "/v1/datasets", list[api.Dataset])
 

@@ -214,3 +214,10 @@ def canary_side(side: api.CanaryFigures) -> str:
     times = [f"{name} {spread.median:.3g} s (95%: {spread.p95:.3g} s)" for name, spread in side.seconds.items()]
     parts = [f"{side.requests} requests, {side.errors} failed", stops, ratings, *times]
     return one_line(f"{side.release}: {'; '.join(filter(None, parts))}")
+
+
+def pull_line(pull: api.Pull) -> str:
+    """How far the pulling of a model is."""
+    if pull.state != "pulling" or not pull.bytes:
+        return pull.said
+    return f"{pull.name}: {size(pull.bytes)}{f' of {size(pull.total)}' if pull.total else ''} here"

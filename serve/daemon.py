@@ -31,6 +31,7 @@ from appliance.store.releases import Releases
 from appliance.supervisor.engines import EngineKind
 from appliance.supervisor.supervisor import Supervisor
 from serve.control.app import control_app
+from serve.control.models import Pulls
 from serve.engines.choose import choose_engine
 from serve.gateway.app import Gateway, Route
 from serve.gateway.feedback import Ledger
@@ -79,7 +80,8 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     public = _listen_tcp(settings.host, settings.port)
     control = _listen_unix(home.control_socket())
     endpoint = f"http://{settings.host}:{public.getsockname()[1]}/v1"
-    app = control_app(home, db, supervisor, keys, endpoint, gateway.operator)
+    pulls = Pulls(home)
+    app = control_app(home, db, supervisor, keys, pulls, endpoint, gateway.operator)
     servers = [_Server(gateway), _Server(app)]
     serving = [
         asyncio.create_task(server.serve([listener]), name=name)
@@ -110,7 +112,7 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     await asyncio.gather(*serving, return_exceptions=True)
     recording.cancel()
     await asyncio.gather(recording, ledger.write(), return_exceptions=True)
-    await supervisor.close(WORKER_GRACE_SECONDS)
+    await asyncio.gather(pulls.close(), supervisor.close(WORKER_GRACE_SECONDS))
     home.control_socket().unlink(missing_ok=True)
     if broken:
         names = " and ".join(part.get_name() for part in broken)

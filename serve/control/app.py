@@ -21,6 +21,7 @@ from serve.control.arrivals import arrivals_router
 from serve.control.box import box_router
 from serve.control.datasets import datasets_router
 from serve.control.keys import keys_router
+from serve.control.models import Pulls, models_router
 from serve.control.releases import releases_router
 from serve.control.runs import following_router, runs_router
 from serve.control.submission import Submission
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def control_app(
-    home: Home, db: sqlite3.Connection, supervisor: Supervisor, keys: Keys, endpoint: str, chat: Any
+    home: Home, db: sqlite3.Connection, supervisor: Supervisor, keys: Keys, pulls: Pulls, endpoint: str, chat: Any
 ) -> FastAPI:
     """The control API. `endpoint` is the chat endpoint's URL; `chat` the gateway's ASGI app without keys."""
     app = FastAPI(title="appliance control", version=__version__, docs_url=None, redoc_url=None)
@@ -37,6 +38,7 @@ def control_app(
     _tell_errors(app, home)
     for routes in (
         box_router(home, supervisor, endpoint),
+        models_router(home, pulls),
         runs_router(home, supervisor, Submission(home, supervisor, datasets)),
         following_router(home, runs),
         releases_router(home, supervisor),

@@ -1,4 +1,4 @@
-"""The box at a glance, its base models, and the recipes that it came with."""
+"""The box at a glance, and the recipes that it came with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from fastapi import APIRouter
 
 from appliance import __version__, api, hardware
 from appliance.home import Home
-from appliance.models import list_models
 from appliance.recipes import shipped_recipes
 from appliance.supervisor.supervisor import Supervisor
 
@@ -35,10 +34,6 @@ def box_router(home: Home, supervisor: Supervisor, endpoint: str) -> APIRouter:
             running=next((run.id for run in active if run.state != "queued"), None),
             hardware=hardware.measure(home.root),
         )
-
-    @routes.get("/models")
-    def models() -> list[api.Model]:
-        return list_models(home)
 
     @routes.get("/recipes")
     def recipes() -> list[api.ShippedRecipe]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 
 from appliance.client import Client
 from appliance.errors import ApplianceError, Exit, NotAllowed, NotFound, Unanswered, Unreachable
+from appliance.home import is_there
 
 SOCKET = Path("/run/x/control.sock")
 
@@ -42,6 +44,20 @@ async def test_a_socket_that_may_not_be_used_is_told_with_its_group() -> None:
     with pytest.raises(NotAllowed, match="may not be used") as told:
         await client(refused).status()
     assert "usermod -aG appliance" in told.value.next
+
+
+async def test_a_socket_in_a_directory_of_another_group(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("becoming another user needs root")
+    tmp_path.chmod(0o700)
+    async with Client(tmp_path / "control.sock") as asking:
+        os.seteuid(65534)
+        try:
+            with pytest.raises(NotAllowed, match="may not be used"):
+                await asking.status()
+            assert is_there(tmp_path / "control.sock")
+        finally:
+            os.seteuid(0)
 
 
 async def test_no_daemon_and_one_that_ends_meanwhile() -> None:

@@ -16,6 +16,7 @@ from appliance.store.keys import Keys
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.recipe import Recipe
 from serve.control.app import control_app
+from serve.control.models import Pulls
 from serve.engines.transformers import TransformersEngine
 from serve.gateway.app import Gateway
 from serve.gateway.feedback import Ledger
@@ -45,7 +46,8 @@ class Control:
         keys = Keys(self.db)
         self.supervisor = Supervisor(self.home, self.db, TransformersEngine(Settings()), Nobody(), exclusive=False)
         chat = Gateway(keys.authenticate, Ledger(self.home.database)).operator
-        app = control_app(self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", chat)
+        self.pulls = Pulls(self.home)
+        app = control_app(self.home, self.db, self.supervisor, keys, self.pulls, "http://127.0.0.1:1/v1", chat)
         self.client = Client(root / "none", httpx.ASGITransport(app, raise_app_exceptions=False))
 
     def run(self, state: str) -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
 class Shell:
-    """Runs `appliance` with this home."""
+    """Runs `appliance` with this home, and these variables."""
 
-    home: Path
+    def __init__(self, home: Path, **environment: str) -> None:
+        self.home = home
+        self._environment = environment
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "APPLIANCE_HOME": str(self.home), "APPLIANCE_ENGINE": "transformers"}
+        ours = {"APPLIANCE_HOME": str(self.home), "APPLIANCE_ENGINE": "transformers"}
+        return {**os.environ, **ours, **self._environment}
 
     def run(self, *arguments: str, input: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -189,6 +189,31 @@ def test_doctor(shell: Shell) -> None:
 
 
 @pytest.fixture
+def member(shell: Shell, tmp_path: Path) -> Shell:
+    """A person for whom the daemon of `shell` is the service."""
+    return Shell(tmp_path / "own", APPLIANCE_SOCKET=str(shell.home / "control.sock"))
+
+
+def test_doctor_makes_nothing_and_looks_at_the_service(shell: Shell, member: Shell) -> None:
+    findings = {one["name"]: one for one in json.loads(member.run("doctor", "--json").stdout)}
+    assert findings["daemon"]["status"] == "ok"
+    assert str(shell.home) in findings["home"]["summary"]
+    assert not member.home.exists()
+
+
+def test_doctor_without_a_daemon_makes_nothing(lonely: Shell) -> None:
+    findings = {one["name"]: one for one in json.loads(lonely.run("doctor", "--json").stdout)}
+    assert (findings["daemon"]["status"], findings["home"]["status"]) == ("warn", "ok")
+    assert not lonely.home.exists()
+
+
+def test_a_pull_of_a_member_is_the_services_and_makes_no_home(shell: Shell, member: Shell) -> None:
+    assert "is no model that can be pulled" in member.refuses(1, "pull", "nope")
+    assert not member.home.exists()
+    assert "never is not being pulled" in member.refuses(5, "pull", "never", "--stop")
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 70 MB; mounting needs root."""
     disk = tmp_path / "disk"
