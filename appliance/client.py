@@ -166,11 +166,11 @@ class Client:
 
     async def train(self, recipe: str) -> api.Run:
         """Queue a run of the recipe, given as TOML text."""
-        return await self._call("POST", "/v1/runs", api.Run, json={"recipe": recipe})
+        return await self._call("POST", "/v1/runs", api.Run, json={"recipe": recipe}, timeout=_LONG_CALL)
 
     async def forecast(self, recipe: str) -> api.Forecasts:
         """What each training stage of the recipe would take, and serving its release."""
-        return await self._call("POST", "/v1/forecasts", api.Forecasts, json={"recipe": recipe}, timeout=600)
+        return await self._call("POST", "/v1/forecasts", api.Forecasts, json={"recipe": recipe}, timeout=_LONG_CALL)
 
     async def runs(self, limit: int = 200, before: str | None = None) -> list[api.Run]:
         """The newest runs, at most `limit` (1,000), newest first; with `before`, those queued before that run."""

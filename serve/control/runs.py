@@ -45,8 +45,8 @@ def runs_router(home: Home, supervisor: Supervisor, submission: Submission) -> A
         return await submission.forecast(new.recipe, request)
 
     @routes.post("/v1/runs")
-    async def train(new: NewRun) -> api.Run:
-        run = submission.queue(new.recipe)
+    async def train(request: Request, new: NewRun) -> api.Run:
+        run = await submission.queue(new.recipe, request)
         supervisor.poke()
         return run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import Request
 
@@ -20,7 +20,7 @@ from appliance.supervisor.engines import Room
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.dry_run import DryRunRequest
 from appliance.train.events import EventLog
-from appliance.train.fit import require_fit
+from appliance.train.fit import is_counted, require_fit
 from appliance.train.recipe import Recipe, dump_recipe, parse_recipe
 from serve.control.children import run_module
 from serve.control.uploads import incoming
@@ -36,25 +36,31 @@ class Submission:
 
     async def forecast(self, text: str, request: Request) -> api.Forecasts:
         """What each training stage would take, and serving the release. Raises ApplianceError as `queue` does."""
-        recipe = self.complete(text)
+        recipe, datasets = self.complete(text)
         room = self._room_to_serve(recipe)
         freed = self._supervisor.engines.held() if self._supervisor.exclusive else 0
-        asked = DryRunRequest(recipe=dump_recipe(recipe), freed=freed)
-        with incoming(self._home) as folder:
-            outcome = await run_module("appliance.train.dry_run", self._home, asked, folder, request)
+        asked = DryRunRequest(recipe=dump_recipe(recipe), names=_names(datasets), freed=freed)
+        outcome = await self._dry_run(asked, request)
         serving = room and api.Serving(
             needed=room.needed, available=room.available, fits=room.suffices, precision=room.precision
         )
         return api.Forecasts(stages=outcome["stages"], serving=serving)
 
-    def queue(self, text: str) -> api.Run:
-        """Queue a run of the recipe. Raises ApplianceError where it cannot be run here."""
-        home, runs, recipe = self._home, self._supervisor.runs, self.complete(text)
+    async def queue(self, text: str, request: Request) -> api.Run:
+        """Queue a run of the recipe. Raises ApplianceError where it cannot be run here.
+
+        Rows that an import has not counted for this base are looked at first, by a process that keeps what it makes.
+        """
+        home, runs = self._home, self._supervisor.runs
+        recipe, datasets = self.complete(text)
         room = self._room_to_serve(recipe)
         if room:
             room.require(recipe.base)
         weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
         require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
+        if not all(is_counted(dataset, recipe.base) for dataset in (Dataset.open(home, one.id) for one in datasets)):
+            asked = DryRunRequest(recipe=dump_recipe(recipe), names=_names(datasets), forecast=False)
+            await self._dry_run(asked, request)
         id = runs.new_id(recipe)
         with building(home.runs / id) as directory:
             copy_start(home, recipe, directory)
@@ -63,8 +69,15 @@ class Submission:
                 warn_of_fp8(directory, recipe, room)
         return runs.add(id, recipe)
 
-    def complete(self, text: str) -> Recipe:
-        """The recipe with its datasets by id and its learning rates. Raises ApplianceError where it cannot be run."""
+    async def _dry_run(self, asked: DryRunRequest, request: Request) -> dict[str, Any]:
+        with incoming(self._home) as folder:
+            return await run_module("appliance.train.dry_run", self._home, asked, folder, request)
+
+    def complete(self, text: str) -> tuple[Recipe, list[api.Dataset]]:
+        """The recipe with its datasets by id and its learning rates, and these datasets.
+
+        Raises ApplianceError where it cannot be run.
+        """
         recipe = parse_recipe(text)
         if recipe.given:
             raise InvalidInput("given_adapter", "the recipe has a given adapter", "use `appliance merge --adapter DIR`")
@@ -85,13 +98,17 @@ class Submission:
         if asked == "auto" and stages and thinking_switches(template_and_end(base)[0]):
             counts = [Dataset.open(self._home, dataset.id).report.get("thoughts") for dataset in found]
             recipe = recipe.model_copy(update={"thinking": _thinking(recipe.thinking, counts)})
-        return recipe.model_copy(update={"stages": stages})
+        return recipe.model_copy(update={"stages": stages}), found
 
     def _room_to_serve(self, recipe: Recipe) -> Room | None:
         """What the recipe's release takes to be served; None where it makes none."""
         return (
             self._supervisor.engines.kind.room(model_path(self._home, recipe.base)) if recipe.end == "release" else None
         )
+
+
+def _names(datasets: list[api.Dataset]) -> dict[str, str]:
+    return {dataset.id: dataset.name for dataset in datasets}
 
 
 def warn_of_fp8(run: Path, recipe: Recipe, room: Room) -> None:
