@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from appliance import from_gguf, hub, smollm2
-from appliance.archive import MANIFEST
+from appliance.archive import CARD, MANIFEST
 from appliance.errors import ApplianceError, Conflict, Exit, InvalidInput, NotFound, Unreachable
 from appliance.home import (
     Home,
@@ -43,7 +43,6 @@ from appliance.models import (
     processors_template,
     require_trainable,
 )
-from appliance.release.card import CARD
 
 _FOR_NOW = ("wrong_hash", "gated_model")
 """Refusals that the next try may not meet."""

@@ -67,7 +67,7 @@ async def test_promote_asks_and_moves_the_live_mark(driver: Driver) -> None:
 async def test_what_was_done_is_seen_before_the_next_regular_look(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tui.app._POLL_SECONDS", 600)
+    monkeypatch.setattr("tui.dashboard._POLL_SECONDS", 600)
     async with dashboard(daemon, NARROW) as driver:
         await driver.until_seen("facts-3")
         await open_page(driver, "3", "◆ facts-2")
