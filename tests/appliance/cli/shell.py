@@ -14,6 +14,7 @@ class Shell:
     def __init__(self, home: Path, **environment: str) -> None:
         self.home = home
         self._environment = environment
+        self._started: list[subprocess.Popen[str]] = []
 
     @property
     def environment(self) -> dict[str, str]:
@@ -42,10 +43,18 @@ class Shell:
         return lines[0]
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        daemon = subprocess.Popen(
             [sys.executable, "-m", "appliance.cli", "serve"],
             env={**self.environment, "APPLIANCE_PORT": "0", **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._started.append(daemon)
+        return daemon
+
+    def kill(self) -> None:
+        """End what a test that failed has left running."""
+        for daemon in self._started:
+            daemon.kill()
+            daemon.wait()
