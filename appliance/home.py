@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NoSpace
 from appliance.settings import Settings
+from appliance.words import size
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a model, dataset or recipe may be called: it names a directory or is shown in one line. `is_name` asks it."""
@@ -150,7 +151,7 @@ def require_space(path: Path, needed: int, purpose: str) -> None:
     if free < needed + (64 << 20):
         raise NoSpace(
             "no_space",
-            f"{purpose} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {existing}",
+            f"{purpose} needs {size(needed)} and {size(free)} are free on {existing}",
             "free some space, then try again",
         )
 

@@ -43,6 +43,7 @@ from appliance.models import (
     processors_template,
     require_trainable,
 )
+from appliance.words import size
 
 _FOR_NOW = ("wrong_hash", "gated_model")
 """Refusals that the next try may not meet."""
@@ -207,9 +208,9 @@ def _copy(source: Path, directory: Path, serve_only: bool) -> None:
     """Copy a model's files to `directory`, the weights after all else has been found fit."""
     check_model(source, code_is_left=_is_known(source))
     files = {file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()}
-    size = sum(file.stat().st_size for file in files)
-    require_space(directory, size, f"the copy of {source}")
-    _expect(directory, size)
+    amount = sum(file.stat().st_size for file in files)
+    require_space(directory, amount, f"the copy of {source}")
+    _expect(directory, amount)
     weights = {file for file in files if file.suffix == ".safetensors"}
     _copy_files(files - weights, directory)
     _settle(directory)
@@ -304,7 +305,7 @@ def _from_hub(repo: str, directory: Path, serve_only: bool) -> dict[str, Any]:
     here = sum(path.stat().st_size for path in directory.iterdir())
     require_space(directory, max(published.bytes - here, 0), f"the model {repo}")
     _expect(directory, published.bytes)
-    _say(f"{len(published.files)} files, {published.bytes / 1e9:.2f} GB{', some of it here already' if here else ''}")
+    _say(f"{len(published.files)} files, {size(published.bytes)}{', some of it here already' if here else ''}")
     hub.fetch(published, sorted(published.files.keys() - set(weights)), directory)
     _settle(directory)
     check_description(directory)

@@ -79,7 +79,7 @@ def test_blocks_are_shared_where_the_file_system_can(tmp_path: Path, monkeypatch
 
 def test_space_is_asked_for_in_words(tmp_path: Path) -> None:
     require_space(tmp_path, 1, "a test")
-    with pytest.raises(NoSpace, match=r"a test needs 1000000\.0 GB"):
+    with pytest.raises(NoSpace, match=r"a test needs 1000\.0 TB"):
         require_space(tmp_path / "not" / "yet", 10**15, "a test")
 
 
