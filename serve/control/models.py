@@ -124,9 +124,13 @@ class _Job:
         return api.Problem(code="pull_ended", message=fault, next="pull it again: a download goes on where it was")
 
     def _last_line(self) -> str:
-        with open(self._folder / "log.txt", "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - _LAST_BYTES))
-            lines = log.read().decode("utf-8", "replace").splitlines()
+        """What the process said last; nothing where `gc` has taken its log since."""
+        try:
+            with open(self._folder / "log.txt", "rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - _LAST_BYTES))
+                lines = log.read().decode("utf-8", "replace").splitlines()
+        except FileNotFoundError:
+            return ""
         return next((line for line in map(log_line, reversed(lines)) if line.strip()), "")
 
 

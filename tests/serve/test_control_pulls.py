@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,6 +57,9 @@ async def test_a_pull_is_followed_by_its_bytes_to_its_end(control: Control, pull
     async with asyncio.timeout(30):
         seen = [now async for now in control.client.pull("org/Model")]
     assert (seen[-1].state, seen[-1].said) == ("done", "model is ready")
+    for folder in control.home.incoming.iterdir():
+        shutil.rmtree(folder)
+    assert [pull.state for pull in await control.client.pulls()] == ["done"]
     assert (control.home.root / "started").read_text() == "--serve-only\n", "one process for all who ask"
 
 
