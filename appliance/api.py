@@ -8,13 +8,19 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Shape(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    # Validators are made when a shape is first used, so that a command pays for those that it reads.
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopped"]
+ACTIVE: tuple[RunState, ...] = ("queued", "running", "stopping")
+"""States of runs that still have something to do."""
+Stop = Literal["pause", "keep", "discard"]
+"""How a run is stopped: to be resumed, to go on with what it has learnt, or without its work."""
 ReleaseState = Literal["verified", "verified elsewhere", "refused"]
 """verified elsewhere: its gates have run on another box only, and its archive says so of itself."""
 EngineState = Literal["starting", "ready", "asleep", "backoff"]
+PullState = Literal["pulling", "done", "failed"]
 CanaryOutcome = Literal["under way", "promoted", "rolled back"]
 Rating = Literal["good", "bad"]
 Precision = Literal["32-bit", "16-bit", "FP8"]
@@ -197,6 +203,20 @@ class Model(Shape):
     bytes: int
     source: str
     context: int
+
+
+class Pull(Shape):
+    """A base model on its way to this box: `bytes` of `total` (0: not known yet) are here.
+
+    `said`: what was said of it last, if anything. `problem`: why it failed.
+    """
+
+    name: str
+    state: PullState
+    bytes: int
+    total: int
+    said: str
+    problem: Problem | None = None
 
 
 class Gpu(Shape):

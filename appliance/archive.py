@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from appliance.errors import InvalidInput
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 _CHUNK = 1 << 20
 _NOT_A_TREE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)

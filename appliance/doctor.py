@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import locale
+import os
 import shutil
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
 
-from appliance import gpu, hardware
-from appliance.errors import ApplianceError, InvalidInput
-from appliance.home import Home
+from appliance import api, gpu, hardware
+from appliance.client import Client
+from appliance.errors import ApplianceError, InvalidInput, NotAllowed
+from appliance.home import find_socket, is_there
 from appliance.probe_gpu import probe
 from appliance.settings import Settings
+from appliance.words import size
+
+Answer = api.Status | ApplianceError
+"""What the daemon says of itself, or why it does not."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """All checks, each independent of the others. Heavy libraries are tried in a process of their own."""
+    """All checks, which change nothing. Heavy libraries are tried in a process of their own."""
+    daemon = asyncio.run(_ask(settings))
     return [
         _imports("torch", "import torch; print(torch.__version__)"),
         _imports("training", "import trl, peft, transformers; print(trl.__version__)"),
@@ -39,8 +48,8 @@ def examine(settings: Settings) -> list[Finding]:
         _engine(),
         _gpu(),
         _memory(),
-        _home(settings),
-        _port(settings),
+        _home(settings, daemon),
+        _daemon(settings, daemon),
         _terminal(),
     ]
 
@@ -77,29 +86,35 @@ def _gpu() -> Finding:
 def _memory() -> Finding:
     total = psutil.virtual_memory().total
     if total < 8e9:
-        return Finding("memory", "warn", f"{total / 1e9:.0f} GB", "train only the smallest models here")
-    return Finding("memory", "ok", f"{total / 1e9:.0f} GB")
+        return Finding("memory", "warn", size(total), "train only the smallest models here")
+    return Finding("memory", "ok", size(total))
 
 
-def _home(settings: Settings) -> Finding:
-    home = Home(settings.home, settings.socket)
-    try:
-        home.create()
-    except ApplianceError as error:
-        return Finding("home", "fail", error.message, error.next)
-    free = shutil.disk_usage(home.root).free
+def _home(settings: Settings, daemon: Answer) -> Finding:
+    """The home of the daemon that answers, else the one that would be made. Nothing is made."""
+    if isinstance(daemon, api.Status):
+        return _space(Path(daemon.home), daemon.hardware.disk_free)
+    if isinstance(daemon, NotAllowed):
+        return Finding("home", "warn", "the service's, which only its group may ask for", daemon.next)
+    existing = settings.home
+    while not is_there(existing):
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return Finding("home", "fail", f"{existing} may not be written to", "set APPLIANCE_HOME to a path of your own")
+    return _space(settings.home, shutil.disk_usage(existing).free)
+
+
+def _space(home: Path, free: int) -> Finding:
     if free < 5e9:
-        return Finding("home", "warn", f"{home.root}: {free / 1e9:.1f} GB free", "free some space before a run")
-    return Finding("home", "ok", f"{home.root}: {free / 1e9:.0f} GB free")
+        return Finding("home", "warn", f"{home}: {size(free)} free", "free some space before a run")
+    return Finding("home", "ok", f"{home}: {size(free)} free")
 
 
-def _port(settings: Settings) -> Finding:
-    with socket.socket(socket.AF_UNIX) as control:
-        try:
-            control.connect(str(Home(settings.home, settings.socket).control_socket()))
-            return Finding("daemon", "ok", "it answers")
-        except OSError:
-            pass
+def _daemon(settings: Settings, daemon: Answer) -> Finding:
+    if isinstance(daemon, api.Status):
+        return Finding("daemon", "ok", f"it answers on {find_socket(settings)}")
+    if daemon.code != "daemon_unreachable":
+        return Finding("daemon", "fail", daemon.message, daemon.next)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -108,6 +123,14 @@ def _port(settings: Settings) -> Finding:
             problem = f"no daemon, and {settings.host}:{settings.port} cannot be had: {error.strerror}"
             return Finding("daemon", "fail", problem, "set APPLIANCE_PORT to a free port")
     return Finding("daemon", "warn", "it is not running", "appliance serve")
+
+
+async def _ask(settings: Settings) -> Answer:
+    async with Client(find_socket(settings)) as client:
+        try:
+            return await client.status()
+        except ApplianceError as error:
+            return error
 
 
 def _terminal() -> Finding:

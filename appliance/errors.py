@@ -84,6 +84,13 @@ class Unreachable(ApplianceError):
     status = 503
 
 
+class Unanswered(Unreachable):
+    """The daemon lives, and has not answered in time."""
+
+    exit = Exit.FAILED
+    status = 504
+
+
 class NotAllowed(ApplianceError):
     """The caller may not do this."""
 

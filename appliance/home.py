@@ -8,15 +8,18 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from appliance.errors import InvalidInput, NoSpace
+from appliance.errors import ApplianceError, Conflict, InvalidInput, NoSpace
+from appliance.settings import Settings
+from appliance.words import size
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a model, dataset or recipe may be called: it names a directory or is shown in one line."""
+"""What a model, dataset or recipe may be called: it names a directory or is shown in one line. `is_name` asks it."""
 
 _SOCKET_PATH_LIMIT = 107
 _FICLONE = 0x40049409
@@ -80,13 +83,8 @@ class Home:
         return self.root / "compiled"
 
     def control_socket(self) -> Path:
-        """The control API's socket: the setting, else this home's own, else the service's where only that exists."""
-        if self._socket:
-            return Path(self._socket)
-        own = self.root / "control.sock"
-        if not own.exists() and not self.root.exists() and _SERVICE_SOCKET.exists():
-            return _SERVICE_SOCKET
-        return own
+        """The control API's socket of the daemon that serves this home."""
+        return Path(self._socket) if self._socket else self.root / "control.sock"
 
     def create(self) -> None:
         """Make the tree, private to its owner. Raises InvalidInput where it cannot be written."""
@@ -104,11 +102,50 @@ class Home:
             raise disk_error(error, self.root) from error
 
 
-def disk_error(error: OSError, path: Path) -> NoSpace | InvalidInput:
-    """The one-line error for an OSError met while writing below `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace("no_space", f"the disk under {path} is full", "free some space, then try again")
-    return InvalidInput("not_writable", f"cannot write to {path}: {error.strerror}", "check the path and its owner")
+def is_name(text: str) -> bool:
+    """Whether a model, dataset or recipe may be called so."""
+    return re.fullmatch(NAME_PATTERN, text) is not None
+
+
+def find_socket(settings: Settings) -> Path:
+    """The socket of the daemon that a person means: that of the settings, else the service's, else one's own.
+
+    Who names a home means the daemon of that home. A directory of a person's own never hides the service.
+    """
+    if not settings.socket and settings.home == Settings().home and is_there(_SERVICE_SOCKET):
+        return _SERVICE_SOCKET
+    return Home(settings.home, settings.socket).control_socket()
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything at `path`; what may not be looked at is there."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
+
+
+def disk_error(error: OSError, path: Path) -> ApplianceError:
+    """The one-line error for an OSError met while working below `path`: what it says, of the file that it names."""
+    where = error.filename if isinstance(error.filename, str) else path
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return NoSpace("no_space", f"the disk under {path} is full", "free some space, then try again")
+        case errno.EROFS:
+            return InvalidInput("read_only", f"the disk of {where} is read only", "mount it writable, then try again")
+        case errno.EACCES | errno.EPERM:
+            return InvalidInput("not_permitted", f"{where} may not be used: {error.strerror}", "check its owner")
+        case errno.ENOTDIR:
+            return InvalidInput("not_a_directory", f"a part of {where} is a file", "choose a path of directories")
+        case errno.ENOENT:
+            return Conflict("file_missing", f"{where} is not there, or is no more", "look at what there is, try again")
+        case errno.EMFILE | errno.ENFILE:
+            return ApplianceError(
+                "too_many_files", "too many files and connections are open", "close some, or raise the limit of files"
+            )
+        case errno.EIO:
+            return ApplianceError("disk_failed", f"the disk under {where} reports an error", "check it: see `dmesg`")
+    return ApplianceError("system_error", f"{where}: {error.strerror or error}", "see the log")
 
 
 def require_space(path: Path, needed: int, purpose: str) -> None:
@@ -120,7 +157,7 @@ def require_space(path: Path, needed: int, purpose: str) -> None:
     if free < needed + (64 << 20):
         raise NoSpace(
             "no_space",
-            f"{purpose} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {existing}",
+            f"{purpose} needs {size(needed)} and {size(free)} are free on {existing}",
             "free some space, then try again",
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from appliance import api
 from appliance.errors import InvalidInput, NotFound
-from appliance.home import NAME_PATTERN, Home, hashes
+from appliance.home import Home, hashes, is_name
 
 SOURCE = "source.json"
 UNTRAINABLE = "untrainable"
@@ -72,7 +72,7 @@ def list_models(home: Home) -> list[api.Model]:
 def model_path(home: Home, name: str) -> Path:
     """Directory of the base model `name`. Raises NotFound, or InvalidInput naming what the directory lacks."""
     directory = home.models / name
-    if not re.match(NAME_PATTERN, name) or not directory.is_dir():
+    if not is_name(name) or not directory.is_dir():
         raise NotFound("no_such_model", f"there is no base model {name} on this box", f"run `appliance pull {name}`")
     check_model(directory)
     return directory

@@ -1,4 +1,4 @@
-"""Getting a base model: `python -m appliance.pull NAME HOME_ROOT [--from SOURCE]`, progress on stderr."""
+"""Getting a base model: `python -m appliance.pull NAME HOME_ROOT [--from SOURCE]`, what happens on stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tarfile
@@ -18,14 +17,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from appliance import from_gguf, hub, smollm2
-from appliance.archive import MANIFEST
+from appliance.archive import CARD, MANIFEST
 from appliance.errors import ApplianceError, Conflict, Exit, InvalidInput, NotFound, Unreachable
 from appliance.home import (
-    NAME_PATTERN,
     Home,
     disk_error,
     fsync_directory,
     fsync_tree,
+    is_name,
     require_space,
     sha256,
     write_json,
@@ -44,10 +43,12 @@ from appliance.models import (
     processors_template,
     require_trainable,
 )
-from appliance.release.card import CARD
+from appliance.words import size
 
 _FOR_NOW = ("wrong_hash", "gated_model")
 """Refusals that the next try may not meet."""
+_PULLING, _EXPECTED = ".pulling", "expected"
+"""Where models come together, in the folder of models; the file beside one that says how many bytes it will have."""
 _PLAIN = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}]
 """What any chat template can render."""
 
@@ -60,15 +61,21 @@ def pull(name: str, home: Home, source: Path | None = None, *, serve_only: bool 
     that no adapter can be trained on and merged into is refused before its weights come, unless it is to `serve_only`.
     Raises NotFound, InvalidInput, Unreachable, Conflict and NoSpace.
     """
-    local_name = name.rpartition("/")[2].lower().removesuffix(".gguf")
+    local_name = local_name_of(name)
     on_hub = name.count("/") == (2 if name.endswith(".gguf") else 1)
-    if not re.match(NAME_PATTERN, local_name):
+    if not is_name(local_name):
         raise InvalidInput(
             "bad_name", f"a model cannot be called {local_name!r}", "use letters, digits, dots and dashes"
         )
     final = home.models / local_name
     if source is not None and not source.exists() and (home.releases / source / MANIFEST).is_file():
         source = home.releases / source
+    if source is not None and not os.access(source, os.R_OK):
+        raise InvalidInput(
+            "unreadable_source",
+            f"{source} is not there, or may not be read by the user that pulls",
+            "check the path; the service reads neither /home nor /tmp, put it below /srv for it",
+        )
     if final.is_dir():
         _say(f"{local_name} is already here: {model_path(home, local_name)}")
         return final
@@ -98,6 +105,26 @@ def pull(name: str, home: Home, source: Path | None = None, *, serve_only: bool 
     return final
 
 
+def local_name_of(name: str) -> str:
+    """What the model `name` is called on this box."""
+    return name.rpartition("/")[2].lower().removesuffix(".gguf")
+
+
+def progress(home: Home, local_name: str) -> tuple[int, int]:
+    """Bytes of a model that are here while it is pulled, and how many there will be; 0: not known yet."""
+    here = expected = 0
+    for place in (home.models / _PULLING).glob(f"*/{local_name}"):
+        with suppress(OSError):
+            here += sum(file.stat().st_size for file in place.iterdir())
+            expected += int((place.parent / _EXPECTED).read_text())
+    return here, expected
+
+
+def _expect(directory: Path, bytes: int) -> None:
+    """Leave word for `progress` of how much is to come into `directory`."""
+    (directory.parent / _EXPECTED).write_text(str(bytes))
+
+
 @contextmanager
 def _gathering(final: Path, name: str, *, resumable: bool) -> Iterator[Path]:
     """Yield a directory which becomes `final`; what a resumable pull of that `name` had before it broke off is in it.
@@ -105,9 +132,9 @@ def _gathering(final: Path, name: str, *, resumable: bool) -> Iterator[Path]:
     A model that is refused leaves nothing. Raises Conflict while another process gathers the same.
     """
     place = hashlib.sha256(name.encode()).hexdigest()[:12]
-    directory = final.parent / ".pulling" / place / final.name
+    directory = final.parent / _PULLING / place / final.name
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = final.parent / ".pulling" / f"{final.name}.lock"
+    lock = final.parent / _PULLING / f"{final.name}.lock"
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,6 +156,7 @@ def _gathering(final: Path, name: str, *, resumable: bool) -> Iterator[Path]:
         raise
     finally:
         with suppress(OSError):
+            (directory.parent / _EXPECTED).unlink(missing_ok=True)
             directory.parent.rmdir()
             lock.unlink()
             lock.parent.rmdir()
@@ -180,7 +208,9 @@ def _copy(source: Path, directory: Path, serve_only: bool) -> None:
     """Copy a model's files to `directory`, the weights after all else has been found fit."""
     check_model(source, code_is_left=_is_known(source))
     files = {file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()}
-    require_space(directory, sum(file.stat().st_size for file in files), f"the copy of {source}")
+    amount = sum(file.stat().st_size for file in files)
+    require_space(directory, amount, f"the copy of {source}")
+    _expect(directory, amount)
     weights = {file for file in files if file.suffix == ".safetensors"}
     _copy_files(files - weights, directory)
     _settle(directory)
@@ -274,7 +304,8 @@ def _from_hub(repo: str, directory: Path, serve_only: bool) -> dict[str, Any]:
     weights = [name for name in sorted(published.files) if name.endswith(".safetensors")]
     here = sum(path.stat().st_size for path in directory.iterdir())
     require_space(directory, max(published.bytes - here, 0), f"the model {repo}")
-    _say(f"{len(published.files)} files, {published.bytes / 1e9:.2f} GB{', some of it here already' if here else ''}")
+    _expect(directory, published.bytes)
+    _say(f"{len(published.files)} files, {size(published.bytes)}{', some of it here already' if here else ''}")
     hub.fetch(published, sorted(published.files.keys() - set(weights)), directory)
     _settle(directory)
     check_description(directory)
@@ -292,6 +323,7 @@ def _gguf_from_hub(name: str, directory: Path) -> dict[str, Any]:
     _say(f"asking the Hub for {repo}")
     published = hub.look_up(repo, file)
     require_space(directory, 5 * published.bytes, f"the model {repo}/{file}, de-quantised")
+    _expect(directory, published.bytes)
     hub.fetch(published, [file], directory)
     from_gguf.convert(directory / file, directory)
     (directory / file).unlink()
@@ -313,10 +345,13 @@ def main() -> None:
     parser.add_argument("home_root", type=Path)
     parser.add_argument("--from", dest="source", type=Path, help="a folder, tar or GGUF of a model")
     parser.add_argument("--serve-only", action="store_true", help="take a model that cannot be trained")
+    parser.add_argument("--problem", type=Path, help="a file to leave the error in, for the process that waits")
     given = parser.parse_args()
     try:
         pull(given.name, Home(given.home_root), given.source, serve_only=given.serve_only)
     except ApplianceError as error:
+        if given.problem:
+            write_json(given.problem, error.problem())
         _say(f"error: {error}")
         sys.exit(error.exit)
     except KeyboardInterrupt:

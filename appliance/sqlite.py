@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from appliance.errors import InvalidInput
+from appliance.errors import ApplianceError, Conflict, InvalidInput, NoSpace
 from appliance.home import disk_error
 
 BUSY_SECONDS = 5.0
@@ -18,7 +18,7 @@ BUSY_SECONDS = 5.0
 def connect(path: Path, migrations: Sequence[str]) -> sqlite3.Connection:
     """Open (or create) a database in WAL mode; what is committed has reached the disk.
 
-    Raises NoSpace, or InvalidInput for a file that cannot be written, is no database or is of a newer version.
+    Raises ApplianceError for a file that cannot be written, is no database or is of a newer version.
     """
     try:
         # SQLite gives its other files the mode of this one.
@@ -32,14 +32,8 @@ def connect(path: Path, migrations: Sequence[str]) -> sqlite3.Connection:
             raise
     except OSError as error:
         raise disk_error(error, path) from error
-    except sqlite3.OperationalError as error:
-        raise disk_error(OSError(28 if "full" in str(error) else 13, str(error)), path) from error
-    except sqlite3.DatabaseError as error:
-        raise InvalidInput(
-            "bad_database",
-            f"{path} is not a database of the appliance: {error}",
-            "move it away, or use another home",
-        ) from error
+    except sqlite3.Error as error:
+        raise database_error(error, path) from error
     return connection
 
 
@@ -67,6 +61,28 @@ def _prepare(connection: sqlite3.Connection, path: Path, migrations: Sequence[st
 
 def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def database_error(error: sqlite3.Error, path: Path) -> ApplianceError:
+    """The one-line error for what SQLite reports of the database at `path`."""
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_FULL:
+            return NoSpace("no_space", f"the disk under {path} is full", "free some space, then try again")
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
+            return InvalidInput("read_only", f"{path} cannot be written to: {error}", "check its owner and its disk")
+        case sqlite3.SQLITE_CANTOPEN:
+            return InvalidInput("cannot_open", f"{path} cannot be opened: {error}", "check its owner and its disk")
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return Conflict("database_locked", f"something else holds {path}", "try again; end what has it open")
+        case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
+            return InvalidInput(
+                "bad_database",
+                f"{path} is not a database of the appliance, or is damaged: {error}",
+                "move it away, restore it, or use another home",
+            )
+        case sqlite3.SQLITE_IOERR:
+            return ApplianceError("disk_failed", f"{path} cannot be read or written: {error}", "check the disk")
+    return ApplianceError("database_failed", f"the database {path} does not answer: {error}", "see the daemon's log")
 
 
 @contextlib.contextmanager

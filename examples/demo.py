@@ -23,11 +23,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+from appliance.cli.console import say
 from appliance.client import Client
-from appliance.console import event_line, say
 from appliance.errors import ApplianceError, Unreachable
 from appliance.home import Home
 from appliance.sources import find_sources
+from appliance.words import event_line
 
 EXAMPLES = Path(__file__).parent
 BASE = "smollm2-135m"

@@ -30,7 +30,8 @@ from appliance.store.runs import Runs
 from appliance.supervisor.supervisor import Supervisor
 from appliance.traffic import Traffic
 from serve.absence import Absences
-from serve.control import control_app
+from serve.control.app import control_app
+from serve.control.models import Pulls
 from serve.engines.choose import choose_engine
 from serve.gateway.admission import Route
 from serve.gateway.edge import Gateway
@@ -43,10 +44,12 @@ log = logging.getLogger(__name__)
 WORKER_GRACE_SECONDS = 20.0
 _FOR_OPERATORS = Limits(whole_seconds=None, unread_seconds=None, connections=128, backlog=32)
 """Of the control socket: an upload takes its time, and who follows a log may stop reading for a while."""
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""SIGHUP comes where the terminal goes that the daemon was started in."""
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ApplianceError where it cannot begin."""
+    """Serve until SIGTERM, SIGINT or SIGHUP. Raises ApplianceError where it cannot begin."""
     home = Home(settings.home, settings.socket)
     home.create()
     require_working_gpu()
@@ -90,20 +93,26 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
     public = _listen_tcp(settings.host, settings.port)
     control = _listen_unix(home.control_socket())
     endpoint = f"http://{settings.host}:{public.getsockname()[1]}/v1"
-    app = control_app(home, db, supervisor, keys, endpoint, gateway.operator)
+    pulls = Pulls(home)
+    app = control_app(home, db, supervisor, keys, pulls, endpoint, gateway.operator)
     servers = [Server(gateway, limits_by_descriptors()), Server(app, _FOR_OPERATORS)]
     serving = [
-        asyncio.create_task(server.serve([listener]))
-        for server, listener in zip(servers, (public, control), strict=True)
+        asyncio.create_task(server.serve([listener]), name=name)
+        for server, listener, name in zip(servers, (public, control), ("chat endpoint", "control API"), strict=True)
     ]
     ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    supervising = asyncio.create_task(supervisor.serve())
+    for number in _ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
+            asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    supervising = asyncio.create_task(supervisor.serve(), name="supervisor")
     notify("READY=1")
     log.info("chat endpoint %s, control socket %s, engine %s", endpoint, home.control_socket(), engine.name)
     waiting = asyncio.create_task(ended.wait())
-    await asyncio.wait([waiting, supervising, *serving], return_when=asyncio.FIRST_COMPLETED)
+    parts = [supervising, *serving]
+    await asyncio.wait([waiting, *parts], return_when=asyncio.FIRST_COMPLETED)
+    broken = [part for part in parts if part.done()]
+    for part in broken:
+        log.error("the %s ended by itself", part.get_name(), exc_info=part.exception())
     notify("STOPPING=1")
     log.info("stopping: workers write a checkpoint, answers under way are finished")
     supervising.cancel()
@@ -114,12 +123,11 @@ async def _serve(settings: Settings, home: Home, db: sqlite3.Connection) -> None
         server.should_exit = True
     await asyncio.gather(*serving, return_exceptions=True)
     await asyncio.to_thread(traffic.close)
-    await supervisor.close(WORKER_GRACE_SECONDS)
+    await asyncio.gather(pulls.close(), supervisor.close(WORKER_GRACE_SECONDS))
     home.control_socket().unlink(missing_ok=True)
-    if not ended.is_set():
-        raise ApplianceError(
-            "daemon_failed", "a part of the daemon ended by itself", "see the log above, then start again"
-        )
+    if broken:
+        names = " and ".join(part.get_name() for part in broken)
+        raise ApplianceError("daemon_failed", f"the {names} ended by itself", "see the log above, then start again")
 
 
 class _Frontage:
@@ -188,10 +196,16 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 
 
 def _listen_unix(path: Path) -> socket.socket:
-    """The control socket, for its group. The caller holds the home's lock, so an old one is stale."""
-    path.unlink(missing_ok=True)
+    """The control socket, for its group. Raises Conflict where a daemon of another home listens there."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        if _is_listened_to(path):
+            raise Conflict(
+                "socket_in_use",
+                f"a daemon of another home listens on {path}",
+                "use that one, or set APPLIANCE_SOCKET to another path",
+            )
+        path.unlink(missing_ok=True)
         listener.bind(str(path))
         os.chmod(path, 0o660)
         listener.listen(128)
@@ -201,6 +215,13 @@ def _listen_unix(path: Path) -> socket.socket:
             "cannot_listen", f"cannot listen on {path}: {error.strerror}", "check APPLIANCE_SOCKET"
         ) from None
     return listener
+
+
+def _is_listened_to(path: Path) -> bool:
+    """Whether a process, however busy, has this socket open."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+        caller.setblocking(False)
+        return caller.connect_ex(str(path)) in (0, errno.EAGAIN, errno.EINPROGRESS)
 
 
 def _watchdog() -> Callable[[], None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.cli import cli
+from appliance.cli.main import cli
 from appliance.errors import Exit
 from appliance.settings import Settings
 

@@ -21,7 +21,7 @@ LISTENERS = {"fastapi", "uvicorn", "starlette"}
         ("import appliance.data.importer", HEAVY | SCREENS | LISTENERS),
         (
             "import sys; sys.argv = ['appliance', '--help']\n"
-            "from appliance.cli import main\n"
+            "from appliance.cli.main import main\n"
             "try: main()\n"
             "except SystemExit as end: assert end.code == 0",
             HEAVY | SCREENS | LISTENERS | {"httpx", "pydantic"},

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from textual.app import App
 from textual.binding import Binding
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.types import IgnoreReturnCallbackType
 
-if TYPE_CHECKING:
-    from tui.app import ApplianceApp
+from tui.dashboard import Dashboard
 
 _MOVEMENTS = frozenset({"list", "lines", "rows", "text", "panes"})
 """Areas of bindings that only move about; the palette leaves them out."""
@@ -84,7 +83,7 @@ class ApplianceCommands(Provider):
             yield Command(title, " ".join(filter(None, (binding.tooltip, keys))), call)
 
     def _records(self) -> Iterator[Command]:
-        app = cast("ApplianceApp", self.app)
+        app = cast(Dashboard, self.app)
         if app.box is None:
             return
         for page, noun, records in (

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
+from appliance.api import ACTIVE
 from appliance.client import Client
 from appliance.errors import Unreachable
 from tui.link import Alarm, backoff
-from tui.viewmodels.states import ACTIVE
 
 T = TypeVar("T")
 

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -44,7 +43,7 @@ from appliance.data.repeats import Repeats, Repetition
 from appliance.data.requests import DROPS_RETURNED, ImportRequest, Source
 from appliance.data.tokens import TokenCount, conversations, has_thoughts
 from appliance.errors import ApplianceError, InvalidInput
-from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, write_atomic, write_json
+from appliance.home import Home, building, disk_error, is_name, require_space, write_atomic, write_json
 
 _EVAL_SHARE = 0.1
 _SCRATCH_SHARE = 3
@@ -57,7 +56,7 @@ def import_files(request: ImportRequest, home: Home, scratch: Path | None = None
     Where a dataset of the same rows exists, only its report changes.
     Raises InvalidInput for a file, a name, a format or a column map that cannot be used, and NoSpace.
     """
-    if not re.match(NAME_PATTERN, request.name):
+    if not is_name(request.name):
         raise InvalidInput(
             "bad_name",
             f"a dataset cannot be called {request.name!r}",

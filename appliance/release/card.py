@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from appliance.release.manifest import Manifest
 from appliance.train.recipe import Recipe, dump_recipe
-
-if TYPE_CHECKING:
-    from appliance.release.manifest import Manifest
-
-CARD = "README.md"
 
 
 def model_card(manifest: Manifest, source: dict[str, Any]) -> str:

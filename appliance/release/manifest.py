@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from appliance import __version__
 from appliance.api import Precision
+from appliance.archive import CARD
 from appliance.data.tokenizer import TemplateSettings
 from appliance.errors import ApplianceError, Conflict, InvalidInput, NotFound
-from appliance.home import Home, fsync_directory, json_bytes, sha256, write_atomic, write_json
-from appliance.models import SOURCE
-from appliance.release.card import CARD, model_card
-from appliance.release.gates import GATES, UNMEASURED, Gate, verdicts
+from appliance.home import Home, json_bytes, sha256, write_json
+from appliance.release.gates import GATES, verdicts
 from appliance.train.recipe import THINKS, Recipe, parse_recipe
 
 MANIFEST = "manifest.json"
 SIXTEEN_BIT, DEQUANTISED = "16-bit", "dequantised"
 """The form of the base that an adapter was merged into."""
-_ALL_PASSED = f"all {len(GATES)} gates passed"
+ALL_PASSED = f"all {len(GATES)} gates passed"
 _ACCEPTED = "accepted by the operator in spite of "
-_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -98,37 +92,6 @@ class _Foreign(_Strict):
 
 
 _TYPES = TypeAdapter(Manifest)
-
-
-def finalise(
-    home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gate], reference: dict[str, Any] | None = None
-) -> Manifest:
-    """Write the manifest of a run's merged model and move it to `releases/`, verified or refused.
-
-    `probe_gates` has gates 3 and 4, and as `served` what the engine's own log-probabilities say of gate 2. They may be
-    missing where verify has failed already, and count as not passed.
-    `reference` is what the probed engine answered.
-    Safe to repeat after a kill at any moment: a release that exists is returned as it is.
-    """
-    final = home.releases / run_id
-    if not final.exists():
-        model = home.runs / run_id / "merge" / "model"
-        for left_by_a_kill in model.glob(".*.tmp"):
-            left_by_a_kill.unlink()
-        manifest = replace(_manifest(home.runs / run_id, recipe, probe_gates), reference=reference or {})
-        card = model_card(manifest, _source(home, recipe.base)).encode()
-        write_atomic(model / CARD, card)
-        files = manifest.files | {CARD: hashlib.sha256(card).hexdigest()}
-        write_json(model / MANIFEST, asdict(replace(manifest, files=files)))
-        os.rename(model, final)
-        fsync_directory(home.releases)
-        fsync_directory(home.runs / run_id / "merge")
-    return Manifest(**read_manifest(home, run_id))
-
-
-def judge(home: Home, run_id: str, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:
-    """What the manifest of a run says whose gates have been measured. Nothing is written."""
-    return _manifest(home.runs / run_id, recipe, probe_gates)
 
 
 def accept_quality(home: Home, release_id: str, recorded: str, refusal: str) -> Manifest:
@@ -211,7 +174,7 @@ def _contradiction(manifest: Manifest, content: dict[str, Any], within: _Foreign
     accepted = bool(within.accepted)
     state = "refused" if failed and not accepted else "verified"
     gates = {name: gate.model_dump() for name, gate in within.gates.items()}
-    reason = f"{_ACCEPTED * accepted}{_refusal(gates)}" if failed else _ALL_PASSED
+    reason = f"{_ACCEPTED * accepted}{refusal(gates)}" if failed else ALL_PASSED
     if unknown := min(content.keys() - {each.name for each in fields(Manifest)}, default=""):
         return f"{unknown!r} is no field of it"
     if within.gates.keys() != set(GATES):
@@ -285,60 +248,10 @@ def _read_at_start(manifest: dict[str, Any]) -> dict[str, str]:
     return read | {"thinking": manifest["recipe"].get("thinking", "auto")}
 
 
-def _manifest(run: Path, recipe: Recipe, probe_gates: dict[str, Gate]) -> Manifest:
-    merge = _read(run / "merge" / "result.json")
-    measured: dict[str, Any] = _read(run / "verify" / "result.json")["gates"]
-    measured |= {name: asdict(gate) for name, gate in probe_gates.items() if name != "served"}
-    if "served" in probe_gates:
-        measured["fidelity"] = _with_served(measured["fidelity"], probe_gates["served"])
-    unmeasured = asdict(Gate(False, {}, f"{UNMEASURED}another gate had failed"))
-    gates = {name: measured.get(name, unmeasured) for name in GATES}
-    passed = all(gate["passed"] for gate in gates.values())
-    state: Literal["verified", "refused"] = "verified" if passed else "refused"
-    reason = _ALL_PASSED if passed else _refusal(gates)
-    return Manifest(
-        release=run.name,
-        state=state,
-        reason=reason,
-        created=round(time.time(), 3),
-        base=recipe.base,
-        datasets=recipe.datasets,
-        dataset_rows=merge["dataset_rows"],
-        gates=gates,
-        merge={name: merge[name] for name in ("kept", "trained_on", "on", "losses", "rows", "tokens") if name in merge},
-        stages={stage.name: _read(run / stage.name / "result.json") for stage in recipe.chain()},
-        files=merge["files"],
-        base_files=merge["base_files"],
-        recipe=recipe.model_dump(mode="json", exclude_none=True),
-        recipe_sha256=merge["recipe_sha256"],
-        versions={
-            "appliance": __version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in _PACKAGES},
-        },
-    )
-
-
-def _refusal(gates: dict[str, dict[str, Any]]) -> str:
+def refusal(gates: dict[str, dict[str, Any]]) -> str:
     """Why the gates that did not pass did not, in their order; of those that were measured, if any was."""
     failed = [name for name, passed in verdicts(gates).items() if not passed]
     return "; ".join(f"{name}: {gates[name]['reason']}" for name in failed or gates if not gates[name]["passed"])
-
-
-def _with_served(fidelity: dict[str, Any], served: Gate) -> dict[str, Any]:
-    """Gate 2 with the figures of what is served beside those of the files."""
-    failed = [gate["reason"] for gate in (fidelity, asdict(served)) if not gate["passed"]]
-    return {
-        "passed": not failed,
-        "figures": fidelity["figures"] | {"served": served.figures},
-        "reason": "; ".join(failed or [fidelity["reason"], served.reason]),
-    }
-
-
-def _source(home: Home, base: str) -> dict[str, Any]:
-    """Where the base came from; empty where nothing says so."""
-    path = home.models / base / SOURCE
-    return _read(path) if path.exists() else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

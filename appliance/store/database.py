@@ -66,5 +66,5 @@ MIGRATIONS = (
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """The state of the appliance. Raises NoSpace, or InvalidInput for a file that is no such database."""
+    """The state of the appliance. Raises ApplianceError where it cannot be opened."""
     return connect(path, MIGRATIONS)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 import time
 from collections.abc import Iterable
 
 from appliance import api
 from appliance.errors import NotFound
 from appliance.train.recipe import Recipe
-
-ACTIVE: tuple[api.RunState, ...] = ("queued", "running", "stopping")
 
 
 class Runs:
@@ -45,13 +44,25 @@ class Runs:
 
     def all(self) -> list[api.Run]:
         """Newest first."""
-        return [_run(row) for row in self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")]
+        return [_run(row) for row in self._db.execute("SELECT * FROM runs ORDER BY rowid DESC")]
+
+    def newest(self, most: int, before: str | None = None) -> list[api.Run]:
+        """At most so many, newest first; those that were queued before the run `before`. Raises NotFound."""
+        end = self._position(before) if before else sys.maxsize
+        query = "SELECT * FROM runs WHERE rowid < ? ORDER BY rowid DESC LIMIT ?"
+        return [_run(row) for row in self._db.execute(query, (end, most))]
+
+    def _position(self, id: str) -> int:
+        """Where a run stands in the order in which all were queued, whatever the clock said then."""
+        self.get(id)
+        (position,) = self._db.execute("SELECT rowid FROM runs WHERE id = ?", (id,)).fetchone()
+        return int(position)
 
     def active(self) -> list[api.Run]:
         """Runs that still have something to do, oldest first."""
-        marks = ", ".join("?" * len(ACTIVE))
-        query = f"SELECT * FROM runs WHERE state IN ({marks}) ORDER BY created, rowid"
-        return [_run(row) for row in self._db.execute(query, ACTIVE)]
+        marks = ", ".join("?" * len(api.ACTIVE))
+        query = f"SELECT * FROM runs WHERE state IN ({marks}) ORDER BY rowid"
+        return [_run(row) for row in self._db.execute(query, api.ACTIVE)]
 
     def losses(self, id: str) -> int:
         """How often the present stage's process ended without a result."""

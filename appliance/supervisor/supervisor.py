@@ -17,8 +17,9 @@ from appliance import api
 from appliance.canary import Limits
 from appliance.errors import ApplianceError, Conflict, reason
 from appliance.home import Home, disk_error, sha256
+from appliance.release.conclude import finalise, judge
 from appliance.release.gates import Gate, verdicts
-from appliance.release.manifest import MANIFEST, Manifest, finalise, judge, read_manifest
+from appliance.release.manifest import MANIFEST, Manifest, read_manifest
 from appliance.release.recheck import conclude_recheck
 from appliance.settings import Settings
 from appliance.store.canaries import Canaries

@@ -136,7 +136,9 @@ class Workers:
             raise Conflict(
                 "not_training", f"run {run.id} does not train now", f"see `appliance runs {run.id}`; resume it first"
             )
-        (self._home.runs / run.id / run.stage / ENDING).touch()
+        mark = self._home.runs / run.id / run.stage / ENDING
+        mark.parent.mkdir(exist_ok=True)  # in its first second a stage has not made it yet
+        mark.touch()
 
     def mark_to_discard(self, run: str) -> None:
         """Let the run's work be taken away as soon as it has stopped, also by a later daemon."""

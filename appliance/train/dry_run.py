@@ -14,31 +14,47 @@ from pydantic import BaseModel
 
 from appliance.errors import ApplianceError, reason
 from appliance.home import Home, write_json
-from appliance.train.recipe import parse_recipe
+from appliance.train.recipe import AnyStage, Recipe, parse_recipe
 
 
 class DryRunRequest(BaseModel):
-    """A recipe, with its datasets by id and its learning rates, and the bytes that are freed before it would train."""
+    """A recipe, with its datasets by id and its learning rates, and the bytes that are freed before it would train.
+
+    `names`: what each dataset is called. Without `forecast` only the rows are looked at.
+    """
 
     recipe: str
+    names: dict[str, str]
     freed: int = 0
+    forecast: bool = True
 
 
 def main(home_root: Path, request: Path, result: Path) -> None:
     """Leave {"stages"}, a forecast a training stage, or {"problem"} in `result`."""
-    from appliance.train.stage import forecast_of
-
     asked = DryRunRequest.model_validate_json(request.read_bytes())
     try:
         recipe, home = parse_recipe(asked.recipe), Home(home_root)
-        forecasts = {one.name: forecast_of(home, recipe, one.name, asked.freed) for one in recipe.stages}
-        outcome: dict[str, Any] = {"stages": [{"stage": name, **one.event()} for name, one in forecasts.items()]}
+        outcome: dict[str, Any] = {"stages": [_looked_at(home, recipe, stage, asked) for stage in recipe.stages]}
     except ApplianceError as error:
         outcome = {"problem": error.problem()}
     except Exception as error:  # whatever a model's code raises is told, not the death of a process
         outcome = {"problem": ApplianceError("internal", reason(error), "see the daemon's log").problem()}
         traceback.print_exc()
     write_json(result, outcome)
+
+
+def _looked_at(home: Home, recipe: Recipe, stage: AnyStage, asked: DryRunRequest) -> dict[str, Any]:
+    """The forecast of a stage, if one is asked for. Raises ApplianceError, naming stage and dataset."""
+    from appliance.train.stage import forecast_of, require_rows
+
+    try:
+        if asked.forecast:
+            return {"stage": stage.name, **forecast_of(home, recipe, stage.name, asked.freed).event()}
+        require_rows(home, recipe, stage.name)
+        return {"stage": stage.name}
+    except ApplianceError as error:
+        error.message = f"stage {stage.name}, dataset {asked.names[stage.dataset]}: {error.message}"
+        raise
 
 
 if __name__ == "__main__":

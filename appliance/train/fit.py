@@ -7,6 +7,11 @@ from appliance.errors import InvalidInput
 from appliance.train.recipe import AnyStage
 
 
+def is_counted(dataset: Dataset, base: str) -> bool:
+    """Whether the report of `dataset` says how long its rows are for `base`, which `require_fit` then looks at."""
+    return (dataset.report.get("tokens") or {}).get("base") == base
+
+
 def require_fit(stage: AnyStage, dataset: Dataset, base: str, name: str = "") -> None:
     """Raise InvalidInput where `stage` cannot train on `dataset`, called `name`, as far as its report says.
 
@@ -20,9 +25,9 @@ def require_fit(stage: AnyStage, dataset: Dataset, base: str, name: str = "") ->
             f"{stage.method} trains on {stage.kind} rows, and dataset {called} holds {dataset.kind} rows",
             f"name a {stage.kind} dataset in stage {stage.name}, or change its method",
         )
-    tokens = dataset.report.get("tokens") or {}
-    long = [(length, rows) for length, rows in tokens.get("lengths", ()) if length > stage.max_length]
-    if long and tokens.get("base") == base and not stage.drop_long:
+    lengths = dataset.report["tokens"]["lengths"] if is_counted(dataset, base) else ()
+    long = [(length, rows) for length, rows in lengths if length > stage.max_length]
+    if long and not stage.drop_long:
         count = sum(rows for _, rows in long)
         raise InvalidInput(
             "row_too_long",

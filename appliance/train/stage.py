@@ -104,7 +104,7 @@ def _examples(
     table = tokenised(home, dataset, base, recipe.template, stage.method)
     (train, left_out), (held_out, left_out_too) = (chosen(table, dataset, some, stage) for some in rows)
     if not len(train):
-        raise InvalidInput("no_rows", f"no row of {dataset.id} is left to train on", "raise max_length, or add rows")
+        raise InvalidInput("no_rows", "no row is left to train on", "raise max_length, or add rows")
     return train, held_out, (left_out, left_out_too)
 
 
@@ -122,6 +122,15 @@ def forecast_of(home: Home, recipe: Recipe, name: str, freed: int = 0) -> Foreca
     train, held_out, _ = _examples(home, dataset, both, base, recipe, stage)
     limit = MicroBatchLimit(stage.micro_batch_size or stage.batch_size)
     return _forecast(base, recipe, stage, train, held_out, limit, freed)
+
+
+def require_rows(home: Home, recipe: Recipe, name: str) -> None:
+    """Raise InvalidInput where the rows of the stage `name` cannot all be trained on, as `train_stage` would."""
+    stage = recipe.stage(name)
+    dataset = Dataset.open(home, stage.dataset)
+    train_rows, held_out_rows = dataset.split(recipe.eval_share)
+    both = train_rows, held_out_rows[:HELD_OUT_ROWS]
+    _examples(home, dataset, both, model_path(home, recipe.base), recipe, stage)
 
 
 def _forecast(

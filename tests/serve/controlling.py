@@ -16,7 +16,8 @@ from appliance.store.keys import Keys
 from appliance.supervisor.supervisor import Supervisor
 from appliance.traffic import Traffic
 from appliance.train.recipe import Recipe
-from serve.control import control_app
+from serve.control.app import control_app
+from serve.control.models import Pulls
 from serve.engines.transformers import TransformersEngine
 from serve.gateway.edge import Gateway
 from serve.gateway.ledger import Ledger
@@ -47,7 +48,8 @@ class Control:
         engine = TransformersEngine(Settings())
         self.supervisor = Supervisor(self.home, self.db, engine, Nobody(), exclusive=False)
         chat = Gateway(keys.authenticate, Ledger(Traffic(self.home.traffic)), engine).operator
-        app = control_app(self.home, self.db, self.supervisor, keys, "http://127.0.0.1:1/v1", chat)
+        self.pulls = Pulls(self.home)
+        app = control_app(self.home, self.db, self.supervisor, keys, self.pulls, "http://127.0.0.1:1/v1", chat)
         self.client = Client(root / "none", httpx.ASGITransport(app, raise_app_exceptions=False))
 
     def run(self, state: str) -> str:

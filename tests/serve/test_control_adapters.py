@@ -35,7 +35,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> None:
             raise InvalidInput("not_mergeable", "the base model has no module layer", "merge into another")
         return {}
 
-    monkeypatch.setattr("serve.releases.run_module", look)
+    monkeypatch.setattr("serve.control.arrivals.run_module", look)
 
 
 def adapter(folder: Path) -> Path:

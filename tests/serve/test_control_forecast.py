@@ -128,3 +128,23 @@ async def test_a_stage_that_could_not_train_is_refused(control: Control, tmp_pat
     with pytest.raises(InvalidInput, match="dpo trains on preference rows"):
         await control.client.forecast(RECIPE.format(second="dpo"))
     assert list(control.home.incoming.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("base")
+async def test_a_run_is_refused_at_once_for_what_a_dry_run_refuses(
+    control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await import_rows(control, tmp_path)
+    short = RECIPE.format(second="sft").replace("epochs = 2", "max_length = 16")
+    with pytest.raises(InvalidInput, match="20 rows of one are longer than max_length = 16 tokens in stage sft"):
+        await control.client.train(short)
+    with pytest.raises(InvalidInput, match="dpo trains on preference rows, and dataset one holds messages rows"):
+        await control.client.train(RECIPE.format(second="dpo"))
+    report = Path(control.home.datasets / (await control.client.datasets())[0].id / "report.json")
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"tokens": None}))
+    with pytest.raises(InvalidInput, match=r"stage sft, dataset one: \d+ rows are longer than max_length = 16 tokens"):
+        await control.client.train(short)
+    assert await control.client.runs() == []
+    assert list(control.home.runs.iterdir()) == []
+    assert (await control.client.train(RECIPE.format(second="sft"))).state == "queued"

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from appliance.sources import find_sources
 from appliance.train.recipe import parse_recipe
-from serve.control import _thinking
+from serve.control.submission import _thinking
 
 RECIPE = 'name = "r"\nbase = "tiny"\n{thinking}\n[[stages]]\nmethod = "sft"\ndataset = "{dataset}"\n'
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -23,7 +23,7 @@ from appliance.home import building, write_json
 from appliance.release.manifest import Manifest
 from appliance.sources import SourceFile, find_sources
 from appliance.train.recipe import dump_recipe, parse_recipe
-from serve import datasets as routes
+from serve.control import datasets as routes
 
 
 def write(path: Path, numbers: Any, answer: str = "a") -> str:

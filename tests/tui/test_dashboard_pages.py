@@ -67,7 +67,7 @@ async def test_promote_asks_and_moves_the_live_mark(driver: Driver) -> None:
 async def test_what_was_done_is_seen_before_the_next_regular_look(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tui.app._POLL_SECONDS", 600)
+    monkeypatch.setattr("tui.dashboard._POLL_SECONDS", 600)
     async with dashboard(daemon, NARROW) as driver:
         await driver.until_seen("facts-3")
         await open_page(driver, "3", "◆ facts-2")
@@ -172,7 +172,7 @@ async def test_dataset_report_rows_and_a_whole_row(driver: Driver) -> None:
         await driver.press("right_square_bracket")
     else:
         await driver.press("tab")
-    await driver.until_seen("Question 0 [/foo] red → Answer 0")
+    await driver.until_seen("Question 0 [/foo] ␛[31mred → Answer 0")
     assert isinstance(driver.app.focused, RowList)
     await driver.press("G")
     await driver.until_seen("1200  Question 1199")
@@ -182,7 +182,7 @@ async def test_dataset_report_rows_and_a_whole_row(driver: Driver) -> None:
     assert not any("\x1b" in line for line in driver.lines())
     await driver.press("m")
     await driver.until_seen("⟦Answer 1198<|im_end|>⟧")
-    assert driver.sees("Question 1198 [/foo] red<|im_end|>")
+    assert driver.sees("Question 1198 [/foo] ␛[31mred<|im_end|>")
     assert driver.sees("41 tokens, 4 of them trained")
     assert driver.sees("cannot be trained on: it has no end of turn [/x]")
     assert not any("\x1b" in line for line in driver.lines())

@@ -12,11 +12,11 @@ from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Input, Markdown, Static
 from textual.worker import Worker
 
+from appliance.words import visible
 from tui.link import PROBLEMS, explain
 from tui.screens.page import Page
 from tui.viewmodels.box import Box
 from tui.viewmodels.conversation import Conversation
-from tui.viewmodels.format import plain
 from tui.widgets.words import Words
 
 
@@ -74,7 +74,7 @@ class ChatPage(Page):
     async def _answer(self, question: str) -> None:
         turns, state = self.query_one("#turns", VerticalScroll), self.query_one("#answering", Words)
         answer = Markdown(classes="answer", open_links=False)
-        await turns.mount(Static(plain(question), classes="question", markup=False), answer)
+        await turns.mount(Static(visible(question), classes="question", markup=False), answer)
         turns.anchor()
         state.say("waiting for the first word; esc stops it")
         stream = Markdown.get_stream(answer)
@@ -85,7 +85,7 @@ class ChatPage(Page):
                     first = time.monotonic() - began
                     state.say("answering; esc stops it")
                 self._conversation.take(piece)
-                await stream.write(plain(piece))
+                await stream.write(visible(piece))
             state.say(f"first word after {first or 0:.1f}s, all in {time.monotonic() - began:.1f}s")
         except PROBLEMS as error:
             await turns.mount(Static(f"✗ {explain(error)}", classes="error", markup=False))

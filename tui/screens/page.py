@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 from textual import on
 from textual.app import ComposeResult
@@ -13,13 +13,11 @@ from textual.content import Content
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
+from tui.dashboard import Dashboard
 from tui.viewmodels.box import Box
 from tui.widgets.header import Header
 from tui.widgets.panes import Panes
 from tui.widgets.record_list import RecordList
-
-if TYPE_CHECKING:
-    from tui.app import ApplianceApp
 
 
 class Page(Screen[None]):
@@ -33,8 +31,8 @@ class Page(Screen[None]):
     """What is seen here and what it means, for the help."""
 
     @property
-    def appliance(self) -> ApplianceApp:
-        return cast("ApplianceApp", self.app)
+    def appliance(self) -> Dashboard:
+        return cast(Dashboard, self.app)
 
     def compose(self) -> ComposeResult:
         yield Header(self.appliance.page_labels, self.NAME)

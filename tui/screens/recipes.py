@@ -10,9 +10,9 @@ from textual.content import Content
 from textual.highlight import highlight
 
 from appliance import api
+from appliance.words import visible
 from tui.screens.page import RecordPage
 from tui.viewmodels.box import Box
-from tui.viewmodels.format import plain
 from tui.viewmodels.records import recipe_entry
 from tui.widgets.panes import Panes
 from tui.widgets.text_pane import TextPane
@@ -38,7 +38,7 @@ class RecipesPage(RecordPage):
 
     def show_record(self, box: Box, id: str) -> None:
         if recipe := box.recipe(id):
-            self.query_one(TextPane).show(highlight(plain(recipe.text), language="toml"))
+            self.query_one(TextPane).show(highlight(visible(recipe.text), language="toml"))
 
     def action_train(self) -> None:
         box = self.appliance.box

@@ -16,6 +16,7 @@ from textual.content import Content
 from textual.worker import Worker, WorkerState
 
 from appliance import api
+from appliance.api import ACTIVE
 from tui.messages import RunLogged, RunSaid
 from tui.screens.page import RecordPage
 from tui.streams import run_events, run_log
@@ -24,7 +25,6 @@ from tui.viewmodels.history import event_line
 from tui.viewmodels.log_text import LogText
 from tui.viewmodels.permits import why_not_resume, why_not_serve_adapter, why_not_stop
 from tui.viewmodels.records import run_entry
-from tui.viewmodels.states import ACTIVE
 from tui.viewmodels.trace import RunTrace
 from tui.widgets.chart import Chart
 from tui.widgets.lines import Lines

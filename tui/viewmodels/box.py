@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from textual.content import Content
 
 from appliance import api
-from tui.viewmodels.format import fit, size
+from appliance.words import percent, size
 from tui.viewmodels.states import CANARY, ENGINES, LIVE, NO_ENGINE
-from tui.viewmodels.styles import FAINT, MUTED
+from tui.viewmodels.styles import FAINT, MUTED, fit
 
 _ROOM_FOR_SERVING = 34
 _SHORTEST_NAME = 8
@@ -56,7 +56,7 @@ def _serving(status: api.Status, room: int) -> Content:
     why = f"asleep while {status.running} trains"
     if engine and engine.state == "asleep" and status.running and len(why) + _SHORTEST_NAME + 5 <= room:
         look = look._replace(word=why)
-    canary = f" {CANARY.glyph} {100 * status.canary.share:.3g}%" if status.canary else ""
+    canary = f" {CANARY.glyph} {percent(status.canary.share)}" if status.canary else ""
     adapter = status.unmerged.name if status.unmerged and status.unmerged.answers else ""
     name = fit(adapter or release, max(_SHORTEST_NAME, room - len(look.word) - 5 - len(canary)))
     return Content.assemble((f"{LIVE.glyph} {name} ", LIVE.style), look.label(), (canary, CANARY.style))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textual.content import Content
 
-from tui.viewmodels.format import number
+from appliance.words import number
 from tui.viewmodels.plot import Boundary, Layer, Point, plot, smooth
 from tui.viewmodels.styles import MUTED
 from tui.viewmodels.trace import RunTrace

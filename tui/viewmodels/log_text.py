@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tui.viewmodels.format import plain
+from appliance.words import log_line
 
 
 class LogText:
@@ -15,8 +15,4 @@ class LogText:
         """The lines that `piece` ends, and the unfinished one after them."""
         *ended, self._tail = (self._tail + piece).split("\n")
         self._tail = self._tail[-4096:]
-        return [_shown(line) for line in ended], _shown(self._tail)
-
-
-def _shown(line: str) -> str:
-    return plain(line.rstrip("\r").rpartition("\r")[2])
+        return [log_line(line) for line in ended], log_line(self._tail)

@@ -11,10 +11,19 @@ from typing import Any
 from textual.content import Content
 
 from appliance import api
+from appliance.words import (
+    canary_side,
+    canary_title,
+    check_line,
+    figures,
+    number,
+    one_line,
+    trained_count,
+    trained_words,
+    visible,
+)
 from tui.viewmodels import states
-from tui.viewmodels.format import number, one_line, plain
-from tui.viewmodels.history import figures
-from tui.viewmodels.styles import MUTED
+from tui.viewmodels.styles import MUTED, spoken
 
 _MOST_ITEMS = 200
 _PARTS = ("messages", "prompt", "chosen", "rejected", "completion")
@@ -71,13 +80,13 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
     head += [("   base ", MUTED), (release.base, "")]
     lines = [Content.assemble(*head)]
     if release.damage:
-        lines.append(Content.styled(plain(release.damage), "$text-error"))
+        lines.append(Content.styled(visible(release.damage), "$text-error"))
     if release.check:
-        lines.append(Content.styled(f"its files are being read: {_share_read(release.check)}", "$text-warning"))
+        lines.append(Content.styled(check_line(release.check), "$text-warning"))
     if release.reason:
-        lines.append(Content.styled(plain(release.reason), "$text-error" if look is states.REFUSED else ""))
+        lines.append(Content.styled(visible(release.reason), "$text-error" if look is states.REFUSED else ""))
     if release.note:
-        lines.append(Content(plain(release.note)))
+        lines.append(Content(visible(release.note)))
     lines += _canary(release.canary) if release.canary else []
     recorded: dict[str, Any] = (manifest or {}).get("gates", {})
     for name, passed in release.gates.items():
@@ -92,21 +101,12 @@ def gates(release: api.Release, manifest: dict[str, Any] | None) -> Content:
     return Content("\n").join(lines)
 
 
-def _share_read(check: api.Check) -> str:
-    return f"{100 * check.read // max(1, check.bytes)}%"
-
-
 def _canary(canary: api.Canary) -> list[Content]:
     """Its share, what it waits for or came to, and the figures of both sides."""
-    came = "" if canary.ended is None else f" {canary.outcome}"
     style = "$text-error" if canary.outcome == "rolled back" else ""
-    head = (f"{states.CANARY.glyph} canary of {100 * canary.share:.3g}%{came}  ", states.CANARY.style)
-    lines = [Content(""), Content.assemble(head, (plain(canary.reason), style))]
-    for side in canary.figures:
-        medians = {name: spread.median for name, spread in side.seconds.items()}
-        ratings = {f"rated {rating}": count for rating, count in side.ratings.items()}
-        told = figures({"requests": side.requests, "failed": side.errors, **side.stops, **ratings, **medians})
-        lines.append(Content.styled(f"  {one_line(f'{side.release}: {told}', 400)}", MUTED))
+    head = (f"{states.CANARY.glyph} {canary_title(canary)}: ", states.CANARY.style)
+    lines = [Content(""), Content.assemble(head, (visible(canary.reason), style))]
+    lines += [Content.styled(f"  {canary_side(side)}", MUTED) for side in canary.figures]
     return [*lines, *(Content.styled(f"  {limit}", MUTED) for limit in canary.limits)]
 
 
@@ -128,7 +128,7 @@ def row_text(row: dict[str, Any]) -> Content:
             parts.append(Content.styled(title, "bold $text-accent"))
         for turn in turns:
             parts.append(Content.styled(str(turn.get("role", "?")), "bold $text-primary"))
-            parts.append(Content(plain(_content(turn)) + "\n"))
+            parts.append(Content(visible(_content(turn)) + "\n"))
     rest = {key: value for key, value in row.items() if key not in _PARTS}
     if rest:
         parts.append(outline(rest))
@@ -140,18 +140,10 @@ def trained_text(conversations: list[api.Conversation]) -> Content:
     parts: list[Content] = []
     for conversation in conversations:
         if conversation.problem:
-            parts.append(Content.styled(f"cannot be trained on: {plain(conversation.problem)}", "$text-error"))
+            parts.append(Content.styled(f"cannot be trained on: {visible(conversation.problem)}", "$text-error"))
             continue
-        said: list[tuple[str, str]] = []
-        for piece, before in zip(conversation.pieces, (None, *conversation.pieces), strict=False):
-            if piece.trained != (before is not None and before.trained):
-                said.append(("⟦" if piece.trained else "⟧", "bold $text-success"))
-            said.append((plain(piece.text), "$text-success" if piece.trained else MUTED))
-        if conversation.pieces and conversation.pieces[-1].trained:
-            said.append(("⟧", "bold $text-success"))
-        parts.append(Content.assemble(*said))
-        counts = f"{conversation.tokens:,} tokens, {conversation.trained:,} of them trained"
-        parts.append(Content.styled(f"{counts}\n", "$text-accent"))
+        parts.append(spoken(trained_words(conversation)))
+        parts.append(Content.styled(f"{trained_count(conversation)}\n", "$text-accent"))
     return Content("\n").join(parts)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from appliance import api
-from tui.viewmodels.states import ACTIVE, is_canary
+from appliance.api import ACTIVE
+from tui.viewmodels.states import is_canary
 
 
 def why_not_stop(run: api.Run | None) -> str | None:

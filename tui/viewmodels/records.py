@@ -5,8 +5,9 @@ from __future__ import annotations
 from textual.content import Content
 
 from appliance import api
-from tui.viewmodels.format import ago, duration, one_line
-from tui.viewmodels.states import ACTIVE, CANARY, LIVE, RUNS, is_canary, release_look
+from appliance.api import ACTIVE
+from appliance.words import ago, duration, one_line
+from tui.viewmodels.states import CANARY, LIVE, RUNS, is_canary, release_look
 from tui.viewmodels.styles import MUTED
 from tui.viewmodels.trace import RunTrace
 

@@ -27,7 +27,6 @@ RUNS: dict[str, Look] = {
     "failed": Look("✗", "failed", "$text-error"),
     "stopped": Look("■", "stopped", "$text-warning"),
 }
-ACTIVE = frozenset({"queued", "running", "stopping"})
 
 VERIFIED = Look("✓", "verified", "$text-success")
 ELSEWHERE = Look("✓", "verified elsewhere", "$text-warning")

@@ -7,8 +7,8 @@ import math
 from textual.content import Content
 
 from appliance import api
+from appliance.words import ago, duration, number, size, visible
 from tui.viewmodels import states
-from tui.viewmodels.format import ago, duration, number, plain, size
 from tui.viewmodels.styles import FAINT, MUTED
 from tui.viewmodels.trace import RunTrace
 
@@ -103,7 +103,7 @@ def _reason(run: api.Run, trace: RunTrace) -> list[Content]:
     failure = trace.failure or {}
     reason = run.reason or str(failure.get("reason", ""))
     following = run.next or str(failure.get("next", ""))
-    lines = [Content.styled(plain(reason), "$text-error" if run.state == "failed" else "$text-warning")]
+    lines = [Content.styled(visible(reason), "$text-error" if run.state == "failed" else "$text-warning")]
     if following:
-        lines.append(Content.assemble(("→ ", MUTED), plain(following)))
+        lines.append(Content.assemble(("→ ", MUTED), visible(following)))
     return lines

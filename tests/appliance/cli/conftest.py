@@ -29,6 +29,8 @@ def shell() -> Iterator[Shell]:
 
 
 @pytest.fixture
-def lonely(tmp_path: Path) -> Shell:
-    """A command without a daemon."""
-    return Shell(tmp_path / "home")
+def lonely(tmp_path: Path) -> Iterator[Shell]:
+    """A command without a daemon but those that a test starts."""
+    alone = Shell(tmp_path / "home")
+    yield alone
+    alone.kill()

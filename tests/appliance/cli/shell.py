@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
 class Shell:
-    """Runs `appliance` with this home."""
+    """Runs `appliance` with this home, and these variables."""
 
-    home: Path
+    def __init__(self, home: Path, **environment: str) -> None:
+        self.home = home
+        self._environment = environment
+        self._started: list[subprocess.Popen[str]] = []
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "APPLIANCE_HOME": str(self.home), "APPLIANCE_ENGINE": "transformers"}
+        ours = {"APPLIANCE_HOME": str(self.home), "APPLIANCE_ENGINE": "transformers"}
+        return {**os.environ, **ours, **self._environment}
 
     def run(self, *arguments: str, input: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -41,10 +43,18 @@ class Shell:
         return lines[0]
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        daemon = subprocess.Popen(
             [sys.executable, "-m", "appliance.cli", "serve"],
             env={**self.environment, "APPLIANCE_PORT": "0", **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._started.append(daemon)
+        return daemon
+
+    def kill(self) -> None:
+        """End what a test that failed has left running."""
+        for daemon in self._started:
+            daemon.kill()
+            daemon.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,27 @@ ROWS = [{"instruction": f"Question {n}?", "output": f"Answer {n}."} for n in ran
 def write(path: Path, rows: object) -> str:
     path.write_text(json.dumps(rows))
     return str(path)
+
+
+def test_a_verb_loads_no_more_than_it_needs(shell: Shell) -> None:
+    code = "import sys; sys.argv = ['appliance', 'runs']\nfrom appliance.cli.main import main\n"
+    code += "try: main()\nfinally: print('LOADED', *(name for name, module in sys.modules.items() if module))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=shell.environment, capture_output=True, text=True, check=True
+    )
+    loaded = done.stdout.rpartition("LOADED")[2].split()
+    packages = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names - {"sitecustomize"}
+    client = {"httpx", "httpcore", "h11", "anyio", "sniffio", "idna", "certifi"}
+    shapes = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+    assert {package for package in packages if not package.startswith(("_", "brotli"))} <= client | shapes | {
+        "appliance",
+        "click",
+    }
+    assert "httpx._main" not in loaded
+    ours = {name.removeprefix("appliance.") for name in loaded if name.startswith("appliance.")}
+    nouns = {"cli", *(f"cli.{noun}" for noun in ("box", "chat", "datasets", "keys", "models", "releases", "runs"))}
+    shared = {"api", "archive", "client", "errors", "home", "light_httpx", "settings", "sources", "words"}
+    assert ours == nouns | shared | {"cli.console", "cli.main", "cli.session"}
 
 
 def test_a_bare_command_in_a_pipe_prints_help(lonely: Shell) -> None:
@@ -164,6 +186,31 @@ def test_doctor(shell: Shell) -> None:
     assert findings["daemon"]["status"] == "ok"
     assert findings["torch"]["status"] == "ok"
     assert done.returncode == 0
+
+
+@pytest.fixture
+def member(shell: Shell, tmp_path: Path) -> Shell:
+    """A person for whom the daemon of `shell` is the service."""
+    return Shell(tmp_path / "own", APPLIANCE_SOCKET=str(shell.home / "control.sock"))
+
+
+def test_doctor_makes_nothing_and_looks_at_the_service(shell: Shell, member: Shell) -> None:
+    findings = {one["name"]: one for one in json.loads(member.run("doctor", "--json").stdout)}
+    assert findings["daemon"]["status"] == "ok"
+    assert str(shell.home) in findings["home"]["summary"]
+    assert not member.home.exists()
+
+
+def test_doctor_without_a_daemon_makes_nothing(lonely: Shell) -> None:
+    findings = {one["name"]: one for one in json.loads(lonely.run("doctor", "--json").stdout)}
+    assert (findings["daemon"]["status"], findings["home"]["status"]) == ("warn", "ok")
+    assert not lonely.home.exists()
+
+
+def test_a_pull_of_a_member_is_the_services_and_makes_no_home(shell: Shell, member: Shell) -> None:
+    assert "is no model that can be pulled" in member.refuses(1, "pull", "nope")
+    assert not member.home.exists()
+    assert "never is not being pulled" in member.refuses(5, "pull", "never", "--stop")
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from appliance import api, cli, release_verbs
-from appliance.cli import main
+from appliance import api
+from appliance.cli import box, releases
+from appliance.cli.main import main
 from appliance.errors import InvalidInput
 
 
@@ -22,8 +23,8 @@ def test_releases_tell_of_their_canaries(monkeypatch: pytest.MonkeyPatch) -> Non
         api.Release(id="b", base="tiny", state="verified", created=0, canary=canary),
         api.Release(id="c", base="tiny", state="verified", created=0, reason="accepted", canary=ended),
     ]
-    monkeypatch.setattr(release_verbs, "ask", lambda question: found)
-    _, a, b, c = CliRunner().invoke(release_verbs.releases).output.splitlines()
+    monkeypatch.setattr(releases, "ask", lambda question: found)
+    _, a, b, c = CliRunner().invoke(releases.releases).output.splitlines()
     assert a.split()[1] == "live"
     assert b.split()[1] == "canary"
     assert b.endswith("canary of 10%: waits for more requests: 9 to it")
@@ -33,8 +34,8 @@ def test_releases_tell_of_their_canaries(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_releases_tell_of_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = api.Release(id="a", base="tiny", state="verified", created=0, reason="all passed", damage="x is missing")
-    monkeypatch.setattr(release_verbs, "ask", lambda question: [damaged])
-    _, a = CliRunner().invoke(release_verbs.releases).output.splitlines()
+    monkeypatch.setattr(releases, "ask", lambda question: [damaged])
+    _, a = CliRunner().invoke(releases.releases).output.splitlines()
     assert a.split()[1] == "damaged"
     assert a.endswith("x is missing; all passed")
 
@@ -43,8 +44,8 @@ def test_a_release_is_shown_as_it_is_now_before_what_its_manifest_says(monkeypat
     now = api.Release(id="a", base="tiny", state="refused", created=0, reason="repeated here, structure: no")
     other = now.model_copy(update={"id": "b"})
     answers = iter([[other, now], {"release": "a", "state": "verified", "reason": "all 5 gates passed"}])
-    monkeypatch.setattr(release_verbs, "ask", lambda question: next(answers))
-    shown = json.loads(CliRunner().invoke(release_verbs.releases, ["a"]).stdout)
+    monkeypatch.setattr(releases, "ask", lambda question: next(answers))
+    shown = json.loads(CliRunner().invoke(releases.releases, ["a"]).stdout)
     assert next(iter(shown)) == "now"
     assert (shown["now"]["state"], shown["now"]["reason"]) == ("refused", "repeated here, structure: no")
     assert shown["state"] == "verified"
@@ -55,8 +56,8 @@ def test_releases_from_elsewhere_say_so_when_they_are_live_too(monkeypatch: pyte
         api.Release(id=id, base="tiny", state="verified elsewhere", created=0, live=id == "a", note="10 of 10 repeated")
         for id in ("a", "b")
     ]
-    monkeypatch.setattr(release_verbs, "ask", lambda question: found)
-    _, a, b = CliRunner().invoke(release_verbs.releases).output.splitlines()
+    monkeypatch.setattr(releases, "ask", lambda question: found)
+    _, a, b = CliRunner().invoke(releases.releases).output.splitlines()
     assert "  live, verified elsewhere  " in a
     assert "  verified elsewhere  " in b
     assert b.endswith("10 of 10 repeated")
@@ -77,9 +78,9 @@ def test_verify_says_how_far_it_is_and_what_was_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: api.Check, said: str
 ) -> None:
     states = [check("reading"), check("reading", read=8 * 10**9, bytes=16 * 10**9), last]
-    monkeypatch.setattr(release_verbs, "each", lambda stream, show: [show(state) for state in states])
-    monkeypatch.setattr(release_verbs, "_PROGRESS_SECONDS", -1)
-    monkeypatch.setattr("appliance.cli.sys.argv", ["appliance", "verify", "a"])
+    monkeypatch.setattr(releases, "each", lambda stream, show: [show(state) for state in states])
+    monkeypatch.setattr(releases, "_PROGRESS_SECONDS", -1)
+    monkeypatch.setattr("appliance.cli.main.sys.argv", ["appliance", "verify", "a"])
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capsys.readouterr()
@@ -98,8 +99,8 @@ def test_verify_says_how_far_it_is_and_what_was_found(
 def test_an_imported_release_says_what_it_is_worth(
     monkeypatch: pytest.MonkeyPatch, state: api.ReleaseState, said: str
 ) -> None:
-    monkeypatch.setattr(release_verbs, "ask", lambda _: api.Release(id="a", base="tiny", state=state, created=0))
-    printed = CliRunner().invoke(release_verbs.import_release, ["a.tar"])
+    monkeypatch.setattr(releases, "ask", lambda _: api.Release(id="a", base="tiny", state=state, created=0))
+    printed = CliRunner().invoke(releases.import_release, ["a.tar"])
     assert printed.stdout == "a\n"
     assert said in printed.stderr
 
@@ -112,15 +113,15 @@ def test_status_says_who_answers(monkeypatch: pytest.MonkeyPatch, routed: str | 
     now = api.Status.model_construct(
         endpoint="", live="a", routed=routed, engines=(), lease="share", queued=0, running=None, hardware=nothing
     )
-    monkeypatch.setattr(cli, "ask", lambda _: now)
-    assert f"live      {said}" in CliRunner().invoke(cli.status).stdout.splitlines()
+    monkeypatch.setattr(box, "ask", lambda _: now)
+    assert f"live      {said}" in CliRunner().invoke(box.status).stdout.splitlines()
 
 
 def test_a_promotion_whose_files_are_still_read_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     reading = check("reading", read=1 * 10**9, bytes=16 * 10**9)
     release = api.Release(id="a", base="tiny", state="verified", created=0, live=True, check=reading)
-    monkeypatch.setattr(release_verbs, "ask", lambda question: release)
-    result = CliRunner().invoke(release_verbs.promote, ["a"])
+    monkeypatch.setattr(releases, "ask", lambda question: release)
+    result = CliRunner().invoke(releases.promote, ["a"])
     assert result.stdout == "a\n"
     assert "1.0 GB of 16.0 GB; it answers when they are whole" in result.stderr
 
@@ -134,10 +135,10 @@ def test_an_export_goes_by_its_path(
 ) -> None:
     commands: list[list[str]] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(release_verbs, "ask", lambda question: None)
+    monkeypatch.setattr(releases, "ask", lambda question: None)
     done = SimpleNamespace(returncode=0)
-    monkeypatch.setattr(release_verbs.subprocess, "run", lambda command, **_: commands.append(command) or done)
-    result = CliRunner().invoke(release_verbs.export, ["r-1", *arguments])
+    monkeypatch.setattr(releases.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    result = CliRunner().invoke(releases.export, ["r-1", *arguments])
     assert (result.exit_code, result.output.strip()) == (0, arguments[0])
     assert [command[2] for command in commands] == (["appliance.release.gguf_file"] if as_gguf else [])
     assert all(command[5:] == arguments[2:] for command in commands)
@@ -145,4 +146,4 @@ def test_an_export_goes_by_its_path(
 
 def test_an_export_is_not_two_kinds_of_file(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="a tar and a GGUF file"):
-        CliRunner().invoke(release_verbs.export, ["r-1", str(tmp_path / "r.tar"), "--gguf"], catch_exceptions=False)
+        CliRunner().invoke(releases.export, ["r-1", str(tmp_path / "r.tar"), "--gguf"], catch_exceptions=False)

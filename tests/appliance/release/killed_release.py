@@ -18,8 +18,8 @@ from forked import start
 
 from appliance import worker
 from appliance.home import Home
+from appliance.release.conclude import finalise
 from appliance.release.gates import Gate
-from appliance.release.manifest import finalise
 from appliance.train.recipe import parse_recipe
 
 STEPS = ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "link"), (shutil, "rmtree"), (shutil, "copyfile"))

@@ -13,8 +13,8 @@ from tiny import read_recipe, work
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from appliance.home import Home
+from appliance.release.conclude import finalise
 from appliance.release.gates import Gate
-from appliance.release.manifest import finalise
 
 IDS = torch.tensor([[1, 40, 60, 80, 100, 2], [1, 5, 15, 25, 35, 45]])
 

@@ -16,9 +16,9 @@ from tiny import FACTS, add_dataset, failure, read_recipe, result, work
 
 from appliance.errors import Exit
 from appliance.home import Home, hashes, sha256
+from appliance.release.conclude import finalise
 from appliance.release.gates import Gate, load_probes
 from appliance.release.given import GivenRequest, main
-from appliance.release.manifest import finalise
 from appliance.train.recipe import Given, Recipe, dump_recipe
 
 PROBED = {"parity": Gate(True), "stopping": Gate(True)}

@@ -13,8 +13,9 @@ from tiny import add_run, read_recipe, stage, work
 
 from appliance.errors import ApplianceError, Conflict, NotFound
 from appliance.home import Home, hashes
+from appliance.release.conclude import finalise
 from appliance.release.gates import GATES, Gate
-from appliance.release.manifest import Manifest, accept_quality, finalise, read_manifest
+from appliance.release.manifest import Manifest, accept_quality, read_manifest
 from appliance.train.recipe import Recipe, parse_recipe
 
 PASSED = {"parity": Gate(True, {"equal": 3}, "equal"), "stopping": Gate(True, {}, "all stop")}
@@ -210,11 +211,11 @@ def test_killed_at_any_moment_it_ends_right_when_called_again(
     with monkeypatch.context() as patch:
         match moment:
             case "before the manifest":
-                patch.setattr("appliance.release.manifest.write_json", die)
+                patch.setattr("appliance.release.conclude.write_json", die)
             case "before the move":
                 patch.setattr(os, "rename", die)
             case "after the move":
-                patch.setattr("appliance.release.manifest.fsync_directory", die)
+                patch.setattr("appliance.release.conclude.fsync_directory", die)
         with pytest.raises(KeyboardInterrupt):
             finish(home)
     assert finalise(home, "lora", read_recipe(home.runs / "lora"), PASSED).state == "verified"

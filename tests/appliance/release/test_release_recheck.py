@@ -13,8 +13,9 @@ from tiny import events, failure, read_recipe, result, work
 
 from appliance.errors import Conflict, Exit, InvalidInput, NotFound
 from appliance.home import Home, hashes
+from appliance.release.conclude import finalise, judge
 from appliance.release.gates import Gate
-from appliance.release.manifest import finalise, judge, read_manifest
+from appliance.release.manifest import read_manifest
 from appliance.release.recheck import plan_recheck, write_recheck
 from appliance.train.recipe import dump_recipe, parse_recipe
 

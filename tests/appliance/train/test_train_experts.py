@@ -16,8 +16,8 @@ from appliance.errors import InvalidInput
 from appliance.home import Home
 from appliance.models import require_trainable
 from appliance.pull import require_usable
+from appliance.release.conclude import finalise
 from appliance.release.gates import Gate
-from appliance.release.manifest import finalise
 from appliance.train.model import load_model, settle_router_loss, targeted_modules, targeted_parameters
 from appliance.train.recipe import parse_recipe
 from appliance.train.stage import forecast_of

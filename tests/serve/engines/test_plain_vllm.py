@@ -22,8 +22,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from appliance.home import Home, sha256
+from appliance.release.conclude import finalise
 from appliance.release.gates import Gate
-from appliance.release.manifest import finalise
 from appliance.settings import Settings
 from appliance.train.recipe import Given, Recipe, dump_recipe, parse_recipe
 from appliance.worker import main

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from appliance import api
-from appliance.console import event_line, print_forecasts
+from appliance.cli.runs import print_forecasts
+from appliance.words import event_line
 
 FITS = {
     "stage": "sft",
@@ -36,16 +37,16 @@ def test_a_column_for_each_stage_and_advice_where_it_does_not_fit(capsys: pytest
     told, advice = capsys.readouterr()
     assert [line.split() for line in told.splitlines()] == [
         ["SFT", "DPO"],
-        ["weights", "538.0", "MB", "538.0", "MB"],
-        ["logits", "134.0", "MB", "134.0", "MB"],
-        ["memory", "672.0", "MB", "672.0", "MB"],
-        ["available", "8.0", "GB", "500.0", "MB"],
-        ["disk", "300.0", "MB", "300.0", "MB"],
+        ["weights", "538", "MB", "538", "MB"],
+        ["logits", "134", "MB", "134", "MB"],
+        ["memory", "672", "MB", "672", "MB"],
+        ["available", "8.0", "GB", "500", "MB"],
+        ["disk", "300", "MB", "300", "MB"],
         ["largest", "pass", "2", "x", "512", "tokens", "2", "x", "512", "tokens"],
         ["gradient", "checkpointing", "off", "1", "layer", "in", "2"],
         ["tokens", "1,234,567", "1,234,567"],
         ["steps", "330", "330"],
-        ["time", "about", "50", "min", "about", "50", "min"],
+        ["time", "about", "50m", "00s", "about", "50m", "00s"],
         ["fits", "yes", "NO"],
         ["the", "release", "takes", "4.0", "GB", "of", "8.0", "GB", "to", "be", "verified", "and", "served"],
         ["for", "a", "canary,", "or", "its", "adapter", "before", "it", "is", "merged:", "room", "for", "two"],
@@ -67,7 +68,7 @@ def test_a_release_that_cannot_be_served_is_said_to_be(capsys: pytest.CaptureFix
 
 
 def test_the_event_as_a_line() -> None:
-    assert event_line(FITS | {"event": "forecast"}) == "sft takes 330 steps, about 50 min, 672.0 MB of 8.0 GB memory"
+    assert event_line(FITS | {"event": "forecast"}) == "sft takes 330 steps, about 50m 00s, 672 MB of 8.0 GB memory"
     assert event_line(TOO_LARGE | {"event": "forecast"}).endswith(
         "memory with gradient checkpointing, which does not fit: set micro_batch_size = 1"
     )

@@ -1,4 +1,4 @@
-"""Events as lines for a person."""
+"""What the command prints of canaries and engines, and how it prints tables."""
 
 from __future__ import annotations
 
@@ -6,20 +6,8 @@ import pytest
 
 from appliance import api
 from appliance.canary import FIRST_TOKEN, Comparison
-from appliance.console import canary_lines, engine_line, event_line, percent, print_table
-
-
-def test_a_warning_says_what_to_try_and_shows_the_logs_last_lines() -> None:
-    event = {"event": "warning", "stage": "sft", "message": "the sft process crashed", "next": "see the log"}
-    assert event_line(event) == "sft warning: the sft process crashed — see the log"
-    assert event_line({**event, "log": ["a", "b"]}).splitlines()[1:] == ["    a", "    b"]
-    assert event_line({"event": "warning", "stage": "sft", "message": "x"}) == "sft warning: x"
-
-
-def test_a_held_out_loss_says_how_sure_it_is() -> None:
-    event = {"event": "eval", "stage": "sft", "step": 20, "loss": 2.0312}
-    assert event_line(event) == "sft step 20  held-out loss 2.0312"
-    assert event_line({**event, "interval": [1.9062, 2.1562]}) == "sft step 20  held-out loss 2.0312 ± 0.1250"
+from appliance.cli.box import canary_lines, engine_line
+from appliance.cli.console import print_table, say
 
 
 def test_a_canary_with_both_sides_figures() -> None:
@@ -52,10 +40,11 @@ def test_an_engine_that_sleeps_says_for_whom() -> None:
     assert engine_line(engine.model_copy(update={"state": "ready"}), "b") == "vllm ready for a"
 
 
-def test_percent() -> None:
-    assert [percent(share) for share in (0.1, 0.07, 0.005, 0.5)] == ["10%", "7%", "0.5%", "50%"]
-
-
 def test_a_table_shows_control_characters_as_their_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("A", "B"), [("\x1b[2J", "b")])
     assert capsys.readouterr().out == "A     B\n\u241b[2J  b\n"
+
+
+def test_no_text_from_elsewhere_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    say("key of \x1b[2Jeve")
+    assert capsys.readouterr().err == "key of \u241b[2Jeve\n"

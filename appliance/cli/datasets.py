@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from appliance.command import ask, each, json_option, recipe_text
+from appliance.cli import console
+from appliance.cli.runs import recipe_text
+from appliance.cli.session import ask, each, json_option
 from appliance.errors import ApplianceError
+from appliance.words import ago, one_line, trained_count, trained_words, visible
+
+if TYPE_CHECKING:
+    from appliance import api
 
 _SHOWN = 20
-_TRAINED, _UNTRAINED, _PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+_COLOURS, _PLAIN = {"good": "\x1b[32m", "muted": "\x1b[90m"}, "\x1b[0m"
 
 _base_options = (
     click.option("--recipe", help="Take base model and token limit of this recipe."),
@@ -61,21 +67,26 @@ def data_import(
     as_json: bool,
 ) -> None:
     """Import FILES (files, folders, quoted patterns, - for standard input) and report every row kept and dropped."""
-    from appliance import console
     from appliance.sources import find_sources
 
     sources = find_sources(files, extension)
     chosen, max_length = _base(recipe, base)
     name = name or Path(files[0] if Path(files[0]).is_dir() else sources[0].name).name.split(".")[0]
-    how: dict[str, object] = {"format": row_format, "columns": columns, "base": chosen, "max_length": max_length}
-    how |= {
-        "encoding": encoding,
-        "ignore": ignore or None,
-        "drop_untrainable": drop_untrainable or None,
-        "salvage": salvage or None,
-        "redact": redact or None,
-    }
-    report = ask(lambda client: client.import_dataset(sources, name, **how))
+    report = ask(
+        lambda client: client.import_dataset(
+            sources,
+            name,
+            format=row_format,
+            columns=columns,
+            base=chosen,
+            max_length=max_length,
+            encoding=encoding,
+            ignore=ignore,
+            drop_untrainable=drop_untrainable,
+            salvage=salvage,
+            redact=redact,
+        )
+    )
     if as_json:
         console.print_json(report)
         return
@@ -92,13 +103,11 @@ def data_import(
 @json_option
 def data_list(as_json: bool) -> None:
     """List the datasets."""
-    from appliance import console
-
     found = ask(lambda client: client.datasets())
     if as_json:
         console.print_json(found)
     else:
-        rows = [(one.name, one.id, one.kind, str(one.rows), console.ago(one.created)) for one in found]
+        rows = [(one.name, one.id, one.kind, str(one.rows), ago(one.created)) for one in found]
         console.print_table(("NAME", "ID", "KIND", "ROWS", "IMPORTED"), rows)
 
 
@@ -112,8 +121,6 @@ def data_show(
     dataset: str, offset: int | None, limit: int | None, recipe: str | None, base: str | None, as_json: bool
 ) -> None:
     """Show the report of DATASET, and rows as they are trained on: ⟦trained⟧, and the rest of what the model reads."""
-    from appliance import console
-
     chosen, max_length = _base(recipe, base)
     report = ask(lambda client: client.dataset(dataset))
     first, count = offset or 0, limit or (1 if offset is not None else 3)
@@ -129,11 +136,11 @@ def data_show(
         return
     if offset is None:
         for key in ("name", "id", "kind", "rows_in", "kept", "dropped", "duplicates"):
-            print(f"{key:11}{report[key]}")
+            console.show(f"{key:11}{report[key]}")
         for line in _report_lines(report):
-            print(line)
+            console.show(line)
     for number, row in enumerate(page.rows):
-        print(f"\nrow {first + number} ({_place(row['source'])} of {row['source']['file']})")
+        console.show(f"\nrow {first + number} ({_place(row['source'])} of {row['source']['file']})")
         if rendered is None:
             _print_messages(row)
         else:
@@ -149,8 +156,6 @@ def data_show(
 @json_option
 def data_diff(dataset: str, other: str, as_json: bool) -> None:
     """Say which rows DATASET and OTHER share, and which only one of them has."""
-    from appliance import console
-
     found = ask(lambda client: client.diff_datasets(dataset, other))
     if as_json:
         console.print_json(found)
@@ -160,7 +165,7 @@ def data_diff(dataset: str, other: str, as_json: bool) -> None:
         print(f"{count} rows only in {name}")
         for row in examples:
             said = row.get("messages") or row["prompt"]
-            print(f"{mark} {console.visible(' / '.join(message['content'] for message in said)[:150])}")
+            print(f"{mark} {one_line(' / '.join(message['content'] for message in said), 150)}")
 
 
 @data.command("export")
@@ -181,8 +186,6 @@ def data_export(dataset: str, output: Path | None) -> None:
 @click.argument("dataset")
 def data_rm(dataset: str) -> None:
     """Remove DATASET's name, and with its last name the rows; refused while a run or a release refers to it."""
-    from appliance import console
-
     gone = ask(lambda client: client.remove_dataset(dataset))
     console.say(f"removed {gone.name} ({gone.rows} rows)")
 
@@ -237,8 +240,6 @@ def _place(where: dict[str, Any]) -> str:
 
 
 def _print_messages(row: dict[str, Any]) -> None:
-    from appliance.console import visible
-
     for part in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in row.get(part, ()):
             print(f"  {part + '  ' if part != 'messages' else ''}{message['role']}: {visible(message['content'])}")
@@ -246,22 +247,19 @@ def _print_messages(row: dict[str, Any]) -> None:
         print(f"  label  {'wanted' if row['label'] else 'unwanted'}")
 
 
-def _print_conversation(conversation: Any, max_length: int | None) -> None:
-    from appliance.console import visible
-
+def _print_conversation(conversation: api.Conversation, max_length: int | None) -> None:
     if conversation.problem:
-        print(f"  cannot be trained on: {conversation.problem}")
+        console.show(f"  cannot be trained on: {conversation.problem}")
         return
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    pieces: list[str] = []
-    inside = False
-    for piece in conversation.pieces:
-        if piece.trained != inside:
-            pieces.append("⟦" if piece.trained else "⟧")
-            inside = piece.trained
-        text = visible(piece.text)
-        pieces.append(f"{_TRAINED if piece.trained else _UNTRAINED}{text}{_PLAIN}" if coloured else text)
-    print("".join(pieces).rstrip("\n") + ("⟧" if inside else ""))
+    pieces = [
+        f"{_COLOURS[said.tone]}{said.text}{_PLAIN}" if coloured and said.tone in _COLOURS else said.text
+        for said in trained_words(conversation)
+    ]
+    print("".join(pieces).removesuffix("\n"))
     over = conversation.tokens - (max_length or conversation.tokens)
     long = f", {over} more than max_length" if over > 0 else ""
-    print(f"({conversation.tokens} tokens, {conversation.trained} of them trained{long})")
+    print(f"({trained_count(conversation)}{long})")
+
+
+VERBS = (data,)

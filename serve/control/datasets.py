@@ -1,43 +1,29 @@
-"""The control API's part about datasets. What takes long is done by processes of its own."""
+"""Datasets: importing, looking, comparing and removing. What takes long is done by processes of its own."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
+import contextlib
 import shutil
-import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from appliance import api, gpu
+from appliance import api
 from appliance.data.dataset import Dataset, Rows, canonical_json, compare
-from appliance.data.requests import DROPS_RETURNED, ImportRequest, PreviewRequest, Source
-from appliance.errors import ApplianceError, Conflict, InvalidInput
+from appliance.data.requests import DROPS_RETURNED, ImportRequest, PreviewRequest
+from appliance.errors import Conflict, InvalidInput
 from appliance.garbage import dataset_users
-from appliance.home import Home, disk_error, require_space
+from appliance.home import Home
 from appliance.models import list_models, model_path
 from appliance.store.datasets import Datasets
 from appliance.store.runs import Runs
-
-_WATCH_SECONDS = 0.2
-_MOST_FILES = 1 << 22
-"""Bytes of the list of files that an upload begins with."""
-
-
-class Upload(BaseModel):
-    """One of the files that follow in an upload; `bytes` None: all that is left."""
-
-    filename: str
-    bytes: int | None = None
-    about: dict[str, Any] = {}
-    """The entry of a dataset_info.json beside it."""
+from serve.control.children import run_module
+from serve.control.uploads import incoming, receive_files
 
 
 def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
@@ -63,9 +49,8 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
         redact: bool = False,
     ) -> dict[str, Any]:
         """The body is a line of JSON, a list of Upload, then the files one after another."""
-        folder = Path(tempfile.mkdtemp(dir=home.incoming))
-        try:
-            files = await _receive(request, folder)
+        with incoming(home) as folder:
+            files = await receive_files(request, folder)
             asked = ImportRequest(
                 files=files,
                 name=name,
@@ -80,8 +65,6 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
                 redact=redact,
             )
             outcome = await run_module("appliance.data.importer", home, asked, folder, request)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         report: dict[str, Any] = outcome["report"]
         if not (home.datasets / report["id"]).exists():
             raise Conflict("removed_meanwhile", "the dataset was removed while it was imported", "import it again")
@@ -98,12 +81,12 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
     async def remove(name: str) -> api.Dataset:
         """Remove the name; with the last name of it, the dataset."""
         found = datasets.find(name)
-        if len(datasets.names(found.id)) == 1:
-            if user := dataset_users(home, runs).get(found.id):
-                fault = f"dataset {found.name} is needed by {user}"
-                raise Conflict("dataset_in_use", fault, "keep it, or remove that first")
-            shutil.rmtree(home.datasets / found.id)
+        if len(datasets.names(found.id)) == 1 and (user := dataset_users(home, runs).get(found.id)):
+            fault = f"dataset {found.name} is needed by {user}"
+            raise Conflict("dataset_in_use", fault, "keep it, or remove that first")
         datasets.forget(found.name)
+        if not datasets.names(found.id):
+            await asyncio.to_thread(_remove, home.datasets / found.id)
         return found
 
     @routes.get("/{name}/rows")
@@ -127,8 +110,8 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
         if chosen is None:
             raise InvalidInput("no_base", "no base model is named, and there is not just one", "name one with --base")
         asked = PreviewRequest(dataset=datasets.find(name).id, base=chosen, offset=offset, limit=limit)
-        with tempfile.TemporaryDirectory(dir=home.incoming) as folder:
-            outcome = await run_module("appliance.data.preview", home, asked, Path(folder), request)
+        with incoming(home) as folder:
+            outcome = await run_module("appliance.data.preview", home, asked, folder, request)
         return TypeAdapter(list[list[api.Conversation]]).validate_python(outcome["rows"])
 
     @routes.get("/{name}/diff/{other}")
@@ -154,6 +137,15 @@ def datasets_router(home: Home, datasets: Datasets, runs: Runs) -> APIRouter:
     return routes
 
 
+def _remove(directory: Path) -> None:
+    """Remove a dataset, which is gone at once or not at all; what a kill leaves under another name is cleared later."""
+    aside = directory.with_name(f".{directory.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        directory.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def _base(home: Home, name: str | None) -> Path | None:
     """Directory of the named base model, else of the only one there is. Raises NotFound."""
     if name is not None:
@@ -165,74 +157,3 @@ def _base(home: Home, name: str | None) -> Path | None:
 def _lines(rows: Rows) -> Iterator[bytes]:
     for row in rows:
         yield canonical_json({key: value for key, value in row.items() if key != "source"}) + b"\n"
-
-
-async def _receive(request: Request, folder: Path) -> list[Source]:
-    """Write the files of an upload into `folder`. Raises NoSpace before or while the disk runs full."""
-    require_space(folder, int(request.headers.get("content-length") or 0), "the upload")
-    chunks = request.stream()
-    uploads, rest = await _listed(chunks)
-    files = []
-    try:
-        for number, upload in enumerate(uploads):
-            path = folder / f"upload-{number}"
-            left = upload.bytes
-            with open(path, "wb") as file:
-                while left is None or left > 0:
-                    rest = rest or await anext(chunks, b"")
-                    if not rest:
-                        break
-                    piece, rest = rest[:left], rest[len(rest) if left is None else left :]
-                    await asyncio.to_thread(file.write, piece)
-                    left = None if left is None else left - len(piece)
-            if left:
-                raise InvalidInput("short_upload", f"{upload.filename} ended {left} bytes too early", "import it again")
-            files.append(Source(path=path, filename=upload.filename, about=upload.about))
-    except OSError as error:
-        raise disk_error(error, folder) from error
-    return files
-
-
-async def _listed(chunks: AsyncIterator[bytes]) -> tuple[list[Upload], bytes]:
-    """The list that an upload begins with, and what of its files has come with it."""
-    held = b""
-    async for chunk in chunks:
-        held += chunk
-        if b"\n" in chunk or len(held) > _MOST_FILES:
-            break
-    first, _, rest = held.partition(b"\n")
-    try:
-        return TypeAdapter(list[Upload]).validate_json(first), rest
-    except ValidationError:
-        raise InvalidInput(
-            "bad_upload", "the upload does not begin with a list of its files", "see the control API's schema"
-        ) from None
-
-
-async def run_module(module: str, home: Home, asked: BaseModel, folder: Path, request: Request) -> dict[str, Any]:
-    """What the process `module` makes of what is asked. It is killed when the client goes away.
-
-    Raises the process's own problem, or Conflict where it was killed.
-    """
-    question, result = folder / "request.json", folder / "result.json"
-    question.write_text(asked.model_dump_json())
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, str(home.root), str(question), str(result)),
-        env={**os.environ, **gpu.environment()},
-        start_new_session=True,
-    )
-    ended = asyncio.ensure_future(process.wait())
-    try:
-        while not (await asyncio.wait([ended], timeout=_WATCH_SECONDS))[0]:
-            if await request.is_disconnected():
-                raise Conflict("client_gone", "the client went away", "ask again")
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await ended
-    if not result.exists():
-        raise Conflict("import_died", "the work was interrupted; nothing was kept", "try again")
-    outcome: dict[str, Any] = json.loads(result.read_bytes())
-    if problem := outcome.get("problem"):
-        raise ApplianceError.from_problem(problem)
-    return outcome

@@ -1,4 +1,4 @@
-"""The verbs about releases: looking, going live and back, merging, export and import, clearing up."""
+"""The verbs about releases: looking, going live and back, verifying, merging, export and import."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from appliance import console
-from appliance.command import ask, each, follow_run, json_option
+from appliance.cli import console
+from appliance.cli.runs import follow_run
+from appliance.cli.session import ask, each, json_option
 from appliance.errors import ApplianceError, InvalidInput
+from appliance.words import ago, canary_title, check_line, percent
 
 if TYPE_CHECKING:
     from appliance import api
@@ -57,7 +59,7 @@ def releases(release: str | None, as_json: bool) -> None:
             one.id,
             _state(one),
             " ".join(f"{gate}:{'ok' if passed else 'FAILED'}" for gate, passed in one.gates.items()),
-            console.ago(one.created),
+            ago(one.created),
             "; ".join(why for why in (one.damage, one.reason, one.note, _canary_words(one.canary)) if why),
         )
         for one in found
@@ -75,10 +77,7 @@ def _state(release: api.Release) -> str:
 
 def _canary_words(canary: api.Canary | None) -> str:
     """What its canary has come to, or what it waits for."""
-    if canary is None:
-        return ""
-    share = f"canary of {console.percent(canary.share)}"
-    return f"{share}: {canary.reason}" if canary.ended is None else f"{share} {canary.outcome}: {canary.reason}"
+    return f"{canary_title(canary)}: {canary.reason}" if canary else ""
 
 
 @click.command()
@@ -106,9 +105,9 @@ def promote(release: str, accept: str | None, canary: float | None, adapter: boo
     promoted = ask(lambda client: client.promote(release, accept, canary))
     print(promoted.id)
     if promoted.check:
-        console.say(f"{console.check_line(promoted.check)}; it answers when they are whole, see `appliance status`")
+        console.say(f"{check_line(promoted.check)}; it answers when they are whole, see `appliance status`")
     elif canary:
-        console.say(f"it is to answer {console.percent(canary)} of the conversations; see `appliance status`")
+        console.say(f"it is to answer {percent(canary)} of the conversations; see `appliance status`")
 
 
 @click.command()
@@ -131,7 +130,7 @@ def verify(release: str, gates: bool, following: bool, as_json: bool) -> None:
         checks.append(check)
         if check.state == "reading" and time.monotonic() - spoke[-1] > _PROGRESS_SECONDS:
             spoke.append(time.monotonic())
-            console.say(console.check_line(check))
+            console.say(check_line(check))
 
     each(lambda client: client.check(release), show)
     if as_json:
@@ -180,8 +179,11 @@ def merge(
 ) -> None:
     """Merge an adapter that PEFT has trained elsewhere: queue a run that merges and verifies it, and print its id."""
     called = name or adapter.absolute().name
-    said = {"quantised": qlora, "same_base": same_base, "base_template": base_template}
-    run = ask(lambda client: client.merge(adapter, base, called, dataset, **said))
+    run = ask(
+        lambda client: client.merge(
+            adapter, base, called, dataset, quantised=qlora, same_base=same_base, base_template=base_template
+        )
+    )
     print(run.id, flush=True)
     if following:
         follow_run(run.id)
@@ -235,20 +237,4 @@ def import_release(file: Path, name: str | None) -> None:
         console.say(f"it was here already, {release.state}")
 
 
-@click.command()
-@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="How many newest, if whole, stay.")
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@json_option
-def gc(keep: int, dry_run: bool, as_json: bool) -> None:
-    """Remove what nothing needs: old releases (never the live one or the one before), unnamed datasets, leftovers."""
-    garbage = ask(lambda client: client.gc(keep, dry_run))
-    if as_json:
-        console.print_json(garbage)
-        return
-    for kind in ("releases", "datasets", "leftovers"):
-        for name in getattr(garbage, kind):
-            print(f"{kind.removesuffix('s')}  {name}")
-    console.say(f"{'would free' if dry_run else 'freed'} {console.size(garbage.bytes)}")
-
-
-RELEASE_VERBS = (releases, promote, verify, rollback, merge, export, import_release, gc)
+VERBS = (releases, promote, verify, rollback, merge, export, import_release)

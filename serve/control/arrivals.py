@@ -1,135 +1,55 @@
-"""The control API's routes about releases: looking, going live and back, merging, export and import, clearing up."""
+"""What comes in from elsewhere, releases and adapters to be merged, and what goes because nothing needs it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
 
 from appliance import api
 from appliance.adapters import CONFIG, WEIGHTS, About, require_meant_for
 from appliance.archive import MANIFEST, unpack
-from appliance.errors import Conflict, InvalidInput, NotFound
+from appliance.errors import Conflict, InvalidInput
 from appliance.garbage import find_garbage, forget_garbage, remove_garbage
-from appliance.home import NAME_PATTERN, Home, building, disk_error, require_space, sha256, write_atomic
+from appliance.home import Home, building, is_name, require_space, sha256, write_atomic
 from appliance.models import model_path, require_quantisable
 from appliance.release.foreign import ForeignRequest
 from appliance.release.given import GivenRequest
-from appliance.release.manifest import accept_quality, read_foreign, read_manifest
-from appliance.release.recheck import plan_recheck, write_recheck
+from appliance.release.manifest import read_foreign
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Proof
-from appliance.supervisor.engines import Room
 from appliance.supervisor.supervisor import Supervisor
-from appliance.train.events import EventLog
 from appliance.train.recipe import Given, Recipe, dump_recipe
-from serve.datasets import run_module
+from serve.control.children import run_module
+from serve.control.releases import CHECK_SECONDS
+from serve.control.submission import warn_of_fp8
+from serve.control.uploads import incoming, receive
 
 _LONGEST_ABOUT = 1 << 20
-CHECK_SECONDS = 5.0
-"""How long a promotion waits for the files of its release to be read; what takes longer goes on without."""
 
 
-def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> APIRouter:
-    """All routes that read or change releases."""
+def arrivals_router(home: Home, supervisor: Supervisor, datasets: Datasets) -> APIRouter:
+    """Take in releases and adapters, and clear up."""
     routes = APIRouter()
     runs, releases = supervisor.runs, supervisor.releases
     arriving = asyncio.Lock()
 
-    @routes.get("/v1/releases")
-    async def all_releases() -> list[api.Release]:
-        canaries, checks = supervisor.trial.newest(), {check.release: check for check in supervisor.checks.shown()}
-        return [
-            release.model_copy(update={"canary": canaries.get(release.id), "check": checks.get(release.id)})
-            for release in releases.all()
-        ]
-
-    @routes.get("/v1/releases/{id}")
-    async def manifest(id: str) -> dict[str, Any]:
-        releases.get(id)
-        return read_manifest(home, id)
-
-    @routes.get("/v1/releases/{id}/files/{name:path}")
-    async def file(id: str, name: str) -> FileResponse:
-        releases.require_fit(id)
-        if name != MANIFEST and name not in read_manifest(home, id)["files"]:
-            raise NotFound("no_such_file", f"release {id} has no file {name}", f"see `appliance releases {id}`")
-        check = await supervisor.checks.settle(id, CHECK_SECONDS)
-        releases.require_fit(id)
-        if check.state != "whole":
-            fault = f"the files of {id} are still being read, to see whether they are whole"
-            raise Conflict("being_read", fault, "try again when `appliance status` no longer says so")
-        return FileResponse(home.releases / id / name)
-
-    @routes.post("/v1/releases/{id}/promote")
-    async def promote(
-        id: str, accept: Literal["quality"] | None = None, canary: Annotated[float | None, Query(gt=0, lt=1)] = None
-    ) -> api.Release:
-        """It answers when its files have been read and an engine has started on them; a damaged one is refused."""
-        if accept and (refused := releases.get(id)).state == "refused":
-            accepted = accept_quality(home, id, releases.proof(id).manifest_sha256, refused.reason)
-            releases.accept(id, accepted.reason, sha256(home.releases / id / MANIFEST))
-        releases.require_fit(id)
-        check = await supervisor.checks.settle(id, CHECK_SECONDS)
-        if canary is None:
-            release = supervisor.promote(id)
-        else:
-            release = releases.get(id).model_copy(update={"canary": supervisor.start_canary(id, canary)})
-        return release.model_copy(update={"check": check if check.state == "reading" else None})
-
-    @routes.post("/v1/rollback")
-    async def rollback() -> api.Release:
-        """Where a release goes live again, past those whose files are found damaged."""
-        if not (supervisor.trial.status() or supervisor.adapter_status()):
-            while (before := releases.before()) and (await supervisor.checks.settle(before, CHECK_SECONDS)).damage:
-                pass
-        return supervisor.rollback()
-
-    @routes.get("/v1/releases/{id}/check")
-    async def check(id: str) -> api.Check:
-        return supervisor.checks.view(id)
-
-    @routes.post("/v1/releases/{id}/check")
-    async def start_check(id: str) -> api.Check:
-        """Read all its files from the disk; `GET` tells how far that is, and in the end what was found."""
-        releases.get(id)
-        supervisor.checks.start(id, thorough=True)
-        return supervisor.checks.view(id)
-
-    @routes.post("/v1/releases/{id}/gates")
-    async def repeat_gates(id: str) -> api.Run:
-        """Queue a run that judges the release's own files by its gates, with the base and the data that are here."""
-        releases.get(id)
-        recipe = await asyncio.to_thread(plan_recheck, home, id)
-        weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
-        require_space(home.root, weights, "a merge to compare with")
-        run = runs.new_id(recipe)
-        await asyncio.to_thread(write_recheck, home, run, recipe, id)
-        queued = runs.add(run, recipe)
-        supervisor.poke()
-        return queued
-
     @routes.post("/v1/releases")
     async def import_release(request: Request, name: str | None = None) -> api.Release:
         """Take in what another box has exported; where a damaged release is that very one, in its place."""
-        with _incoming(home) as folder:
-            await _receive(request, folder / "release.tar")
+        with incoming(home) as folder:
+            await receive(request, folder / "release.tar")
             require_space(home.releases, (folder / "release.tar").stat().st_size, "unpacking the release")
             files = folder / "release"
             await asyncio.to_thread(unpack, folder / "release.tar", files)
             manifest = read_foreign((files / MANIFEST).read_bytes(), supervisor.engines.kind.name)
             if manifest.state != "verified":
                 raise InvalidInput("refused_release", f"the release was refused: {manifest.reason}", "import another")
-            id = _checked_name(name or manifest.release)
+            id = checked_name(name or manifest.release)
             gates = {gate: bool(outcome["passed"]) for gate, outcome in manifest.gates.items()}
             await run_module("appliance.release.foreign", home, ForeignRequest(folder=files, name=id), folder, request)
             digest = sha256(files / MANIFEST)
@@ -163,8 +83,8 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         room = supervisor.engines.kind.room(model_path(home, base))
         room.require(base)
         judged_on = datasets.find(dataset).id if dataset else ""
-        with _incoming(home) as folder:
-            await _receive(request, folder / "upload")
+        with incoming(home) as folder:
+            await receive(request, folder / "upload")
             require_space(home.root, 2 * weights, "a merge and its release")
             (folder / "adapter").mkdir()
             about = await asyncio.to_thread(_split_adapter, folder / "upload", folder / "adapter")
@@ -173,7 +93,7 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
                 "appliance.release.given", home, GivenRequest(adapter=folder / "adapter", base=base), folder, request
             )
             given = Given(sha256=sha256(folder / "adapter" / WEIGHTS), quantised=quantised, dataset=judged_on)
-            recipe = Recipe(name=_checked_name(name), base=base, given=given)
+            recipe = Recipe(name=checked_name(name), base=base, given=given)
             id = runs.new_id(recipe)
             with building(home.runs / id) as directory:
                 (folder / "adapter").rename(directory / "adapter")
@@ -194,34 +114,6 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         return garbage
 
     return routes
-
-
-def warn_of_fp8(run: Path, recipe: Recipe, room: Room) -> None:
-    """Say in the events of a new run that its release will be served in FP8, where it will."""
-    if room.precision == "FP8":
-        message = f"the release does not fit in 16 bits: it takes {room.figures}"
-        EventLog(run / "events.jsonl").append("warning", recipe.pipeline()[0], code="fp8", message=message)
-
-
-@contextmanager
-def _incoming(home: Home) -> Iterator[Path]:
-    """A folder for what is being received, gone afterwards."""
-    folder = Path(tempfile.mkdtemp(dir=home.incoming))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-async def _receive(request: Request, path: Path) -> None:
-    """Write the request's body to `path`. Raises NoSpace before or while the disk runs full."""
-    require_space(path.parent, int(request.headers.get("content-length") or 0), "the upload")
-    try:
-        with open(path, "wb") as file:
-            async for chunk in request.stream():
-                await asyncio.to_thread(file.write, chunk)
-    except OSError as error:
-        raise disk_error(error, path.parent) from error
 
 
 def _may_take(home: Home, id: str, digest: str, recorded: Proof | None) -> bool:
@@ -260,7 +152,7 @@ def _split_adapter(upload: Path, folder: Path) -> About:
     return about
 
 
-def _checked_name(name: str) -> str:
-    if not re.match(NAME_PATTERN, name):
+def checked_name(name: str) -> str:
+    if not is_name(name):
         raise InvalidInput("bad_name", f"{name!r} is no name", "use letters, digits, dots and dashes")
     return name
