@@ -98,10 +98,11 @@ def check_line(check: api.Check) -> str:
 
 
 def engine_line(engine: api.Engine, running: str | None) -> str:
-    """What an engine process does, and where it sleeps, for which run."""
-    if engine.state == "asleep" and running:
+    """What an engine process does, where it sleeps for which run, and why the one before it failed."""
+    if engine.state == "sleeping" and running:
         return f"{engine.kind} for {engine.release} asleep while {running} trains"
-    return f"{engine.kind} {engine.state} for {engine.release}"
+    why = f": the last one {visible(engine.reason)}" if engine.reason else ""
+    return f"{engine.kind} {engine.state} for {engine.release}{why}"
 
 
 def percent(share: float) -> str:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from appliance import __version__, api, hardware
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import thinking_switches
-from appliance.errors import ApplianceError, Conflict, InvalidInput
+from appliance.errors import ApplianceError, InvalidInput
 from appliance.home import Home, building, disk_error, require_space, write_atomic
 from appliance.models import count_parameters, list_models, model_path, require_trainable, template_and_end
 from appliance.recipes import shipped_recipes
@@ -188,32 +188,12 @@ def control_app(
         return runs.get(id)
 
     @app.post("/v1/runs/{id}/stop")
-    async def stop(id: str, how: Literal["pause", "keep", "discard"] = "pause") -> api.Run:
-        found, discard = runs.get(id), how == "discard"
-        if how == "keep":
-            supervisor.workers.mark_to_end(found)
-        elif found.state in ACTIVE:
-            if discard:
-                supervisor.workers.mark_to_discard(id)
-            runs.mark_stopping(id)
-            supervisor.poke()
-        elif discard and found.state == "finished":
-            raise Conflict("run_finished", f"run {id} has finished", "leave what it made as it is")
-        elif discard:
-            supervisor.workers.discard(id)
-        return runs.get(id)
+    async def stop(id: str, how: api.StopWish = "pause") -> api.Run:
+        return supervisor.stop(id, how)
 
     @app.post("/v1/runs/{id}/resume")
     async def resume(id: str) -> api.Run:
-        found = runs.get(id)
-        if found.state in ACTIVE:
-            return found
-        if found.state == "finished":
-            raise Conflict("run_finished", f"run {id} has finished", "start a new one: `appliance train RECIPE`")
-        (home.runs / id / found.stage / "failure.json").unlink(missing_ok=True)
-        runs.queue_again(id)
-        supervisor.poke()
-        return runs.get(id)
+        return supervisor.resume(id)
 
     @app.post("/v1/runs/{id}/promote-adapter")
     async def promote_adapter(id: str) -> api.Unmerged:

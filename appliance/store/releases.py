@@ -77,6 +77,11 @@ class Releases:
         rows = self._db.execute(f"SELECT release, answered FROM {_COUNTING} LIMIT 2").fetchall()
         return str(rows[1]["release"]) if len(rows) == 2 and rows[0]["answered"] is None else None
 
+    def answered(self) -> bool:
+        """Whether the live release has answered since it went live, or there is none."""
+        row = self._db.execute(f"SELECT answered FROM {_COUNTING} LIMIT 1").fetchone()
+        return row is None or row["answered"] is not None
+
     def mark_answered(self) -> None:
         """Record that the live release answers, if it is the first time."""
         self._db.execute(

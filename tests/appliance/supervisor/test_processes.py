@@ -24,9 +24,17 @@ FORKS = (
 )
 
 
+def new_row() -> ProcessRow:
+    return processes.new_row("worker", "run", "sft")
+
+
 def start(tmp_path: Path, code: str) -> ProcessRow:
     return processes.spawn(
-        "worker", "run", "sft", [sys.executable, "-c", code], dict(os.environ), tmp_path / "log.txt", tmp_path
+        new_row(),
+        [sys.executable, "-c", code],
+        dict(os.environ),
+        tmp_path / "log.txt",
+        tmp_path,
     )
 
 
@@ -120,12 +128,12 @@ async def test_unrecorded_children_of_this_home_are_killed_and_no_others(tmp_pat
 
 async def test_a_missing_program_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot find the program no-such-program"):
-        processes.spawn("worker", "run", "sft", ["no-such-program"], {}, tmp_path / "log.txt", tmp_path)
+        processes.spawn(new_row(), ["no-such-program"], {}, tmp_path / "log.txt", tmp_path)
 
 
 def test_what_it_compiles_stays_in_the_home_unless_the_environment_says_where(tmp_path: Path) -> None:
     given = {"TRITON_CACHE_DIR": "/elsewhere"}
-    row = processes.spawn("worker", "run", "sft", ["/usr/bin/env"], given, tmp_path / "log.txt", tmp_path)
+    row = processes.spawn(new_row(), ["/usr/bin/env"], given, tmp_path / "log.txt", tmp_path)
     while processes.alive(row):
         time.sleep(0.01)
     said = dict(line.split("=", 1) for line in (tmp_path / "log.txt").read_text().splitlines())
