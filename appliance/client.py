@@ -170,6 +170,10 @@ class Client:
         """The last lines of the run's log."""
         return await self._call("GET", f"/v1/runs/{run}/log", str, params={"lines": lines})
 
+    async def engine_log(self, release: str, lines: int = 200) -> str:
+        """The last lines that the engines of a release have written."""
+        return await self._call("GET", f"/v1/engines/{release}/log", str, params={"lines": lines})
+
     async def follow_log(self, run: str) -> AsyncIterator[str]:
         """The run's log from its start, in pieces as it grows, until the run ends."""
         async for data in self._stream(f"/v1/runs/{run}/log/stream", {}):

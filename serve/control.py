@@ -21,8 +21,8 @@ from pydantic import BaseModel
 from appliance import __version__, api, hardware
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import thinking_switches
-from appliance.errors import ApplianceError, InvalidInput
-from appliance.home import Home, building, disk_error, require_space, write_atomic
+from appliance.errors import ApplianceError, InvalidInput, NotFound
+from appliance.home import Home, disk_error, require_space
 from appliance.models import count_parameters, list_models, model_path, require_trainable, template_and_end
 from appliance.recipes import shipped_recipes
 from appliance.release.lineage import copy_start, going_on
@@ -30,6 +30,7 @@ from appliance.store.datasets import Datasets
 from appliance.store.keys import Keys
 from appliance.store.runs import ACTIVE
 from appliance.supervisor.engines import Room
+from appliance.supervisor.queueing import queueing
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.dry_run import DryRunRequest
 from appliance.train.events import EventLog
@@ -169,15 +170,12 @@ def control_app(
             room.require(recipe.base)
         weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
         require_space(home.root, 2 * weights, "a run with its checkpoints and its release")
-        id = runs.new_id(recipe)
-        with building(home.runs / id) as directory:
+        with queueing(home, runs, recipe) as (id, directory):
             copy_start(home, recipe, directory)
-            write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
             if room:
                 warn_of_fp8(directory, recipe, room)
-        run = runs.add(id, recipe)
         supervisor.poke()
-        return run
+        return runs.get(id)
 
     @app.get("/v1/runs")
     async def all_runs() -> list[api.Run]:
@@ -239,6 +237,14 @@ def control_app(
             return [f"data: {json.dumps(text, ensure_ascii=False)}\n\n"] if text else []
 
         return _event_stream(id, fresh)
+
+    @app.get("/v1/engines/{release}/log")
+    async def engine_log(release: str, lines: int = 200) -> str:
+        """The last lines that the engines of a release have written."""
+        log = supervisor.engines.log(release)
+        if not log.exists():
+            raise NotFound("no_engine_log", f"no engine has run for {release!r}", "see `appliance releases`")
+        return await asyncio.to_thread(_tail, log, lines)
 
     app.include_router(release_routes(home, supervisor, datasets))
 

@@ -28,10 +28,12 @@ from appliance.release.manifest import accept_quality, read_foreign, read_manife
 from appliance.release.recheck import plan_recheck, write_recheck
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Proof
+from appliance.supervisor.clearing import clear_up
 from appliance.supervisor.engines import Room
+from appliance.supervisor.queueing import queueing
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.events import EventLog
-from appliance.train.recipe import Given, Recipe, dump_recipe
+from appliance.train.recipe import Given, Recipe
 from serve.datasets import run_module
 
 _LONGEST_ABOUT = 1 << 20
@@ -112,11 +114,10 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
         recipe = await asyncio.to_thread(plan_recheck, home, id)
         weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
         require_space(home.root, weights, "a merge to compare with")
-        run = runs.new_id(recipe)
-        await asyncio.to_thread(write_recheck, home, run, recipe, id)
-        queued = runs.add(run, recipe)
+        with queueing(home, runs, recipe) as (run, directory):
+            await asyncio.to_thread(write_recheck, home, directory, recipe, id)
         supervisor.poke()
-        return queued
+        return runs.get(run)
 
     @routes.post("/v1/releases")
     async def import_release(request: Request, name: str | None = None) -> api.Release:
@@ -174,19 +175,17 @@ def release_routes(home: Home, supervisor: Supervisor, datasets: Datasets) -> AP
             )
             given = Given(sha256=sha256(folder / "adapter" / WEIGHTS), quantised=quantised, dataset=judged_on)
             recipe = Recipe(name=_checked_name(name), base=base, given=given)
-            id = runs.new_id(recipe)
-            with building(home.runs / id) as directory:
+            with queueing(home, runs, recipe) as (id, directory):
                 (folder / "adapter").rename(directory / "adapter")
-                write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
                 warn_of_fp8(directory, recipe, room)
-        run = runs.add(id, recipe)
         supervisor.poke()
-        return run
+        return runs.get(id)
 
     @routes.post("/v1/gc")
     async def gc(keep: Annotated[int, Query(ge=0)] = 5, dry_run: bool = False) -> api.Garbage:
         async with arriving:
             serving = {engine.release for engine in supervisor.engines.shown()}
+            clear_up(home, runs, releases)
             garbage = find_garbage(home, releases, runs, datasets, serving, keep)
             if not dry_run:
                 forget_garbage(garbage, releases)

@@ -43,13 +43,17 @@ class Releases:
         gates: dict[str, bool],
         promote: bool,
         manifest_sha256: str = "",
+        created: float | None = None,
     ) -> None:
-        """Record a finished release and, with `promote` and if verified, make it live: both or neither."""
+        """Record a finished release and, with `promote` and if verified, make it live: both or neither.
+
+        `created` is when it was made, if that is not now.
+        """
         with transaction(self._db):
             self._db.execute(
                 "INSERT INTO releases (id, base, state, created, reason, gates, manifest_sha256)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                (id, base, state, time.time(), reason, json.dumps(gates), manifest_sha256),
+                (id, base, state, created or time.time(), reason, json.dumps(gates), manifest_sha256),
             )
             if promote and state == "verified" and self.live() != id:
                 self._deploy(id)

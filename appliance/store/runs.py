@@ -21,10 +21,11 @@ class Runs:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
-    def new_id(self, recipe: Recipe) -> str:
-        """The next free id: the recipe's name and a number, which no release from elsewhere has either."""
+    def new_id(self, recipe: Recipe, taken: Iterable[str] = ()) -> str:
+        """The next free id: the recipe's name and a number, which no release from elsewhere has either, nor `taken`."""
         prefix = f"{recipe.name}-"
         ids = [str(row["id"]) for row in self._db.execute("SELECT id FROM runs UNION SELECT id FROM releases")]
+        ids += taken
         numbers = [id.removeprefix(prefix) for id in ids if id.startswith(prefix)]
         return f"{prefix}{max((int(number) for number in numbers if number.isdigit()), default=0) + 1}"
 

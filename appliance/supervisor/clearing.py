@@ -55,7 +55,8 @@ def _take_in_release(home: Home, id: str, releases: Releases) -> None:
         state: api.ReleaseState = "verified elsewhere" if manifest["state"] == "verified" else "refused"
         gates = {gate: bool(outcome["passed"]) for gate, outcome in manifest["gates"].items()}
         digest = sha256(home.releases / id / MANIFEST)
-        releases.add(id, manifest["base"], state, manifest["reason"], gates, promote=False, manifest_sha256=digest)
+        said, made = manifest["reason"], manifest["created"]
+        releases.add(id, manifest["base"], state, said, gates, promote=False, manifest_sha256=digest, created=made)
     except UNREADABLE as error:
         log.warning("%s is no release: %s", home.releases / id, error)
         return

@@ -395,6 +395,8 @@ class EngineProcesses:
         life: EngineState = row.life or "starting"
         if life in ("starting", "ready"):
             life = "ready" if seen.ready_since else "starting"
+        if not row.pid and row.owner not in self._unstarted:
+            life = "draining"  # it was ended at once, because it could not be recorded
         fault = "" if seen.doing else self._fault(row, seen, now)
         return EngineView(
             row.owner,

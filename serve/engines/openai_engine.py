@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from datetime import date
 from pathlib import Path
@@ -31,6 +32,7 @@ _RELOAD_TIMEOUT = aiohttp.ClientTimeout(total=110)
 """Requests are held for two minutes."""
 _SLEEP_TIMEOUT = aiohttp.ClientTimeout(total=60)
 _LONGEST_DEFAULT_CONTEXT = 8192
+_OWN_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _READY_TIMEOUT = aiohttp.ClientTimeout(total=2)
 _PROBE_SECONDS = 300
 _SLOWEST_TOKEN_SECONDS = 2
@@ -45,11 +47,13 @@ class OpenAIEngine:
     adapter_rank = 0
 
     async def ready(self, address: str) -> bool:
-        """Whether the engine has loaded and answers."""
+        """Whether the engine has loaded and answers. Raises OSError where this process lacks what it takes to ask."""
         try:
             async with _connect(address, _READY_TIMEOUT) as engine, engine.get("http://engine/health") as response:
                 return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if isinstance(error, OSError) and error.errno in _OWN_LACKS:
+                raise OSError(error.errno, error.strerror) from error
             return False
 
     async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:
