@@ -142,8 +142,9 @@ class EndUnmerged:
 
 @dataclass(frozen=True)
 class FallBack:
-    """The live release does not come up: `to`, which was live before, is so again."""
+    """`release`, if it is live still, does not come up: `to`, which was live before, is so again."""
 
+    release: str
     to: str
     reason: str
 
@@ -171,13 +172,16 @@ class ConcludeReplay:
 
 @dataclass(frozen=True)
 class RecordAnswer:
-    """The live release answers, for the first time since it went live."""
+    """`release`, if it is live still, answers for the first time since it went live."""
+
+    release: str
 
 
 @dataclass(frozen=True)
 class GiveWay:
-    """The live release may not be served any more: `to` is live instead; None: nothing is."""
+    """`release`, if it is live still, may not be served any more: `to` is live instead; None: nothing is."""
 
+    release: str
     to: str | None
     reason: str
 
@@ -228,6 +232,8 @@ RunAction = (
     | Conclude
 )
 """What concerns one run, `run`, and no other."""
+Start = StartWorker | StartEngine
+"""What starts a process, and so has to be recorded."""
 Action = (
     RunAction
     | StartEngine

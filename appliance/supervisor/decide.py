@@ -25,6 +25,7 @@ from appliance.supervisor.actions import (
     Route,
     RouteCanary,
     SleepEngine,
+    Start,
     StartEngine,
     StartWorker,
     StopEngine,
@@ -79,9 +80,10 @@ def decide(snapshot: Snapshot) -> list[Action]:
     unread = snapshot.unread - snapshot.checking - snapshot.unfit.keys()
     actions += [CheckRelease(release) for release in sorted(unread)]
     actions += _replay_actions(snapshot)
-    actions += _canary_actions(snapshot) + _adapter_actions(snapshot) + _engine_actions(head, snapshot)
+    wanted = _wanted_engines(head, snapshot)
+    actions += _canary_actions(wanted, snapshot) + _adapter_actions(snapshot) + _engine_actions(head, wanted, snapshot)
     if snapshot.now - snapshot.unwritten < WRITE_REST_SECONDS:
-        return [action for action in actions if not isinstance(action, StartWorker | StartEngine)]
+        return [action for action in actions if not isinstance(action, Start)]
     return actions
 
 
@@ -139,12 +141,13 @@ def _probe_action(run: RunView, snapshot: Snapshot) -> Action | None:
     engine = snapshot.engine(run.id)
     if run.probe is None:
         return ProbeRun(run.id) if engine and engine.life == "ready" else None
-    spoilt = engine is not None and not engine.fresh
     match run.probe.state:
+        case "answered" | "refused" if run.probe.wrong and engine and not engine.fresh:
+            return StopEngine(run.id) if engine.life == "ready" else None
         case "answered":
-            return StopEngine(run.id) if run.probe.wrong and spoilt else Conclude(run.id)
+            return Conclude(run.id)
         case "refused":
-            return StopEngine(run.id) if spoilt else FailRun(run.id, "probe", run.probe.wrong)
+            return FailRun(run.id, "probe", run.probe.wrong)
         case "unanswered" if engine and engine.life == "ready":
             return StopEngine(run.id, _failed_again(run.id, run.probe.wrong, snapshot))
         case _:
@@ -193,11 +196,11 @@ def rests(failure: Failure | None, now: float) -> bool:
     return failure is not None and now - failure.at < min(2.0 ** (failure.count - 1), LONGEST_REST_SECONDS)
 
 
-def _canary_actions(snapshot: Snapshot) -> list[Action]:
+def _canary_actions(wanted: list[str], snapshot: Snapshot) -> list[Action]:
     canary = snapshot.canary
     if canary is not None and (ending := _canary_ending(canary, snapshot)):
         return [ending]
-    answers = canary is not None and _may_answer(canary.release, snapshot)
+    answers = canary is not None and canary.release in wanted and _may_answer(canary.release, snapshot)
     routed = (canary.release, canary.share) if canary is not None and answers else None
     if routed == snapshot.routed_canary:
         return []
@@ -261,12 +264,11 @@ def _routed_adapter(routed: str | None, snapshot: Snapshot) -> str | None:
     return unmerged.run if adapter and (adapter.run, adapter.state) == (unmerged.run, "loaded") else None
 
 
-def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
+def _engine_actions(head: RunView | None, wanted: list[str], snapshot: Snapshot) -> list[Action]:
     if snapshot.live is not None and (reason := snapshot.unfit.get(snapshot.live)):
-        return [GiveWay(snapshot.successor, reason)]
-    if snapshot.fallback and (reason := _does_not_come_up(snapshot)):
-        return [FallBack(snapshot.fallback, reason)]
-    wanted = _wanted_engines(head, snapshot)
+        return [GiveWay(snapshot.live, snapshot.successor, reason)]
+    if snapshot.live and snapshot.fallback and (reason := _does_not_come_up(snapshot)):
+        return [FallBack(snapshot.live, snapshot.fallback, reason)]
     swap = _swap(wanted, snapshot) or _wake(wanted, snapshot)
     routed = None if swap else _routed(wanted, snapshot)
     coming = routed is None and _on_its_way(wanted, snapshot)
@@ -275,20 +277,16 @@ def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
     if (routed, adapter) != (snapshot.routed, snapshot.routed_adapter):
         actions.append(Route(routed, adapter))
     elif routed is not None and routed == snapshot.live and not snapshot.answered:
-        actions.append(RecordAnswer())
+        actions.append(RecordAnswer(routed))
     for engine in snapshot.engines:
         if swap and engine.release == swap.old:
             actions.append(swap)
         elif action := _unless_wanted(engine, wanted, routed, head, snapshot):
             actions.append(action)
     alone = snapshot.exclusive or not snapshot.room
-    busy = bool(snapshot.engines) or (snapshot.exclusive and snapshot.training)
-    if not (swap or _swapping(snapshot) or (alone and busy)):
-        actions += [
-            StartEngine(release)
-            for release in _missing(wanted, snapshot)
-            if not rests(snapshot.failures.get(release), snapshot.now)
-        ]
+    if not (swap or _swapping(snapshot) or (alone and snapshot.engines)):
+        fit = (release for release in _missing(wanted, snapshot) if release not in snapshot.unfit)
+        actions += [StartEngine(one) for one in fit if not rests(snapshot.failures.get(one), snapshot.now)]
     return actions
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-import sys
 
 from appliance import api
 from appliance.canary import Limits
 from appliance.errors import Conflict
 from appliance.home import Home
-from appliance.settings import Settings
 from appliance.store.canaries import Canaries
 from appliance.store.feedback import Feedback
 from appliance.store.processes import Processes
@@ -42,9 +40,9 @@ class Operations:
         engine: EngineKind,
         frontage: Frontage,
         exclusive: bool,
-        canary_requests: int = Limits.requests,
-        drain_seconds: float = Settings.drain_seconds,
-        worker_command: tuple[str, ...] = (sys.executable, "-m", "appliance.worker"),
+        canary_requests: int,
+        drain_seconds: float,
+        worker_command: tuple[str, ...],
     ) -> None:
         self.home = home
         self.exclusive = exclusive

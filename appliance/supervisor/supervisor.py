@@ -7,12 +7,14 @@ import contextlib
 import logging
 import math
 import sqlite3
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from appliance import api
+from appliance.canary import Limits
 from appliance.home import Home
+from appliance.settings import Settings
 from appliance.supervisor import processes
 from appliance.supervisor.actions import (
     Action,
@@ -38,6 +40,7 @@ from appliance.supervisor.actions import (
     RouteCanary,
     RunAction,
     SleepEngine,
+    Start,
     StartEngine,
     StartWorker,
     StopEngine,
@@ -72,9 +75,11 @@ class Supervisor(Operations):
         frontage: Frontage,
         exclusive: bool,
         on_tick: Callable[[], None] = lambda: None,
-        **settings: Any,
+        canary_requests: int = Limits.requests,
+        drain_seconds: float = Settings.drain_seconds,
+        worker_command: tuple[str, ...] = (sys.executable, "-m", "appliance.worker"),
     ) -> None:
-        super().__init__(home, db, engine, frontage, exclusive, **settings)
+        super().__init__(home, db, engine, frontage, exclusive, canary_requests, drain_seconds, worker_command)
         self._frontage = frontage
         self._on_tick = on_tick
         self._holding = False
@@ -101,8 +106,10 @@ class Supervisor(Operations):
     async def tick(self) -> bool:
         """One look, decision and round of actions; whether there was something to do, and all of it was done."""
         await self.engines.listen()
-        actions = decide(self._snapshot())
-        done = [self._do(action) for action in actions]
+        done: list[bool] = []
+        for action in decide(self._snapshot()):
+            if all(done) or not isinstance(action, Start):
+                done.append(self._do(action))
         return bool(done) and all(done)
 
     def cancel(self) -> None:
@@ -241,22 +248,20 @@ class Supervisor(Operations):
             case EndUnmerged(reason):
                 self.unmerged.end(reason)
                 self.engines.forget_refusals()
-            case FallBack(_, reason):
-                failing = str(self.releases.live())
-                log.warning("%s does not go live: %s", failing, reason)
-                self.releases.give_up(failing, reason)
-                self.engines.forgive(failing)
+            case FallBack(release, _, reason) if release == self.releases.live():
+                log.warning("%s does not go live: %s", release, reason)
+                self.releases.give_up(release, reason)
+                self.engines.forgive(release)
             case CheckRelease(release):
                 self.checks.start(release)
             case Replay(release):
                 self.engines.replay(release)
             case ConcludeReplay(release):
                 self.engines.conclude_replay(release)
-            case GiveWay(to, reason):
-                failing = str(self.releases.live())
+            case GiveWay(release, to, reason) if release == self.releases.live():
                 self.releases.give_way(to, reason)
                 log.error("%s", self.releases.setback())
-                self.engines.forgive(failing)
+                self.engines.forgive(release)
             case Route(release, adapter):
                 address = self.engines.row(release).address if release else ""
                 self.routed, self.routed_adapter = release, adapter
@@ -264,7 +269,7 @@ class Supervisor(Operations):
                     self._frontage.route(served_name(adapter), address, beneath=release)
                 else:
                     self._frontage.route(release, address, beneath=None)
-            case RecordAnswer():
+            case RecordAnswer(release) if release == self.releases.live():
                 self.releases.mark_answered()
             case RouteCanary(release, share):
                 self.trial.route(release, share, self.engines.row(release).address if release else "")

@@ -113,3 +113,10 @@ async def test_an_import_is_listed_under_its_name_and_paged(control: Control, tm
     assert (page.total, [row["messages"][0]["content"] for row in page.rows]) == (12, ["q10", "q11"])
     assert (await control.client.rows("mine", offset=99)).rows == ()
     assert list(control.home.incoming.iterdir()) == []
+
+
+async def test_the_last_words_of_engines_can_be_read(control: Control) -> None:
+    with pytest.raises(NotFound, match="no engine has run"):
+        await control.client.engine_log("r-1")
+    control.supervisor.engines.log("r-1").write_text("loading\nCUDA error\n")
+    assert await control.client.engine_log("r-1", lines=1) == "CUDA error"

@@ -573,6 +573,18 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         Snapshot(live="a", routed="a", engines=(A, B), canary=WAITING, routed_canary=("b", 0.1), room=False),
         [],
     ),
+    "no room: nobody is sent to a canary whose engine leaves for a candidate": (
+        Snapshot(
+            runs=(PROBE,),
+            live="a",
+            routed="a",
+            engines=(A, B),
+            canary=WAITING,
+            routed_canary=("b", 0.1),
+            room=False,
+        ),
+        [RouteCanary(None), Route(None), StopEngine("a"), StopEngine("b")],
+    ),
     "a canary goes on beside a run and its candidate": (
         Snapshot(runs=(PROBE,), live="a", routed="a", engines=(A, B, R1), canary=WAITING, routed_canary=("b", 0.1)),
         [ProbeRun("r1")],
@@ -623,7 +635,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "a release that does not come up gives way to the one before": (
         Snapshot(live="b", fallback="a", failures={"b": DIED}, engines=(A,), routed="a"),
-        [FallBack("a", "its engine does not start: it has died")],
+        [FallBack("b", "a", "its engine does not start: it has died")],
     ),
     "one that has answered does not": (
         Snapshot(live="b", failures={"b": DIED}),
@@ -713,7 +725,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "a live release that is damaged gives way": (
         Snapshot(live="b", unread=frozenset("b"), unfit={"b": "bits"}, engines=(B,), routed="b", successor="a"),
-        [GiveWay("a", "bits")],
+        [GiveWay("b", "a", "bits")],
     ),
     "it does not answer until the other one does, for which requests wait": (
         Snapshot(live="a", unfit={"b": "bits"}, engines=(B,), routed="b"),
@@ -725,7 +737,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "without another one nobody answers, and nobody waits": (
         Snapshot(live="b", unread=frozenset("b"), unfit={"b": "bits"}, engines=(B,), routed="b"),
-        [GiveWay(None, "bits")],
+        [GiveWay("b", None, "bits")],
     ),
     "and its engine stops": (
         Snapshot(unfit={"b": "bits"}, engines=(B,), routed="b"),
@@ -742,7 +754,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             successor="a",
             exclusive=True,
         ),
-        [GiveWay("a", "bits")],
+        [GiveWay("b", "a", "bits")],
     ),
     "a run is not compared with a live release before its files were read": (
         Snapshot(runs=(RunView("r1", "running", "verify"),), live="a", unread=frozenset("a"), exclusive=True),
@@ -756,7 +768,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             unfit={"b": "bits"},
             exclusive=True,
         ),
-        [GiveWay(None, "bits")],
+        [GiveWay("b", None, "bits")],
     ),
     "other stages do not wait for that": (
         Snapshot(runs=(SFT,), live="a", unread=frozenset("a"), checking=frozenset("a"), exclusive=True),
@@ -849,7 +861,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "weights that do not load give way to those before": (
         Snapshot(live="b", fallback="a", engines=(NOT_LOADED,), holding=True),
-        [FallBack("a", "its weights could not be loaded in place: no such weights")],
+        [FallBack("b", "a", "its weights could not be loaded in place: no such weights")],
     ),
     "which are loaded again, and requests go on waiting": (
         Snapshot(live="a", engines=(NOT_LOADED,), holding=True),
@@ -910,7 +922,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "that the live release answers is put on record": (
         Snapshot(live="a", engines=(A,), routed="a", answered=False),
-        [RecordAnswer()],
+        [RecordAnswer("a")],
     ),
     "an adapter that the engine refuses has ended": (
         Snapshot(
