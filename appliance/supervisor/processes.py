@@ -188,9 +188,8 @@ def kill_unrecorded(home: Path, rows: Sequence[ProcessRow]) -> int:
 
 
 def _belongs(pid: int, row: ProcessRow) -> bool:
-    """Whether `pid` is a living process that was started by that of `row`: later than it, and with its mark."""
-    state, started = _stat(pid) if row.pid and row.boot == _boot_id() else ("X", 0)
-    return state not in "ZX" and started >= row.started and bool(row.mark) and _mark(pid).startswith(f"{row.mark}:")
+    """Whether `pid` is a living process with the mark of `row`."""
+    return bool(row.mark) and _mark(pid).startswith(f"{row.mark}:") and _stat(pid)[0] not in "ZX"
 
 
 def _mark(pid: int) -> str:

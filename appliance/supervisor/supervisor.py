@@ -221,18 +221,18 @@ class Supervisor(Operations):
                 self.workers.retry(self.runs.get(run))
             case FailRun(run, why, reason):
                 self.steps.fail(self.runs.get(run), why, reason, self._what_to_do(run, why))
-                self._forget_candidate(run)
+                self.probes.forget(run)
             case StopRun(run, discard):
                 if discard:
                     self.workers.discard(run)
                 self.runs.finish(run, "stopped")
-                self._forget_candidate(run)
+                self.probes.forget(run)
             case ProbeRun(run):
                 precision = self.engines.models.precision(run)
                 self.probes.start(run, self.engines.row(run).address, self.steps.directory(run), precision)
             case Conclude(run):
                 self.steps.conclude(self.runs.get(run), self.probes.found(run))
-                self._forget_candidate(run)
+                self.probes.forget(run)
             case StartEngine(release):
                 self.engines.start(release)
             case StopEngine(release, failure):
@@ -284,11 +284,6 @@ class Supervisor(Operations):
         if why == "damaged":
             return f"`appliance stop {run} --discard`, then `appliance resume {run}` begins it anew"
         return self.probes.found(run).next or f"see `appliance logs {run} --events`, then `appliance resume {run}`"
-
-    def _forget_candidate(self, run: str) -> None:
-        """The run has ended: what its engine did counts no longer, should it come again."""
-        self.probes.forget(run)
-        self.engines.forgive(run)
 
     def _compared_with(self, run: str) -> str | None:
         """The live release, unless its files are not whole, or are the very ones that are judged."""

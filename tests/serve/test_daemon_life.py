@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from appliance.errors import Conflict, InvalidInput, NotAllowed
+from appliance.errors import InvalidInput
 from appliance.home import Home
-from appliance.settings import Settings
 from appliance.store.database import open_database
 from appliance.store.keys import Keys
 from serve import daemon
@@ -80,30 +79,34 @@ def test_its_group_may_operate_it_and_nobody_else(tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / "control.sock").stat().st_mode) == 0o660
 
 
+def refusal(home: Home, **environment: str) -> str:
+    """What a daemon that is not to begin says as it ends."""
+    with started(home, **environment) as process:
+        assert process.wait(20) != 0
+    return (home.root / "daemon.log").read_text().splitlines()[-1]
+
+
 def test_a_home_has_one_daemon(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     with started(home) as process:
-        wait_for(home.control_socket().exists, process)
-        with pytest.raises(Conflict, match=rf"a daemon \(pid {process.pid}\) serves .* already"):
-            daemon.run(Settings(home=home.root, port=0))
-        assert home.control_socket().exists(), "the first one is still there to be asked"
-        process.kill()
-        process.wait()
-    with pytest.raises(NotAllowed):
-        daemon.run(Settings(home=home.root, port=0, host="0.0.0.0"))  # the lock is free, and the next rule holds
+        wait_for(lambda: "chat endpoint" in (home.root / "daemon.log").read_text(), process)
+        assert f"a daemon (pid {process.pid}) serves {home.root} already" in refusal(home)
+        assert home.control_socket().exists(), "the first one can still be asked"
+    with started(home) as process:
+        wait_for(lambda: (home.root / "daemon.log").read_text().count("chat endpoint") == 2, process)
 
 
 @pytest.mark.parametrize("revoked", [True, False])
 def test_no_address_of_the_network_is_opened_without_a_key(tmp_path: Path, revoked: bool) -> None:
     home = Home(tmp_path / "home")
     home.create()
-    with closing(open_database(home.database)) as db:
-        if revoked:
+    if revoked:
+        with closing(open_database(home.database)) as db:
             keys = Keys(db)
             keys.revoke(keys.create("laptop").id)
-    with pytest.raises(NotAllowed) as refusal:
-        daemon.run(Settings(home=home.root, port=0, host="0.0.0.0"))
-    assert "appliance keys create" in refusal.value.next
+    said = refusal(home, APPLIANCE_HOST="0.0.0.0")
+    assert "the endpoint is not opened on 0.0.0.0 while there is no API key" in said
+    assert "`appliance keys create NAME`" in said
     assert not home.control_socket().exists()
 
 
