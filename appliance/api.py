@@ -15,11 +15,13 @@ class Shape(BaseModel):
 RunState = Literal["queued", "running", "stopping", "finished", "failed", "stopped"]
 ACTIVE: tuple[RunState, ...] = ("queued", "running", "stopping")
 """States of runs that still have something to do."""
-Stop = Literal["pause", "keep", "discard"]
-"""How a run is stopped: to be resumed, to go on with what it has learnt, or without its work."""
 ReleaseState = Literal["verified", "verified elsewhere", "refused"]
 """verified elsewhere: its gates have run on another box only, and its archive says so of itself."""
-EngineState = Literal["starting", "ready", "asleep", "backoff"]
+EngineState = Literal["starting", "ready", "draining", "swapping", "sleeping", "waking", "failed"]
+"""Where in its life an engine is. Draining: its last answers end, and then it stops or falls asleep. Swapping: other
+weights take the place of those it serves; waking: so they do after a sleep. Failed: it is stopped, or rests."""
+StopWish = Literal["pause", "keep", "discard"]
+"""How a run is stopped: to be resumed, to go on with what it has learnt, or without its work."""
 PullState = Literal["pulling", "done", "failed"]
 CanaryOutcome = Literal["under way", "promoted", "rolled back"]
 Rating = Literal["good", "bad"]
@@ -173,13 +175,14 @@ class Release(Shape):
 
 
 class Engine(Shape):
-    """One engine process."""
+    """One engine process, or the rest before the next one where it has failed: `reason` says why it last did."""
 
     release: str
     kind: str
     state: EngineState
     pid: int | None = None
     restarts: int = 0
+    reason: str = ""
 
 
 class Key(Shape):

@@ -181,7 +181,7 @@ class Client:
     async def run(self, run: str) -> api.Run:
         return await self._call("GET", _path("runs", run), api.Run)
 
-    async def stop(self, run: str, how: api.Stop = "pause") -> api.Run:
+    async def stop(self, run: str, how: api.StopWish = "pause") -> api.Run:
         """Stop a run. A run that has ended is returned as it is.
 
         pause: at a checkpoint, from which it can be resumed. keep: end the stage that trains, and go on with what it
@@ -206,6 +206,10 @@ class Client:
     async def log(self, run: str, lines: int = 200) -> str:
         """The last lines of the run's log."""
         return await self._call("GET", _path("runs", run, "log"), str, params={"lines": lines})
+
+    async def engine_log(self, release: str, lines: int = 200) -> str:
+        """The last lines that the engines of a release have written."""
+        return await self._call("GET", f"/v1/engines/{release}/log", str, params={"lines": lines})
 
     async def follow_log(self, run: str) -> AsyncIterator[str]:
         """The run's log from its start, in pieces as it grows, until the run ends."""

@@ -37,6 +37,8 @@ def find_garbage(
     oldest = time.time() - LEFTOVER_SECONDS
     every = releases.all()
     whole = [release.id for release in every if not release.damage]
+    known = {run.id for run in runs.all()}
+    lost = [home.runs / id for id in _names(home.runs, oldest) if id not in known]
     kept = {*whole[:keep]} | releases.needed() | serving | _rechecked(home, runs)
     unfinished = {run.id for run in runs.all() if run.state != "finished"}
     recorded = {release.id for release in every}
@@ -44,7 +46,7 @@ def find_garbage(
     unrecorded = [id for id in _names(home.releases, oldest) if id not in recorded | unfinished]
     named, needed = {dataset.id for dataset in datasets.all()}, dataset_users(home, runs).keys()
     unnamed = [id for id in _names(home.datasets, oldest) if id not in named | needed]
-    leftovers = [
+    leftovers = lost + [
         path
         for folder in (home.models, home.datasets, home.runs, home.releases, home.incoming)
         for path in folder.iterdir()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,10 @@ class Home:
         """Sockets and logs of engine processes; nothing here outlives its process."""
         return self.root / "engines"
 
+    def engine_socket(self) -> Path:
+        """A name for the socket of one engine process: a new one each time."""
+        return self.engines / f"{secrets.token_hex(4)}.sock"
+
     @property
     def incoming(self) -> Path:
         """Uploads on their way to becoming datasets; emptied when the daemon starts."""
@@ -88,12 +93,16 @@ class Home:
 
     def create(self) -> None:
         """Make the tree, private to its owner. Raises InvalidInput where it cannot be written."""
-        if len(os.fsencode(self.control_socket())) > _SOCKET_PATH_LIMIT:
-            raise InvalidInput(
-                "socket_path_too_long",
-                f"the control socket's path {self.control_socket()} is longer than a socket's may be",
-                "set APPLIANCE_SOCKET to a shorter path, or choose a shorter APPLIANCE_HOME",
-            )
+        for whose, path, remedy in (
+            ("the control socket", self.control_socket(), "set APPLIANCE_SOCKET to a shorter path, or choose a"),
+            ("an engine's socket", self.engine_socket(), "choose a"),
+        ):
+            if len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
+                raise InvalidInput(
+                    "socket_path_too_long",
+                    f"the path of {whose}, {path}, is longer than a socket's may be",
+                    f"{remedy} shorter APPLIANCE_HOME",
+                )
         try:
             folders = (self.models, self.datasets, self.runs, self.releases, self.engines, self.incoming, self.compiled)
             for path in folders:

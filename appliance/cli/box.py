@@ -10,7 +10,7 @@ import click
 from appliance.cli import console
 from appliance.cli.session import ask, json_option, settings
 from appliance.errors import Exit
-from appliance.words import canary_side, check_line, percent, size
+from appliance.words import canary_side, check_line, percent, size, visible
 
 if TYPE_CHECKING:
     from appliance import api
@@ -71,10 +71,11 @@ def canary_lines(canary: api.Canary) -> list[str]:
 
 
 def engine_line(engine: api.Engine, running: str | None) -> str:
-    """What an engine process does, and where it sleeps, for which run."""
-    if engine.state == "asleep" and running:
+    """What an engine process does, where it sleeps for which run, and why the one before it failed."""
+    if engine.state == "sleeping" and running:
         return f"{engine.kind} for {engine.release} asleep while {running} trains"
-    return f"{engine.kind} {engine.state} for {engine.release}"
+    why = f": the last one {visible(engine.reason)}" if engine.reason else ""
+    return f"{engine.kind} {engine.state} for {engine.release}{why}"
 
 
 @click.command()

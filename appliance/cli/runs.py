@@ -82,7 +82,7 @@ def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> Non
 @click.argument("run")
 @click.option("--keep", "how", flag_value="keep", help="End the training here and go on with what it has learnt.")
 @click.option("--discard", "how", flag_value="discard", help="Take away its work; a resume starts from nothing.")
-def stop(run: str, how: api.Stop | None) -> None:
+def stop(run: str, how: api.StopWish | None) -> None:
     """Pause RUN at a checkpoint, from which `appliance resume` goes on; or end it with --keep or --discard."""
     print(ask(lambda client: client.stop(run, how or "pause")).state)
 

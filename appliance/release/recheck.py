@@ -10,14 +10,14 @@ from pydantic import ValidationError
 
 from appliance.adapters import WEIGHTS
 from appliance.errors import Conflict, InvalidInput
-from appliance.home import Home, building, sha256, write_atomic
+from appliance.home import Home, sha256
 from appliance.models import base_hashes, model_path
 from appliance.release.gates import verdicts
 from appliance.release.held_out import judged_on
 from appliance.release.integrity import Reading, examine
 from appliance.release.manifest import DEQUANTISED, Manifest, clock_of, read_manifest
 from appliance.train.events import EventLog
-from appliance.train.recipe import Given, Recipe, dump_recipe
+from appliance.train.recipe import Given, Recipe
 
 _LONGEST_NAME = 50
 _WITHOUT_DATA = " (on plain conversations, because its dataset is not on this box)"
@@ -65,16 +65,13 @@ def plan_recheck(home: Home, release: str) -> Recipe:
     )
 
 
-def write_recheck(home: Home, run: str, recipe: Recipe, release: str) -> None:
-    """Write the directory of such a run."""
-    adapter = home.releases / release / "adapter"
-    with building(home.runs / run) as directory:
-        if recipe.given:
-            shutil.copytree(adapter, directory / "adapter")
-            if not recipe.given.dataset and read_manifest(home, release)["datasets"]:
-                message = f"no dataset of {release} is on this box: the models are compared on plain conversations"
-                EventLog(directory / "events.jsonl").append("warning", "merge", code="no_dataset", message=message)
-        write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
+def write_recheck(home: Home, directory: Path, recipe: Recipe, release: str) -> None:
+    """Fill the directory of such a run."""
+    if recipe.given:
+        shutil.copytree(home.releases / release / "adapter", directory / "adapter")
+        if not recipe.given.dataset and read_manifest(home, release)["datasets"]:
+            message = f"no dataset of {release} is on this box: the models are compared on plain conversations"
+            EventLog(directory / "events.jsonl").append("warning", "merge", code="no_dataset", message=message)
 
 
 def recheck_stage(home: Home, run: Path, recipe: Recipe) -> dict[str, Any]:

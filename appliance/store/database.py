@@ -62,6 +62,11 @@ MIGRATIONS = (
     """
     ALTER TABLE releases ADD COLUMN note TEXT NOT NULL DEFAULT '';
     """,
+    """
+    ALTER TABLE processes ADD COLUMN mark TEXT NOT NULL DEFAULT '';
+    ALTER TABLE processes ADD COLUMN life TEXT NOT NULL DEFAULT '';
+    ALTER TABLE runs ADD COLUMN wish TEXT NOT NULL DEFAULT '';
+    """,
 )
 
 

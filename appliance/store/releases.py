@@ -43,13 +43,17 @@ class Releases:
         gates: dict[str, bool],
         promote: bool,
         manifest_sha256: str = "",
+        created: float | None = None,
     ) -> None:
-        """Record a finished release and, with `promote` and if verified, make it live: both or neither."""
+        """Record a finished release and, with `promote` and if verified, make it live: both or neither.
+
+        `created` is when it was made, if that is not now.
+        """
         with transaction(self._db):
             self._db.execute(
                 "INSERT INTO releases (id, base, state, created, reason, gates, manifest_sha256)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                (id, base, state, time.time(), reason, json.dumps(gates), manifest_sha256),
+                (id, base, state, created or time.time(), reason, json.dumps(gates), manifest_sha256),
             )
             if promote and state == "verified" and self.live() != id:
                 self._deploy(id)
@@ -76,6 +80,11 @@ class Releases:
         """What was live before, as long as the live release has not answered yet; None: there is no way back."""
         rows = self._db.execute(f"SELECT release, answered FROM {_COUNTING} LIMIT 2").fetchall()
         return str(rows[1]["release"]) if len(rows) == 2 and rows[0]["answered"] is None else None
+
+    def answered(self) -> bool:
+        """Whether the live release has answered since it went live, or there is none."""
+        row = self._db.execute(f"SELECT answered FROM {_COUNTING} LIMIT 1").fetchone()
+        return row is None or row["answered"] is not None
 
     def mark_answered(self) -> None:
         """Record that the live release answers, if it is the first time."""

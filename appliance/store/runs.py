@@ -7,6 +7,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterable
+from typing import Literal, cast
 
 from appliance import api
 from appliance.errors import NotFound
@@ -19,10 +20,11 @@ class Runs:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
-    def new_id(self, recipe: Recipe) -> str:
-        """The next free id: the recipe's name and a number, which no release from elsewhere has either."""
+    def new_id(self, recipe: Recipe, taken: Iterable[str] = ()) -> str:
+        """The next free id: the recipe's name and a number, which no release from elsewhere has either, nor `taken`."""
         prefix = f"{recipe.name}-"
         ids = [str(row["id"]) for row in self._db.execute("SELECT id FROM runs UNION SELECT id FROM releases")]
+        ids += taken
         numbers = [id.removeprefix(prefix) for id in ids if id.startswith(prefix)]
         return f"{prefix}{max((int(number) for number in numbers if number.isdigit()), default=0) + 1}"
 
@@ -84,13 +86,27 @@ class Runs:
             (time.time(), id),
         )
 
-    def mark_stopping(self, id: str) -> None:
-        self._db.execute("UPDATE runs SET state = 'stopping' WHERE id = ?", (id,))
+    def mark_stopping(self, id: str, wish: api.StopWish = "pause") -> None:
+        """Let it stop, whatever its state. A wish to discard is taken back by nothing but queueing it again."""
+        self._db.execute(
+            "UPDATE runs SET state = 'stopping', wish = CASE WHEN wish = 'discard' THEN wish ELSE ? END WHERE id = ?",
+            (wish, id),
+        )
+
+    def wish_to_keep(self, id: str) -> None:
+        """Let its training stage end at the next step, and the run go on with what that has learnt."""
+        self._db.execute("UPDATE runs SET wish = 'keep' WHERE id = ?", (id,))
+
+    def wish(self, id: str) -> api.StopWish | Literal[""]:
+        """What a person has wished for the run, and is not done yet."""
+        (wish,) = self._db.execute("SELECT wish FROM runs WHERE id = ?", (id,)).fetchone()
+        return cast("api.StopWish | Literal['']", wish)
 
     def queue_again(self, id: str) -> None:
         """Back to the queue by a person's wish: the count of losses starts anew."""
         self._db.execute(
-            "UPDATE runs SET state = 'queued', finished = NULL, losses = 0, reason = '', next = '' WHERE id = ?",
+            "UPDATE runs SET state = 'queued', finished = NULL, losses = 0, wish = '', reason = '', next = ''"
+            " WHERE id = ?",
             (id,),
         )
 
@@ -99,11 +115,14 @@ class Runs:
         self._db.execute("UPDATE runs SET losses = losses + 1 WHERE id = ?", (id,))
 
     def advance(self, id: str, stage: str) -> None:
-        self._db.execute("UPDATE runs SET stage = ?, losses = 0 WHERE id = ?", (stage, id))
+        self._db.execute(
+            "UPDATE runs SET stage = ?, losses = 0, wish = CASE WHEN wish = 'keep' THEN '' ELSE wish END WHERE id = ?",
+            (stage, id),
+        )
 
     def finish(self, id: str, state: api.RunState, reason: str = "", next: str = "") -> None:
         self._db.execute(
-            "UPDATE runs SET state = ?, finished = ?, reason = ?, next = ? WHERE id = ?",
+            "UPDATE runs SET state = ?, finished = ?, wish = '', reason = ?, next = ? WHERE id = ?",
             (state, time.time(), reason, next, id),
         )
 

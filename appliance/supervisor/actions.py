@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from appliance.supervisor.snapshot import Failure
+
 
 @dataclass(frozen=True)
 class StartWorker:
@@ -23,6 +25,13 @@ class StopWorker:
 @dataclass(frozen=True)
 class KillWorker:
     """It was asked to end and does not."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class EndStage:
+    """Let its training end at the next step and the run go on with what it has learnt."""
 
     run: str
 
@@ -58,17 +67,20 @@ class RetryStage:
 
 @dataclass(frozen=True)
 class FailRun:
-    """`why`: the stage's own failure.json, too many lost processes, or an engine that does not start."""
+    """`why`: the stage's own failure.json, too many lost processes, or else what `reason` says: an engine that fails
+    again and again, probes that it refuses, files that cannot be understood."""
 
     run: str
-    why: Literal["stage", "losses", "engine"]
+    why: Literal["stage", "losses", "engine", "probe", "damaged"]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class StopRun:
-    """It was asked to stop, and nothing of it runs any more."""
+    """It was asked to stop, and nothing of it runs any more. `discard`: what its stages have made is taken away."""
 
     run: str
+    discard: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,10 +104,10 @@ class StartEngine:
 
 @dataclass(frozen=True)
 class StopEngine:
-    """End its whole process group and forget it. `failed`: it died, did not become ready in its time, or hangs."""
+    """Let its last answers end, then its whole process group. `failure`: what is held against its release."""
 
     release: str
-    failed: bool = False
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +142,11 @@ class EndUnmerged:
 
 @dataclass(frozen=True)
 class FallBack:
-    """The live release does not come up: `to`, which was live before, is so again."""
+    """`release`, if it is live still, does not come up: `to`, which was live before, is so again."""
 
+    release: str
     to: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -150,9 +164,24 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class GiveWay:
-    """The live release may not be served any more: `to` is live instead; None: nothing is."""
+class ConcludeReplay:
+    """Record what those answers say of it."""
 
+    release: str
+
+
+@dataclass(frozen=True)
+class RecordAnswer:
+    """`release`, if it is live still, answers for the first time since it went live."""
+
+    release: str
+
+
+@dataclass(frozen=True)
+class GiveWay:
+    """`release`, if it is live still, may not be served any more: `to` is live instead; None: nothing is."""
+
+    release: str
     to: str | None
     reason: str
 
@@ -192,6 +221,7 @@ RunAction = (
     StartWorker
     | StopWorker
     | KillWorker
+    | EndStage
     | WarnOfSilence
     | ForgetWorker
     | Advance
@@ -202,6 +232,8 @@ RunAction = (
     | Conclude
 )
 """What concerns one run, `run`, and no other."""
+Start = StartWorker | StartEngine
+"""What starts a process, and so has to be recorded."""
 Action = (
     RunAction
     | StartEngine
@@ -213,6 +245,8 @@ Action = (
     | FallBack
     | CheckRelease
     | Replay
+    | ConcludeReplay
+    | RecordAnswer
     | GiveWay
     | Route
     | RouteCanary

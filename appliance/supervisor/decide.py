@@ -7,7 +7,9 @@ from appliance.supervisor.actions import (
     Advance,
     CheckRelease,
     Conclude,
+    ConcludeReplay,
     EndCanary,
+    EndStage,
     EndUnmerged,
     FailRun,
     FallBack,
@@ -17,11 +19,13 @@ from appliance.supervisor.actions import (
     KillWorker,
     LoadAdapter,
     ProbeRun,
+    RecordAnswer,
     Replay,
     RetryStage,
     Route,
     RouteCanary,
     SleepEngine,
+    Start,
     StartEngine,
     StartWorker,
     StopEngine,
@@ -30,12 +34,28 @@ from appliance.supervisor.actions import (
     SwapEngine,
     WarnOfSilence,
 )
-from appliance.supervisor.snapshot import CanaryView, EngineView, RunView, Snapshot, UnmergedView, WorkerView
+from appliance.supervisor.snapshot import (
+    CanaryView,
+    EngineView,
+    Failure,
+    RunView,
+    Snapshot,
+    UnmergedView,
+    WorkerView,
+)
 
 MOST_LOSSES = 5
 """A stage whose process dies this often without a result is given up."""
 MOST_CANDIDATE_FAILURES = 3
 """A release whose engine fails this often while it is probed, or is the canary, is given up."""
+LONGEST_REST_SECONDS = 60.0
+"""An engine that keeps failing is started ever more rarely, and at last after so long; one that had served for longer
+starts afresh."""
+MOST_REPLAY_TRIES = 3
+"""An engine that has so often not answered when it was asked for reference answers has failed."""
+REPLAY_REST_SECONDS = 1.0
+WRITE_REST_SECONDS = 5.0
+"""After the database has not taken a record, no process is started for so long."""
 
 
 def decide(snapshot: Snapshot) -> list[Action]:
@@ -43,25 +63,28 @@ def decide(snapshot: Snapshot) -> list[Action]:
 
     Runs go one at a time. An engine is wanted for the live release, the canary and a release that is being probed.
     Under an exclusive lease nothing else runs beside a worker but an engine that sleeps, and one engine at a time. None
-    is started on a release, and nobody is sent to it, before its files have been found whole.
+    is started on a release, and nobody is sent to it, before its files have been found whole. Nothing is started while
+    it could not be recorded.
     """
     head = snapshot.head
     actions: list[Action] = []
     for worker in snapshot.workers:
-        if head is None or worker.run != head.id:
+        if all(worker.run != run.id for run in snapshot.runs if run == head or run.state == "stopping"):
             if not worker.alive:
                 actions.append(ForgetWorker(worker.run, lost=False))
             elif ending := _ending(worker):
                 actions.append(ending)
-    if head is not None:
-        action = _run_action(head, snapshot)
-        if action is not None:
+    for run in snapshot.runs:
+        if (run == head or run.state == "stopping") and (action := _run_action(run, snapshot)):
             actions.append(action)
     unread = snapshot.unread - snapshot.checking - snapshot.unfit.keys()
     actions += [CheckRelease(release) for release in sorted(unread)]
-    unproven = (snapshot.unproven & snapshot.ready) - snapshot.replaying - snapshot.unread - snapshot.unfit.keys()
-    actions += [Replay(release) for release in sorted(unproven)]
-    return actions + _canary_actions(snapshot) + _adapter_actions(snapshot) + _engine_actions(head, snapshot)
+    actions += _replay_actions(snapshot)
+    wanted = _wanted_engines(head, snapshot)
+    actions += _canary_actions(wanted, snapshot) + _adapter_actions(snapshot) + _engine_actions(head, wanted, snapshot)
+    if snapshot.now - snapshot.unwritten < WRITE_REST_SECONDS:
+        return [action for action in actions if not isinstance(action, Start)]
+    return actions
 
 
 def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
@@ -69,20 +92,26 @@ def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
     if worker is not None and worker.alive:
         if run.state == "stopping":
             return _ending(worker)
+        if run.wish == "keep" and not run.ending:
+            return EndStage(run.id)
         return WarnOfSilence(run.id) if worker.silent else None
     if worker is not None:
-        return ForgetWorker(run.id, lost=run.outcome == "none" and not worker.told_to_stop)
+        return ForgetWorker(run.id, lost=run.outcome == "none" and worker.begun and not worker.told_to_stop)
+    if run.outcome == "unknown":
+        return None
     if run.outcome == "done":
         return Conclude(run.id) if run.needs_engine else Advance(run.id)
     if run.state == "stopping":
-        return StopRun(run.id)
+        return StopRun(run.id, discard=run.wish == "discard")
+    if run.outcome == "damaged":
+        return FailRun(run.id, "damaged", run.fault)
     if run.outcome == "failed":
         return RetryStage(run.id) if run.short_of_memory and snapshot.sleeper else FailRun(run.id, "stage")
     if run.losses >= MOST_LOSSES:
         return FailRun(run.id, "losses")
     if run.needs_engine:
         return _probe_action(run, snapshot)
-    if any(other.alive for other in snapshot.workers):
+    if snapshot.training:
         return None
     beside = snapshot.sleeper if _has_room_beside(run) else None
     if snapshot.exclusive and any(engine != beside for engine in snapshot.engines):
@@ -96,24 +125,82 @@ def _ending(worker: WorkerView) -> Action | None:
     """How to get a living worker to end: ask once, and where that does not help, kill it."""
     if not worker.told_to_stop:
         return StopWorker(worker.run)
-    return KillWorker(worker.run) if worker.overdue else None
+    return KillWorker(worker.run) if worker.overdue and not worker.killed else None
 
 
 def _probe_action(run: RunView, snapshot: Snapshot) -> Action | None:
+    """An engine that does not answer its probes has failed, and the next one is asked.
+
+    One that has served other weights refuses no release: then one of its own is asked.
+    """
     if run.refused:
         return Conclude(run.id)
-    if snapshot.failures.get(run.id, 0) >= MOST_CANDIDATE_FAILURES:
-        return FailRun(run.id, "engine")
-    if run.id in snapshot.ready and run.id not in snapshot.probing:
-        return ProbeRun(run.id)
-    return None
+    if _given_up(run.id, snapshot):
+        failure = snapshot.failures[run.id]
+        return FailRun(run.id, "engine", f"its engine failed {failure.count} times; the last time it {failure.reason}")
+    engine = snapshot.engine(run.id)
+    if run.probe is None:
+        return ProbeRun(run.id) if engine and engine.life == "ready" else None
+    match run.probe.state:
+        case "answered" | "refused" if run.probe.wrong and engine and not engine.fresh:
+            return StopEngine(run.id) if engine.life == "ready" else None
+        case "answered":
+            return Conclude(run.id)
+        case "refused":
+            return FailRun(run.id, "probe", run.probe.wrong)
+        case "unanswered" if engine and engine.life == "ready":
+            return StopEngine(run.id, _failed_again(run.id, run.probe.wrong, snapshot))
+        case _:
+            return None
 
 
-def _canary_actions(snapshot: Snapshot) -> list[Action]:
+def _given_up(release: str, snapshot: Snapshot) -> bool:
+    failure = snapshot.failures.get(release)
+    return failure is not None and failure.count >= MOST_CANDIDATE_FAILURES
+
+
+def _replay_actions(snapshot: Snapshot) -> list[Action]:
+    actions: list[Action] = []
+    for release in sorted((snapshot.unproven & snapshot.ready) - snapshot.unread - snapshot.unfit.keys()):
+        engine = snapshot.engine(release)
+        replay = engine.replay if engine else None
+        if engine is None or replay is None:
+            actions.append(Replay(release))
+        elif replay.state == "answered":
+            actions.append(ConcludeReplay(release))
+        elif replay.state == "unanswered" and replay.tries >= MOST_REPLAY_TRIES:
+            silent = "did not answer when it was asked for reference answers"
+            actions.append(StopEngine(release, _failed_again(release, silent, snapshot)))
+        elif replay.state == "unanswered" and snapshot.now - replay.at >= REPLAY_REST_SECONDS:
+            actions.append(Replay(release))
+    return actions
+
+
+def _failed_again(release: str, reason: str, snapshot: Snapshot) -> Failure:
+    """A failure of its engine beside those before it."""
+    before = snapshot.failures.get(release)
+    return Failure(before.count + 1 if before else 1, snapshot.now, reason)
+
+
+def _held_against(engine: EngineView, snapshot: Snapshot) -> Failure | None:
+    """What the failure of an engine says of its release: nothing, where it was not answering or about to."""
+    if engine.life != "failed" or engine.was not in ("starting", "ready"):
+        return None
+    if engine.served > LONGEST_REST_SECONDS:
+        return Failure(1, snapshot.now, engine.reason)
+    return _failed_again(engine.release, engine.reason, snapshot)
+
+
+def rests(failure: Failure | None, now: float) -> bool:
+    """Whether an engine has failed a moment ago and is not started again yet."""
+    return failure is not None and now - failure.at < min(2.0 ** (failure.count - 1), LONGEST_REST_SECONDS)
+
+
+def _canary_actions(wanted: list[str], snapshot: Snapshot) -> list[Action]:
     canary = snapshot.canary
     if canary is not None and (ending := _canary_ending(canary, snapshot)):
         return [ending]
-    answers = canary is not None and _may_answer(canary.release, snapshot)
+    answers = canary is not None and canary.release in wanted and _may_answer(canary.release, snapshot)
     routed = (canary.release, canary.share) if canary is not None and answers else None
     if routed == snapshot.routed_canary:
         return []
@@ -130,8 +217,10 @@ def _canary_ending(canary: CanaryView, snapshot: Snapshot) -> EndCanary | None:
         return EndCanary("rolled back", reason)
     if snapshot.exclusive or (not snapshot.room and canary.release in _missing([canary.release], snapshot)):
         return EndCanary("rolled back", "the lease or the memory leaves no room for its engine")
-    if (failures := snapshot.failures.get(canary.release, 0)) >= MOST_CANDIDATE_FAILURES:
-        return EndCanary("rolled back", f"its engine failed {failures} times")
+    if _given_up(canary.release, snapshot):
+        failure = snapshot.failures[canary.release]
+        reason = f"its engine failed {failure.count} times; the last time it {failure.reason}"
+        return EndCanary("rolled back", reason)
     match canary.verdict.outcome:
         case "promote" if canary.release in snapshot.ready:
             return EndCanary("promoted", canary.verdict.reason)
@@ -147,10 +236,12 @@ def _adapter_actions(snapshot: Snapshot) -> list[Action]:
         return []
     if reason := _adapter_ending(unmerged, snapshot):
         return [EndUnmerged(reason)]
-    engine = next((one for one in snapshot.engines if one.release == unmerged.live), None)
-    if engine is None or engine.release not in snapshot.ready or engine.adapter == unmerged.run or engine.loading:
+    engine = snapshot.engine(unmerged.live)
+    if engine is None or engine.life != "ready":
         return []
-    return [LoadAdapter(unmerged.live, unmerged.run)]
+    if engine.adapter is None or engine.adapter.run != unmerged.run:
+        return [LoadAdapter(unmerged.live, unmerged.run)]
+    return [EndUnmerged(engine.adapter.reason)] if engine.adapter.state == "refused" else []
 
 
 def _adapter_ending(unmerged: UnmergedView, snapshot: Snapshot) -> str:
@@ -168,17 +259,16 @@ def _routed_adapter(routed: str | None, snapshot: Snapshot) -> str | None:
     unmerged = snapshot.unmerged
     if unmerged is None or routed != unmerged.live:
         return None
-    loaded = any(engine.release == routed and engine.adapter == unmerged.run for engine in snapshot.engines)
-    return unmerged.run if loaded else None
+    engine = snapshot.engine(routed)
+    adapter = engine.adapter if engine else None
+    return unmerged.run if adapter and (adapter.run, adapter.state) == (unmerged.run, "loaded") else None
 
 
-def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
+def _engine_actions(head: RunView | None, wanted: list[str], snapshot: Snapshot) -> list[Action]:
     if snapshot.live is not None and (reason := snapshot.unfit.get(snapshot.live)):
-        return [GiveWay(snapshot.successor, reason)]
-    failed = snapshot.live not in snapshot.ready | snapshot.unread and snapshot.failures.get(snapshot.live or "")
-    if failed and snapshot.fallback:
-        return [FallBack(snapshot.fallback)]
-    wanted = _wanted_engines(head, snapshot)
+        return [GiveWay(snapshot.live, snapshot.successor, reason)]
+    if snapshot.live and snapshot.fallback and (reason := _does_not_come_up(snapshot)):
+        return [FallBack(snapshot.live, snapshot.fallback, reason)]
     swap = _swap(wanted, snapshot) or _wake(wanted, snapshot)
     routed = None if swap else _routed(wanted, snapshot)
     coming = routed is None and _on_its_way(wanted, snapshot)
@@ -186,33 +276,51 @@ def _engine_actions(head: RunView | None, snapshot: Snapshot) -> list[Action]:
     adapter = _routed_adapter(routed, snapshot)
     if (routed, adapter) != (snapshot.routed, snapshot.routed_adapter):
         actions.append(Route(routed, adapter))
+    elif routed is not None and routed == snapshot.live and not snapshot.answered:
+        actions.append(RecordAnswer(routed))
     for engine in snapshot.engines:
-        if engine.release in snapshot.stopping_engines or engine.falling_asleep:
-            continue
-        if engine.swapping and not engine.abandoned:
-            continue
-        if engine.abandoned:
-            actions.append(StopEngine(engine.release))
-        elif not engine.alive or engine.overdue:
-            actions.append(StopEngine(engine.release, failed=not engine.asleep))
-        elif swap and engine.release == swap.old:
+        if swap and engine.release == swap.old:
             actions.append(swap)
-        elif engine.asleep:
-            # Until something is wanted: a worker has the memory, or the live release's files are read.
-            sleeps_on = snapshot.live and not wanted and _has_room_beside(head)
-            actions += [] if sleeps_on else [StopEngine(engine.release)]
-        elif engine.release not in wanted and engine.release != routed:
-            sleeps = _may_sleep(engine, head, snapshot)
-            actions.append(SleepEngine(engine.release) if sleeps else StopEngine(engine.release))
+        elif action := _unless_wanted(engine, wanted, routed, head, snapshot):
+            actions.append(action)
     alone = snapshot.exclusive or not snapshot.room
-    busy = bool(snapshot.engines) or (snapshot.exclusive and any(worker.alive for worker in snapshot.workers))
-    if not (swap or _swapping(snapshot) or (alone and busy)):
-        actions += [StartEngine(release) for release in _missing(wanted, snapshot) if release not in snapshot.resting]
+    if not (swap or _swapping(snapshot) or (alone and snapshot.engines)):
+        fit = (release for release in _missing(wanted, snapshot) if release not in snapshot.unfit)
+        actions += [StartEngine(one) for one in fit if not rests(snapshot.failures.get(one), snapshot.now)]
     return actions
 
 
+def _does_not_come_up(snapshot: Snapshot) -> str:
+    """Why the live release, which has never answered, is not waited for any more; empty where it is."""
+    engine, failure = snapshot.engine(snapshot.live), snapshot.failures.get(snapshot.live or "")
+    if engine and engine.life == "failed" and engine.was == "swapping" and engine.before == snapshot.fallback:
+        return f"its weights could not be loaded in place: {engine.reason}"
+    if failure and snapshot.live not in snapshot.ready | snapshot.unread:
+        return f"its engine does not start: it {failure.reason}"
+    return ""
+
+
+def _unless_wanted(
+    engine: EngineView, wanted: list[str], routed: str | None, head: RunView | None, snapshot: Snapshot
+) -> Action | None:
+    """What is done with an engine that has failed, or of which nothing is wanted now."""
+    match engine.life:
+        case "draining" | "swapping" | "waking":
+            return None
+        case "failed":
+            return StopEngine(engine.release, _held_against(engine, snapshot))
+        case "sleeping":
+            # Until something is wanted: a worker has the memory, or the live release's files are read.
+            sleeps_on = snapshot.live and not wanted and _has_room_beside(head)
+            return None if sleeps_on else StopEngine(engine.release)
+    if engine.release in wanted or engine.release == routed:
+        return None
+    sleeps = _may_sleep(engine, head, snapshot)
+    return SleepEngine(engine.release) if sleeps else StopEngine(engine.release)
+
+
 def _wanted_engines(head: RunView | None, snapshot: Snapshot) -> list[str]:
-    probed = head is not None and head.needs_engine and not head.refused and head.state != "stopping"
+    probed = head is not None and head.needs_engine and not head.refused and not _given_up(head.id, snapshot)
     candidate = head.id if head is not None and probed else None
     if snapshot.exclusive and _training(head, snapshot):
         return []
@@ -224,7 +332,7 @@ def _wanted_engines(head: RunView | None, snapshot: Snapshot) -> list[str]:
 
 def _training(head: RunView | None, snapshot: Snapshot) -> bool:
     """Whether a worker runs or is to start."""
-    return any(worker.alive for worker in snapshot.workers) or (head is not None and not head.needs_engine)
+    return snapshot.training or (head is not None and not head.needs_engine)
 
 
 def _may_sleep(engine: EngineView, head: RunView | None, snapshot: Snapshot) -> bool:
@@ -269,14 +377,17 @@ def _missing(wanted: list[str], snapshot: Snapshot) -> list[str]:
 
 
 def _swapping(snapshot: Snapshot) -> bool:
-    return any(engine.swapping for engine in snapshot.engines)
+    return any(engine.life in ("swapping", "waking") for engine in snapshot.engines)
 
 
 def _swap(wanted: list[str], snapshot: Snapshot) -> SwapEngine | None:
-    """The exchange of weights that saves the live release a start of its own."""
+    """The exchange of weights that saves the live release a start of its own, back to its own where others failed."""
     live = snapshot.live
     if live is None or live not in _missing(wanted, snapshot) or _swapping(snapshot):
         return None
+    for engine in snapshot.engines:
+        if engine.life == "failed" and engine.was == "swapping" and engine.before == live:
+            return SwapEngine(engine.release, live)
     spare = sorted((snapshot.swappable & snapshot.ready) - set(wanted))
     return SwapEngine(spare[0], live) if spare else None
 
@@ -301,11 +412,9 @@ def _routed(wanted: list[str], snapshot: Snapshot) -> str | None:
 def _on_its_way(wanted: list[str], snapshot: Snapshot) -> bool:
     """Whether the live release's engine starts, or will as soon as there is room, and has not failed."""
     live = snapshot.live
-    if live is None or live in snapshot.resting or snapshot.failures.get(live):
+    if live is None or live in snapshot.failures:
         return False
     if _waits(live, snapshot):
-        return not (snapshot.exclusive and (snapshot.head or any(worker.alive for worker in snapshot.workers)))
-    if live not in wanted:
-        return False
-    own = [engine for engine in snapshot.awake if engine.release == live and not engine.abandoned]
-    return all(engine.alive and not engine.overdue for engine in own if live not in snapshot.stopping_engines)
+        return not (snapshot.exclusive and (snapshot.head or snapshot.training))
+    engine = snapshot.engine(live)
+    return live in wanted and not (engine and _held_against(engine, snapshot))

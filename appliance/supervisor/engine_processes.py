@@ -5,40 +5,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import shutil
+import sqlite3
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from datetime import date
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from appliance import api, hardware
-from appliance.api import Precision
-from appliance.data.tokenizer import TemplateSettings
+from appliance.api import EngineState
 from appliance.errors import ApplianceError, reason
 from appliance.home import Home
-from appliance.release.manifest import manifest_to_be, read_manifest, same_but_for_weights, template_of
-from appliance.store.processes import ASLEEP, SWAPPING, Processes, ProcessRow
+from appliance.store.processes import Processes, ProcessRow
 from appliance.store.releases import Releases
 from appliance.supervisor import processes
+from appliance.supervisor.decide import rests
 from appliance.supervisor.engines import EngineKind
-from appliance.supervisor.references import first_difference, reference_answers, repeat, speaker
+from appliance.supervisor.exchange import load_weights, replay
+from appliance.supervisor.served_models import ServedModels
 from appliance.supervisor.sleep import Sleep
-from appliance.supervisor.snapshot import EngineView
+from appliance.supervisor.snapshot import AdapterView, EngineView, Failure, ReplayView
 from appliance.supervisor.trial import CanaryRoutes
-from appliance.train.recipe import parse_recipe
+from appliance.supervisor.watch import explain_death, last_lines
+from appliance.train.events import EventLog
 
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10.0
 HUNG_SECONDS = 60.0
 """An engine that was ready and has not answered for so long is restarted."""
-LONGEST_REST_SECONDS = 60.0
-REPLAY_REST_SECONDS = 1.0
-MOST_REPLAY_TRIES = 3
-"""An engine that has so often not answered when it was asked for reference answers has failed."""
+RETRY_SECONDS = 1.0
+"""Between two attempts at what did not work with an engine."""
 
 
 class Frontage(CanaryRoutes, Protocol):
@@ -60,6 +58,24 @@ class Frontage(CanaryRoutes, Protocol):
         ...
 
 
+@dataclass
+class _Seen:
+    """What this daemon has seen of one engine process since it has served these weights, and does with it now."""
+
+    begun: float = field(default_factory=time.monotonic)
+    ready_since: float | None = None
+    answered: float | None = None
+    fresh: bool = False
+    fault: str = ""
+    before: str = ""
+    asleep: bool = False
+    adapter: AdapterView | None = None
+    replay: ReplayView | None = None
+    repeated: tuple[bool, str] = (False, "")
+    """Whether its release may be served by what it repeated, and what is said of that."""
+    doing: asyncio.Task[None] | None = None
+
+
 class EngineProcesses:
     """`changed` is called when something has happened that decisions rest on.
 
@@ -77,111 +93,80 @@ class EngineProcesses:
         changed: Callable[[], None],
     ) -> None:
         self.kind = kind
-        self.failures: dict[str, int] = {}
-        """Failures in a row, by release."""
+        self.models = ServedModels(home, kind, releases)
+        self.failures: dict[str, Failure] = {}
+        """By release, those in a row."""
         self._home = home
         self._releases = releases
         self._records = records
         self._frontage = frontage
         self._drain_seconds = drain_seconds
         self._changed = changed
-        self._answered: dict[str, float] = {}
-        self._begun: dict[str, float] = {}
-        self._ready_since: dict[str, float] = {}
-        self._rest_until: dict[str, float] = {}
-        self._stops: dict[str, asyncio.Task[None]] = {}
-        self._swaps: dict[str, asyncio.Task[None]] = {}
-        self._loads: dict[str, asyncio.Task[None]] = {}
-        self._replays: dict[str, asyncio.Task[None]] = {}
-        self._replay_tries: dict[str, int] = {}
-        self._adapters: dict[str, str] = {}
+        self._seen: dict[str, _Seen] = {}
+        """By the process's address."""
+        self._unstarted: dict[str, str] = {}
+        """Releases for which no process could be started, and why."""
         self._unswappable: set[str] = set()
-        self._fresh: set[str] = set()
-        """Addresses of processes that have served no other weights than those they were started with."""
-        self._sleep = Sleep(kind, self._drained, changed)
+        self._asking: set[asyncio.Task[None]] = set()
+        self._sleep = Sleep(kind)
+        self._kernel_kills = processes.kernel_kills()
 
     def rows(self) -> list[ProcessRow]:
         return [row for row in self._records.all() if row.kind == "engine"]
 
     def row(self, release: str) -> ProcessRow:
-        """The process that serves `release`. Raises StopIteration where there is none."""
-        return next(row for row in self.rows() if row.owner == release)
+        """The process that serves `release`. Raises KeyError where there is none."""
+        return {row.owner: row for row in self.rows()}[release]
 
     # Looking
 
     async def listen(self) -> None:
-        """Ask every engine whether it answers."""
-        rows = [row for row in self.rows() if row.owner not in self._stops and not row.stage]
+        """Ask every engine whether it answers. What this process could not ask is not held against an engine."""
+        rows = [row for row in self.rows() if row.life in ("starting", "ready") and not self._of(row).doing]
         answers = await asyncio.gather(*(self.kind.ready(row.address) for row in rows), return_exceptions=True)
         for row, answer in zip(rows, answers, strict=True):
-            self._begun.setdefault(row.owner, time.monotonic())
-            if answer is True:
-                self._sleep.started |= row.address in self._fresh
-                self._ready_since.setdefault(row.owner, time.monotonic())
-                self._answered[row.owner] = time.monotonic()
-            elif isinstance(answer, OSError):
-                # That it was not asked says nothing about it: its time begins anew.
-                clock = self._answered if row.owner in self._answered else self._begun
-                clock[row.owner] = time.monotonic()
+            seen, now = self._of(row), time.monotonic()
+            if isinstance(answer, OSError) and not isinstance(answer, ConnectionError):
+                log.warning("cannot ask the engine of %s whether it answers: %s", row.owner, answer)
+                seen.begun, seen.answered = now, None if seen.answered is None else now
+            elif answer is True:
+                self._sleep.started |= seen.fresh
+                seen.answered = now
+                if seen.ready_since is None:
+                    seen.ready_since = now
+                    self._put(row, "ready")
 
     def views(self) -> tuple[EngineView, ...]:
         """The engines as decisions see them."""
-        now = time.monotonic()
-        return tuple(
-            EngineView(
-                row.owner,
-                processes.alive(row),
-                row.owner in self._ready_since,
-                self._overdue(row.owner, now),
-                swapping=row.stage == SWAPPING,
-                abandoned=self._abandoned(row),
-                falling_asleep=row.owner in self._sleep.falling_asleep,
-                asleep=row.owner in self._sleep.asleep,
-                adapter=self._adapters.get(row.owner),
-                loading=row.owner in self._loads,
-            )
-            for row in self.rows()
-        )
+        views = [self._view(row, time.monotonic()) for row in self.rows()]
+        present = {view.release for view in views}
+        unstarted = [(release, why) for release, why in self._unstarted.items() if release not in present]
+        return (*views, *(EngineView(release, "failed", why) for release, why in unstarted))
 
     def shown(self) -> tuple[api.Engine, ...]:
         """The engines as people see them."""
-        rows = {row.owner: row for row in self.rows()}
+        pids, now = {row.owner: row.pid for row in self.rows()}, time.monotonic()
+        views = {view.release: view for view in self.views()}
+        resting = (EngineView(release, "failed") for release, one in self.failures.items() if rests(one, now))
         return tuple(
             api.Engine(
-                release=release,
+                release=view.release,
                 kind=self.kind.name,
-                state=self._state(rows.get(release)),
-                pid=rows[release].pid if release in rows else None,
-                restarts=self.failures.get(release, 0),
+                state=view.life,
+                pid=pids.get(view.release) or None,
+                restarts=failure.count if failure else 0,
+                reason=view.reason or (failure.reason if failure else ""),
             )
-            for release in dict.fromkeys([*rows, *sorted(self.resting)])
+            for view in ({one.release: one for one in resting} | views).values()
+            for failure in [self.failures.get(view.release)]
         )
-
-    @property
-    def resting(self) -> frozenset[str]:
-        """Releases whose engine failed a moment ago and is not started again yet."""
-        now = time.monotonic()
-        return frozenset(release for release, until in self._rest_until.items() if until > now)
-
-    @property
-    def replaying(self) -> frozenset[str]:
-        return frozenset(self._replays)
-
-    @property
-    def stopping(self) -> frozenset[str]:
-        return frozenset(self._stops)
 
     def swappable(self, live: str | None) -> frozenset[str]:
         """Releases with an engine that could go on with the weights of the live release, which has none of its own."""
         owners = {row.owner for row in self.rows()}
         if not self.kind.reloads or live is None or live in owners | self._unswappable:
             return frozenset()
-        wanted = self._manifest(live)
-        return frozenset(
-            owner
-            for owner in owners
-            if same_but_for_weights(self._manifest(owner), wanted) and self.precision(owner) == self.precision(live)
-        )
+        return frozenset(owner for owner in owners if self.models.alike(owner, live))
 
     @property
     def sleeps(self) -> bool:
@@ -190,317 +175,288 @@ class EngineProcesses:
 
     def wakeable(self, releases: Iterable[str]) -> frozenset[str]:
         """Of `releases` those with whose weights the engine that sleeps could go on."""
-        sleeper = next(iter(self._sleep.asleep), None)
+        sleeper = next((row.owner for row in self.rows() if row.life == "sleeping"), None)
         if sleeper is None or not self.kind.reloads:
             return frozenset()
-        before = self._read_at_start(sleeper)
         return frozenset(
             release
             for release in releases
             if release not in self._unswappable
-            and same_but_for_weights(before, self._read_at_start(release))
-            and self.precision(sleeper) == self.precision(release)
-            and self._could_be_told(release)
+            and self.models.alike(sleeper, release)
+            and self.models.could_be_told(release)
         )
 
     def room(self, releases: Iterable[str]) -> bool:
         """Whether the memory lets an engine start for the largest of `releases`, as far as is known."""
-        needed = max((self.kind.memory(self.directory(release)) for release in releases), default=0)
+        needed = max(map(self.models.memory, releases), default=0)
         free = hardware.free_memory()
         return free is None or needed <= free
 
-    def precision(self, release: str) -> Precision:
-        """In which an engine serves the release: in that of its proof here, and a candidate as there is room for it.
-
-        One that was proven elsewhere is served as there is room for it too.
-        """
-        manifest = self._manifest(release)
-        if manifest and self._releases.get(release).state != "verified elsewhere":
-            proven: Precision = manifest.get("reference", {}).get("precision", "16-bit")
-            return proven
-        return self.kind.room(self.directory(release)).precision
-
     def held(self) -> int:
         """Bytes that engines hold and that a worker will have: they stop for it, or keep what they keep asleep."""
-        awake = {pid for row in self.rows() if row.owner not in self._sleep.asleep for pid in processes.members(row)}
+        awake = {pid for row in self.rows() if row.life != "sleeping" for pid in processes.members(row)}
         return max(0, hardware.held_by(awake) - self._sleep.kept)
-
-    def directory(self, release: str) -> Path:
-        """The model files of a release, or of a run's merged model that is to become one."""
-        directory = self._home.releases / release
-        return directory if directory.exists() else self._home.runs / release / "merge" / "model"
-
-    def _overdue(self, release: str, now: float) -> bool:
-        if release in self._answered:
-            return now - self._answered[release] > HUNG_SECONDS
-        return now - self._begun.get(release, now) > self.kind.ready_seconds
-
-    # Acting
-
-    def start(self, release: str) -> None:
-        """Start a process for the release. Raises ApplianceError where that cannot be done."""
-        # A name of its own, because the process may go on with another release's weights while this one starts again.
-        socket = self._home.engines / f"{secrets.token_hex(6)}.sock"
-        command = self.kind.command(
-            self.directory(release), release, socket, self._template(release), self.precision(release)
-        )
-        self._sleep.before_start()
-        self._begun[release] = time.monotonic()
-        row = processes.spawn(
-            "engine",
-            release,
-            "",
-            command.argv,
-            {**os.environ, **command.environment, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
-            self.log(release),
-            self._home.root,
-            command.address,
-        )
-        self._records.add(row)
-        self._fresh.add(command.address)
-
-    def start_failed(self, release: str) -> None:
-        """Count that no process could be started for it: it rests, as after a failure of its engine."""
-        self._forget(release)
-        self._count_failure(release)
-
-    def stop(self, release: str, failed: bool) -> None:
-        """Let its answers end, then its whole process group. `failed`: it rests before it is started again."""
-        if failed:
-            self._count_failure(release)
-        else:
-            self.failures.pop(release, None)
-        self._stops[release] = asyncio.create_task(self._stop(self.row(release)))
-
-    def stop_silent(self, release: str) -> None:
-        """Stop its engine, if it is there: it has not answered, which is a failure however long it has run."""
-        if release not in self._stops and any(row.owner == release and processes.alive(row) for row in self.rows()):
-            self._ready_since.pop(release, None)
-            self.stop(release, failed=True)
-
-    def start_afresh(self, release: str, reason: str) -> bool:
-        """Stop a process that has served other weights before, for one of the release's own; whether it was such a one.
-
-        What it gets wrong, the `reason`, may be of those weights, and says nothing of the release.
-        """
-        rows = [row for row in self.rows() if row.owner == release and row.address not in self._fresh]
-        if rows and release not in self._stops:
-            log.warning("%s is asked once more, in a process of its own: %s", release, reason)
-            self.stop(release, failed=False)
-        return bool(rows)
-
-    def sleep(self, release: str) -> None:
-        """Let its answers end, then its process give the memory back. Where that does not work it is abandoned."""
-        before = self.row(release)
-        # On record first: it says that it is healthy while it sleeps, and the next daemon would believe it.
-        row = replace(before, stage=ASLEEP)
-        self._records.replace(before, row)
-        self._forget(release)
-        self._sleep.begin(row)
-
-    def swap(self, old: str, new: str) -> None:
-        """Let the answers of `old` end, then load the weights of `new` into its process. One that sleeps wakes."""
-        before, slept = self.row(old), old in self._sleep.asleep
-        row = replace(before, owner=new, stage=SWAPPING)
-        self._records.replace(before, row)
-        self._forget(old)
-        self._fresh.discard(row.address)
-        self._begun[new] = time.monotonic()
-        self._swaps[new] = asyncio.create_task(self._swap(row, old, slept))
-
-    def load_adapter(self, release: str, run: str, files: Path, name: str, failed: Callable[[str], None]) -> None:
-        """Give the engine of `release` the adapter of `run` as model `name`. `failed` is told why that did not work."""
-        task = asyncio.create_task(self._load_adapter(self.row(release), run, files, name, failed))
-        self._loads[release] = task
-
-    def replay(self, release: str) -> None:
-        """Ask its engine for the reference answers in its manifest, and record what becomes of that."""
-        self._replays[release] = asyncio.create_task(self._replay(self.row(release)))
-
-    def give_up(self, release: str, reason: str) -> None:
-        """The release, which was to go live, does not come up: what was live before is so again."""
-        log.warning("%s does not go live: %s", release, reason)
-        self._releases.give_up(release, reason)
-        self.forgive(release)
-
-    def forgive(self, release: str) -> None:
-        """Let its failures count no longer."""
-        self.failures.pop(release, None)
-        self._rest_until.pop(release, None)
-
-    def cancel(self) -> None:
-        """End what is under way; the processes stay, and the database says what they are."""
-        for tasks in (self._stops, self._swaps, self._loads, self._replays):
-            for task in tasks.values():
-                task.cancel()
-        self._sleep.cancel()
 
     def log(self, release: str) -> Path:
         return self._home.engines / f"{release}.log"
 
-    async def _drained(self, address: str) -> None:
-        """Wait until its answers have ended, as long as they may take."""
-        await self._frontage.drained(address, self._drain_seconds)
+    # Acting
 
-    async def _stop(self, row: ProcessRow) -> None:
-        try:
-            if processes.alive(row) and row.owner in self._ready_since:
-                await self._drained(row.address)
-            await processes.stop_group(row, GRACE_SECONDS)
-            socket = Path(row.address.removeprefix("unix:"))
-            socket.unlink(missing_ok=True)
-            shutil.rmtree(socket.with_suffix(""), ignore_errors=True)
-            self._records.remove(row)
-        finally:
-            self._forget(row.owner)
-            self._stops.pop(row.owner, None)
-            self._changed()
+    def start(self, release: str) -> None:
+        """Start a process for the release. Where that cannot be done the release has an engine that has failed.
 
-    async def _swap(self, row: ProcessRow, old: str, slept: bool) -> None:
-        """What fails leaves the row marked as swapping: an engine of which nobody can say what it serves.
-
-        Where it `slept` that says nothing of the release, which is not given up.
+        Raises sqlite3.Error where the process could not be recorded; then none runs.
         """
-        new = row.owner
+        # A name of its own: the process may go on with another release's weights while this one starts again.
+        socket, models = self._home.engine_socket(), self.models
         try:
-            await (self._sleep.until_it_may_wake() if slept else self._drained(row.address))
-            if reason := await self._load(row, new):
-                self._unswappable.add(new)
-                fallback = self._releases.fallback() if self._releases.live() == new else None
-                if fallback == old and not slept:
-                    self.give_up(new, f"its weights could not be loaded in place: {reason}")
-                    back = replace(row, owner=old)
-                    self._records.replace(row, back)
-                    self._swaps[old] = self._swaps[new]
-                    await self._load(back, old)
-        except Exception:
-            log.exception("the engine of %s could not be swapped to %s", old, new)
-        finally:
-            self._swaps.pop(new, None)
-            self._swaps.pop(old, None)
-            self._changed()
-
-    async def _load(self, row: ProcessRow, release: str) -> str:
-        """Load the weights and see that they are those; why not, where it did not work."""
-        begun = time.monotonic()
-        try:
-            await self.kind.reload(row.address, self.directory(release), release, self._template(release).today)
-            answers = reference_answers(self._manifest(release), self._speaker_here(release))
-            if said := await first_difference(self.kind, row.address, release, answers):
-                return said
-        except (ApplianceError, ConnectionError) as error:
-            log.warning("the weights of %s were not loaded: %s", release, error)
-            return str(error)
-        with open(self.log(release), "a") as file:
-            file.write(f"its weights are served by process {row.pid}, whose log is that of the release it began with\n")
-        log.info("the weights of %s were loaded in %.1f s", release, time.monotonic() - begun)
-        self._records.replace(row, replace(row, stage=""))
-        self._ready_since[release] = self._answered[release] = time.monotonic()
-        return ""
-
-    async def _replay(self, row: ProcessRow) -> None:
-        """Ask for the reference answers. An engine that dies meanwhile is started again, and asked again."""
-        release = row.owner
-        try:
-            reference = self._manifest(release).get("reference", {})
-            made_on, here = speaker(reference), self._speaker_here(release)
-            if made_on == here and not reference.get("answers"):
-                self._releases.refuse(release, "its archive names no reference answers to be repeated")
-                return
-            if made_on != here:
-                what = f"are those of another engine ({made_on})" if made_on else "are not in its archive"
-                self._releases.note(release, f"its reference answers {what}, so none was repeated here")
-                return
-            count, wrong = await repeat(self.kind, row.address, release, reference["answers"])
-            log.info("%s: %s", release, count)
-            if wrong:
-                self._releases.refuse(release, wrong)
-            else:
-                self._releases.note(release, count)
-        except ConnectionError as error:
-            log.warning("the engine went away while %s repeated its reference answers: %s", release, error)
-            self._replay_tries[release] = self._replay_tries.get(release, 0) + 1
-            await asyncio.sleep(REPLAY_REST_SECONDS)
-            if self._replay_tries[release] >= MOST_REPLAY_TRIES and row in self.rows():
-                self.stop_silent(release)
+            directory, template = models.directory(release), models.template(release)
+            command = self.kind.command(directory, release, socket, template, models.precision(release))
+            self._sleep.before_start()
+            row = processes.new_row("engine", release, address=command.address)
+            self._seen[row.address] = _Seen(fresh=True)
+            environment = {**os.environ, **command.environment, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+            processes.start(self._records, row, command.argv, environment, self.log(release), self._home.root)
+        except sqlite3.Error:
+            self._seen.pop(f"unix:{socket}", None)
+            raise
         except Exception as error:
-            log.exception("the reference answers of %s cannot be asked for", release)
-            self._releases.refuse(release, f"its reference answers could not be asked for here: {reason(error)}")
-        finally:
-            self._replays.pop(release, None)
+            log.exception("no engine could be started for %s", release)
+            self._unstarted[release] = f"could not be started: {reason(error)}"
+
+    def stop(self, release: str, failure: Failure | None) -> None:
+        """Let its answers end, then its whole process group. `failure`: what is held against its release from now on.
+
+        Raises sqlite3.Error where that could not be recorded; then nothing was done.
+        """
+        row = next((row for row in self.rows() if row.owner == release), None)
+        seen = self._of(row) if row else None
+        if seen and seen.doing:
+            return
+        if row and seen:
+            drains = seen.ready_since is not None and processes.alive(row)
+            row = self._record(row, "draining")
+            self._do(seen, self._stop(row, seen, drains))
+        self._unstarted.pop(release, None)
+        if failure is None:
+            self.failures.pop(release, None)
+        else:
+            self.failures[release] = failure
+            self._tell_of(release, failure)
+
+    def sleep(self, release: str) -> None:
+        """Let its answers end, then its process give the memory back."""
+        # On record first: it says that it is healthy while it sleeps, and the next daemon would believe it.
+        row = self._record(self.row(release), "draining")
+        seen = self._seen[row.address] = _Seen()
+        self._do(seen, self._fall_asleep(row, seen))
+
+    def swap(self, old: str, new: str) -> None:
+        """Let the answers of `old` end, then load the weights of `new` into its process. One that sleeps wakes."""
+        before = self.row(old)
+        row = replace(before, owner=new, life="waking" if before.life == "sleeping" else "swapping")
+        self._records.replace(before, row)
+        seen = self._seen[row.address] = _Seen()
+        self._do(seen, self._exchange(row, seen, old))
+
+    def load_adapter(self, release: str, run: str, files: Path, name: str) -> None:
+        """Give the engine of `release` the adapter of `run` as model `name`."""
+        row = self.row(release)
+        seen = self._of(row)
+        seen.adapter = AdapterView(run, "loading")
+        self._ask(self._load_adapter(row, seen, files, name))
+
+    def forget_refusals(self) -> None:
+        """Let an adapter that an engine has refused be tried once more."""
+        for seen in self._seen.values():
+            if seen.adapter and seen.adapter.state == "refused":
+                seen.adapter = None
+
+    def replay(self, release: str) -> None:
+        """Ask its engine for the reference answers in its manifest."""
+        row = self.row(release)
+        seen = self._of(row)
+        seen.replay = ReplayView("asking", (seen.replay.tries if seen.replay else 0) + 1)
+        self._ask(self._replay(row, seen))
+
+    def conclude_replay(self, release: str) -> None:
+        """Record what the release has repeated, and what becomes of it."""
+        passed, said = self._of(self.row(release)).repeated
+        (self._releases.note if passed else self._releases.refuse)(release, said)
+
+    def forgive(self, release: str) -> None:
+        """Let its failures count no longer."""
+        self.failures.pop(release, None)
+
+    def cancel(self) -> None:
+        """End what is under way; the processes stay, and the database says what they are."""
+        for task in (*self._asking, *(seen.doing for seen in self._seen.values() if seen.doing)):
+            task.cancel()
+
+    # What is under way
+
+    def _do(self, seen: _Seen, effect: Coroutine[Any, Any, None]) -> None:
+        """One thing at a time is done with an engine. One with which it did not work has failed."""
+
+        async def see_it_through() -> None:
+            try:
+                await effect
+            except Exception as error:
+                known = isinstance(error, ApplianceError | ConnectionError | TimeoutError | sqlite3.Error)
+                log.warning("an engine: %s", reason(error), exc_info=None if known else error)
+                seen.fault = seen.fault or reason(error)
+                await asyncio.sleep(RETRY_SECONDS)
+            finally:
+                seen.doing = None
+                self._changed()
+
+        seen.doing = asyncio.create_task(see_it_through())
+
+    def _ask(self, effect: Awaitable[None]) -> None:
+        """Beside all else that is done with an engine."""
+
+        async def ask() -> None:
+            await effect
             self._changed()
 
-    async def _load_adapter(
-        self, row: ProcessRow, run: str, files: Path, name: str, failed: Callable[[str], None]
-    ) -> None:
+        task = asyncio.create_task(ask())
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _drained(self, row: ProcessRow) -> None:
+        """Wait until its answers have ended, as long as they may take."""
+        await self._frontage.drained(row.address, self._drain_seconds)
+
+    async def _stop(self, row: ProcessRow, seen: _Seen, drains: bool) -> None:
+        if drains:
+            await self._drained(row)
+        seen.fault = ""
+        if left := await processes.stop_group(row, GRACE_SECONDS):
+            raise TimeoutError(f"its processes {left} do not end, though they were killed")
+        socket = Path(row.address.removeprefix("unix:"))
+        socket.unlink(missing_ok=True)
+        shutil.rmtree(socket.with_suffix(""), ignore_errors=True)
+        self._records.remove(row)
+        self._seen.pop(row.address, None)
+
+    async def _fall_asleep(self, row: ProcessRow, seen: _Seen) -> None:
+        await self._drained(row)
+        try:
+            await self._sleep.fall_asleep(row)
+        except TimeoutError:
+            raise TimeoutError("it has not fallen asleep in time") from None
+        self._record(row, "sleeping")
+        seen.asleep = True
+
+    async def _exchange(self, row: ProcessRow, seen: _Seen, old: str) -> None:
+        """Where it does not work, nobody can say what the engine serves."""
+        await (self._sleep.until_it_may_wake() if row.life == "waking" else self._drained(row))
+        if wrong := await load_weights(self.kind, self.models, row):
+            self._unswappable.add(row.owner)
+            seen.fault, seen.before = wrong, old
+            return
+        with open(self.log(row.owner), "a") as file:
+            file.write(f"its weights are served by process {row.pid}, whose log is that of the release it began with\n")
+        self._record(row, "ready")
+        seen.ready_since = seen.answered = time.monotonic()
+
+    async def _load_adapter(self, row: ProcessRow, seen: _Seen, files: Path, name: str) -> None:
         """An engine that dies meanwhile is started again, and asked again."""
+        assert seen.adapter is not None
         begun = time.monotonic()
         try:
             await self.kind.load_adapter(row.address, files, name)
-            if row in self.rows():
-                self._adapters[row.owner] = run
-                log.info("the adapter of %s was loaded in %.1f s", run, time.monotonic() - begun)
-        except ConnectionError as error:
-            log.warning("the adapter of %s was not loaded: %s", run, error)
-            if processes.alive(row):
-                failed(str(error))
+            log.info("the adapter of %s was loaded in %.1f s", seen.adapter.run, time.monotonic() - begun)
+            seen.adapter = replace(seen.adapter, state="loaded")
         except Exception as error:
-            log.exception("the adapter of %s was not loaded", run)
-            failed(reason(error))
-        finally:
-            self._loads.pop(row.owner, None)
-            self._changed()
+            log.warning("the adapter of %s was not loaded: %s", seen.adapter.run, reason(error))
+            if not isinstance(error, ConnectionError) or processes.alive(row):
+                why = str(error) if isinstance(error, ConnectionError) else reason(error)
+                seen.adapter = replace(seen.adapter, state="refused", reason=why)
 
-    def _speaker_here(self, release: str) -> str:
-        """Which kind of engine says the answers of a release here."""
-        return speaker({"engine": self.kind.name, "precision": self.precision(release)})
-
-    def _manifest(self, release: str) -> dict[str, Any]:
-        """Empty where the release is not recorded yet, or its manifest cannot be read."""
+    async def _replay(self, row: ProcessRow, seen: _Seen) -> None:
+        assert seen.replay is not None
         try:
-            return read_manifest(self._home, release)
-        except ApplianceError:
-            return {}
+            seen.repeated = await replay(self.kind, self.models, row)
+            seen.replay = replace(seen.replay, state="answered")
+        except ConnectionError as error:
+            log.warning("the engine went away while %s repeated its reference answers: %s", row.owner, error)
+            seen.replay = replace(seen.replay, state="unanswered", at=time.monotonic())
 
-    def _could_be_told(self, release: str) -> bool:
-        """Whether weights that are not its own would be found out: by what it has said, or as it will be probed."""
-        manifest = self._manifest(release)
-        return not manifest or bool(reference_answers(manifest, self._speaker_here(release)))
+    # What an engine is
 
-    def _read_at_start(self, release: str) -> dict[str, Any]:
-        """Its manifest, or as much of that as there is of a run's merged model."""
-        return self._manifest(release) or manifest_to_be(self._home.runs / release)
+    def _of(self, row: ProcessRow) -> _Seen:
+        """What is known of the process. One that another daemon has seen ready is not given the time of a start."""
+        answered = time.monotonic() if row.life == "ready" else None
+        return self._seen.setdefault(row.address, _Seen(answered=answered))
 
-    def _abandoned(self, row: ProcessRow) -> bool:
-        """Whether it swaps or sleeps, as its row says, and this daemon is not at it."""
-        if row.stage == ASLEEP:
-            return row.owner not in self._sleep.falling_asleep | self._sleep.asleep
-        return row.stage == SWAPPING and row.owner not in self._swaps
+    def _view(self, row: ProcessRow, now: float) -> EngineView:
+        seen = self._of(row)
+        life: EngineState = row.life or "starting"
+        if life in ("starting", "ready"):
+            life = "ready" if seen.ready_since else "starting"
+        if not row.pid and row.owner not in self._unstarted:
+            life = "draining"  # it was ended at once, because it could not be recorded
+        fault = "" if seen.doing else self._fault(row, seen, now)
+        return EngineView(
+            row.owner,
+            "failed" if fault else life,
+            fault,
+            was=life,
+            before=seen.before,
+            fresh=seen.fresh,
+            served=now - seen.ready_since if seen.ready_since else 0.0,
+            adapter=seen.adapter,
+            replay=seen.replay,
+        )
 
-    def _state(self, row: ProcessRow | None) -> api.EngineState:
-        if row is None:
-            return "backoff"
-        if row.stage == ASLEEP:
-            return "asleep"
-        return "ready" if row.owner in self._ready_since else "starting"
+    def _fault(self, row: ProcessRow, seen: _Seen, now: float) -> str:
+        """Why the engine has failed, as the rest of a sentence; empty: it has not."""
+        if not row.pid:
+            return self._unstarted.get(row.owner, "could not be recorded as it was started")
+        if not processes.alive(row):
+            seen.fault = seen.fault or self._death(row)
+        if seen.fault:
+            return seen.fault
+        match row.life:
+            case "draining" | "swapping" | "waking":
+                return f"was left {row.life} by a daemon that ended"
+            case "sleeping":
+                return "" if seen.asleep else "fell asleep under another daemon, and nobody knows how well"
+        if seen.answered is not None:
+            return f"has not answered for {HUNG_SECONDS:.0f} s" if now - seen.answered > HUNG_SECONDS else ""
+        late = now - seen.begun > self.kind.ready_seconds
+        return f"was not ready after {self.kind.ready_seconds:.0f} s" if late else ""
 
-    def _template(self, release: str) -> TemplateSettings:
-        """What the chat template of a release is told, or of a run's merged model that is to become one."""
-        if manifest := self._manifest(release):
-            return template_of(manifest)
-        recipe = self._home.runs / release / "recipe.toml"
-        return parse_recipe(recipe.read_text()).template if recipe.exists() else TemplateSettings(today=date.today())
+    def _death(self, row: ProcessRow) -> str:
+        kills, before = processes.kernel_kills(), self._kernel_kills
+        self._kernel_kills = kills
+        death = explain_death(processes.exit_status(row), kills > before)
+        words = last_lines(self.log(row.owner))
+        return f"{death.cause}; its log ends with: {words[-1]}" if words else death.cause
 
-    def _forget(self, release: str) -> None:
-        for memory in (self._begun, self._ready_since, self._answered, self._adapters, self._replay_tries):
-            memory.pop(release, None)
-        self._sleep.asleep.discard(release)
-
-    def _count_failure(self, release: str) -> None:
-        """Engines that keep failing are started ever more rarely; one that had served for long starts afresh."""
-        log.warning("the engine of %s failed; see %s", release, self.log(release))
+    def _tell_of(self, release: str, failure: Failure) -> None:
+        log.warning("the engine of %s %s; see %s", release, failure.reason, self.log(release))
         self._sleep.doubt()
-        served = time.monotonic() - self._ready_since.get(release, time.monotonic())
-        failures = 1 if served > LONGEST_REST_SECONDS else self.failures.get(release, 0) + 1
-        self.failures[release] = failures
-        self._rest_until[release] = time.monotonic() + min(2.0 ** (failures - 1), LONGEST_REST_SECONDS)
+        run = self._home.runs / release
+        if not run.exists():
+            return
+        try:
+            message, words = f"the engine of {release} {failure.reason}", last_lines(self.log(release))
+            EventLog(run / "events.jsonl").append("warning", "probe", code="engine_failed", message=message, log=words)
+        except (OSError, ValueError) as error:
+            log.warning("that could not be written to the events of %s: %s", release, error)
+
+    def _record(self, row: ProcessRow, life: EngineState) -> ProcessRow:
+        """The process at another place in its life. Raises sqlite3.Error where that could not be recorded."""
+        now = replace(row, life=life)
+        if now != row:
+            self._records.add(now)
+        return now
+
+    def _put(self, row: ProcessRow, life: EngineState) -> None:
+        """The same where nothing hangs on the record."""
+        try:
+            self._record(row, life)
+        except sqlite3.Error as error:
+            log.warning("that the engine of %s is %s could not be recorded: %s", row.owner, life, error)

@@ -134,7 +134,7 @@ class EngineKind(Protocol):
         ...
 
     async def ready(self, address: str) -> bool:
-        """Whether the engine has loaded and answers. Raises OSError where this process cannot ask it."""
+        """Whether the engine has loaded and answers. Raises OSError where this process lacks what it takes to ask."""
         ...
 
     async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:

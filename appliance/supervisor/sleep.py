@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
 
 from appliance import hardware
-from appliance.errors import ApplianceError
 from appliance.store.processes import ProcessRow
 from appliance.supervisor import processes
 from appliance.supervisor.engines import EngineKind
@@ -28,33 +26,20 @@ _SPARED_SHARE = 64
 
 
 class Sleep:
-    """Which engines sleep or fall asleep, by release, as this daemon knows it. `changed` is called when one has ended.
+    """Whether engines can sleep here, and how one falls asleep and may wake."""
 
-    `drained` waits until no answer comes from an address any more.
-    """
-
-    def __init__(
-        self, kind: EngineKind, drained: Callable[[str], Awaitable[None]], changed: Callable[[], None]
-    ) -> None:
-        self.asleep: set[str] = set()
+    def __init__(self, kind: EngineKind) -> None:
         self.kept = 0
         """Bytes that the engine which fell asleep last keeps."""
         self.started = False
         """Whether an engine that can sleep has been seen ready."""
         self._kind = kind
-        self._drained = drained
-        self._changed = changed
-        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._most_free = 0
 
     @property
     def possible(self) -> bool:
         """Whether an engine can sleep, and what it keeps can be seen: it was this daemon that started one."""
         return self._kind.sleeps and self._most_free > 0
-
-    @property
-    def falling_asleep(self) -> frozenset[str]:
-        return frozenset(self._tasks)
 
     def before_start(self) -> None:
         """Look how much memory there is without an engine, as one is about to be started."""
@@ -67,9 +52,16 @@ class Sleep:
             self._kind.sleeps = False
             log.warning("no engine has started that could sleep: from now on they are stopped instead")
 
-    def begin(self, row: ProcessRow) -> None:
-        """Let the answers of this engine end, then it fall asleep. Where that fails it is neither in the end."""
-        self._tasks[row.owner] = asyncio.create_task(self._fall_asleep(row))
+    async def fall_asleep(self, row: ProcessRow) -> None:
+        """Let an engine that answers nobody fall asleep, and see that it has.
+
+        Raises TimeoutError where that takes too long, ConnectionError where it fails, and ApplianceError where the
+        engine refuses.
+        """
+        async with asyncio.timeout(SLEEP_SECONDS):
+            await self._kind.sleep(row.address)
+        self.kept = await self._seen_to_keep(row)
+        log.info("the engine of %s sleeps, and keeps %d MiB", row.owner, self.kept >> 20)
 
     async def until_it_may_wake(self) -> None:
         """Wait until what a worker had is free again, as long as the driver may take; with less an engine fails."""
@@ -78,29 +70,6 @@ class Sleep:
             async with asyncio.timeout(FREE_SECONDS):
                 while self._missing() > self.kept + spared:
                     await asyncio.sleep(LOOK_SECONDS)
-
-    def cancel(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-
-    async def _fall_asleep(self, row: ProcessRow) -> None:
-        release = row.owner
-        try:
-            await self._drained(row.address)
-            async with asyncio.timeout(SLEEP_SECONDS):
-                await self._kind.sleep(row.address)
-            self.kept = await self._seen_to_keep(row)
-            self.asleep.add(release)
-            log.info("the engine of %s sleeps, and keeps %d MiB", release, self.kept >> 20)
-        except TimeoutError:
-            log.warning("the engine of %s has not fallen asleep in time", release)
-        except (ApplianceError, ConnectionError) as error:
-            log.warning("the engine of %s does not sleep: %s", release, error)
-        except Exception:
-            log.exception("the engine of %s does not sleep", release)
-        finally:
-            self._tasks.pop(release, None)
-            self._changed()
 
     async def _seen_to_keep(self, row: ProcessRow) -> int:
         """Bytes that it keeps, as soon as they are few enough: what is missing, or what the driver says of it.

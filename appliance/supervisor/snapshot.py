@@ -1,18 +1,32 @@
-"""What decisions rest on: the runs, the processes and the routes at one moment."""
+"""What decisions rest on: the runs, the processes and the routes at one moment, and what became of each effect."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from appliance.canary import Verdict
+from appliance.api import EngineState, StopWish
+from appliance.canary import Comparison, Limits, Verdict, judge
 
-Outcome = Literal["none", "done", "failed"]
+Outcome = Literal["none", "done", "failed", "damaged", "unknown"]
+
+
+@dataclass(frozen=True)
+class ProbeView:
+    """What became of asking a candidate's engine the probes. `wrong`: what speaks against the release in its answers,
+    or against the engine where it has not answered, or has refused to."""
+
+    state: Literal["asking", "answered", "refused", "unanswered"]
+    wrong: str = ""
 
 
 @dataclass(frozen=True)
 class RunView:
-    """An active run. `outcome` is what the files of its present stage say."""
+    """An active run. `outcome` is what the files of its present stage say.
+
+    Damaged: they cannot be understood, as `fault` says. Unknown: they could not be looked at.
+    """
 
     id: str
     state: Literal["queued", "running", "stopping"]
@@ -23,6 +37,12 @@ class RunView:
     """Verify has refused it: no engine is needed to say so."""
     short_of_memory: bool = False
     """That is why its stage has failed."""
+    fault: str = ""
+    wish: StopWish | Literal[""] = ""
+    """What a person has asked for, and is not done yet."""
+    ending: bool = False
+    """Its training stage has been told to end and to keep what it has learnt."""
+    probe: ProbeView | None = None
 
     @property
     def needs_engine(self) -> bool:
@@ -33,46 +53,80 @@ class RunView:
 class WorkerView:
     """A worker process on record: the run it works for, and whether it was asked to end.
 
-    `overdue`: it has had its time to do so. `silent`: it has said nothing for so long that it may hang.
+    `begun`: it was started; else nothing but its record was made. `overdue`: it has had its time to end. `killed`: it
+    was killed a moment ago. `silent`: it has said nothing for so long that it may hang.
     """
 
     run: str
     alive: bool
     told_to_stop: bool = False
     overdue: bool = False
+    killed: bool = False
     silent: bool = False
+    begun: bool = True
+
+
+@dataclass(frozen=True)
+class AdapterView:
+    """The adapter of `run` on an engine: it is being loaded, it answers, or `reason` says why it cannot."""
+
+    run: str
+    state: Literal["loading", "loaded", "refused"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ReplayView:
+    """What became of asking an engine for its release's reference answers: so many `tries`, the last one at `at`."""
+
+    state: Literal["asking", "answered", "unanswered"]
+    tries: int = 1
+    at: float = -math.inf
 
 
 @dataclass(frozen=True)
 class EngineView:
-    """An engine process on record. `overdue`: it has had its time to become ready, or has stopped answering.
+    """An engine on record.
 
-    `swapping`: this release's weights take the place of another's. `abandoned`: so it was, and nobody is at it any
-    more, so that it may serve whatever, or it sleeps and nobody knows how well. `falling_asleep`: it is giving the
-    memory of the GPU back; `asleep`: it has, and nothing is sent to it. `adapter`: the run whose adapter it can answer
-    with; `loading`: it is being given one.
+    One that has failed was something else before, `was`, and `reason` says why. Where other weights did not load,
+    `before` is the release whose weights they were to take the place of. `fresh`: it has served no weights but those
+    with which it was started. `served`: for so many seconds it has answered.
     """
 
     release: str
-    alive: bool
-    ready: bool = False
-    overdue: bool = False
-    swapping: bool = False
-    abandoned: bool = False
-    falling_asleep: bool = False
-    asleep: bool = False
-    adapter: str | None = None
-    loading: bool = False
+    life: EngineState
+    reason: str = ""
+    was: EngineState = "starting"
+    before: str = ""
+    fresh: bool = True
+    served: float = 0.0
+    adapter: AdapterView | None = None
+    replay: ReplayView | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """So often in a row a release's engine has failed, the last time at `at`, for that reason."""
+
+    count: int
+    at: float = -math.inf
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class CanaryView:
-    """The canary under way: the live release that it is compared with, and what its figures say."""
+    """The canary under way, the live release that it is compared with, and the figures of both."""
 
     release: str
     live: str
     share: float
-    verdict: Verdict
+    comparison: Comparison
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What these figures say."""
+        return judge(self.comparison.live_tally, self.comparison.candidate_tally, self.limits)
 
 
 @dataclass(frozen=True)
@@ -85,12 +139,19 @@ class UnmergedView:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that decisions rest on. `runs` are the active ones, oldest first."""
+    """All that decisions rest on. `runs` are the active ones, oldest first. Times are seconds of one clock."""
 
+    now: float = 0.0
+    unwritten: float = -math.inf
+    """When the database last did not take what was to be written."""
     runs: tuple[RunView, ...] = ()
     workers: tuple[WorkerView, ...] = ()
     engines: tuple[EngineView, ...] = ()
+    failures: dict[str, Failure] = field(default_factory=dict)
+    """By release."""
     live: str | None = None
+    answered: bool = True
+    """The live release has answered since it went live, and that is on record."""
     fallback: str | None = None
     """What was live before, as long as the live release has never answered."""
     successor: str | None = None
@@ -101,8 +162,6 @@ class Snapshot:
     """Releases whose files are being read."""
     unproven: frozenset[str] = frozenset()
     """Releases from elsewhere that have not yet repeated their reference answers here."""
-    replaying: frozenset[str] = frozenset()
-    """Releases whose engine is being asked for them."""
     unfit: dict[str, str] = field(default_factory=dict)
     """Releases that may not be served, and why."""
     swappable: frozenset[str] = frozenset()
@@ -123,36 +182,33 @@ class Snapshot:
     holding: bool = False
     """New requests are told to wait for an engine."""
     exclusive: bool = False
-    probing: frozenset[str] = frozenset()
-    """Runs whose probe is under way."""
-    stopping_engines: frozenset[str] = frozenset()
-    """Releases whose engine is being stopped."""
-    failures: dict[str, int] = field(default_factory=dict)
-    """Engine failures in a row, by release."""
-    resting: frozenset[str] = frozenset()
-    """Releases whose engine failed a moment ago and is not started again yet."""
 
     @property
     def head(self) -> RunView | None:
-        """The run whose turn it is: one that has begun, else the oldest in the queue."""
-        return min(self.runs, key=lambda run: run.state == "queued", default=None)
+        """The run whose turn it is: one that has begun, else the oldest in the queue. One that stops has no turn."""
+        going = (run for run in self.runs if run.state != "stopping")
+        return min(going, key=lambda run: run.state == "queued", default=None)
+
+    @property
+    def training(self) -> bool:
+        """Whether a worker has the machine."""
+        return any(worker.alive for worker in self.workers)
 
     @property
     def awake(self) -> tuple[EngineView, ...]:
         """Engines that hold memory for weights, as far as is known."""
-        return tuple(engine for engine in self.engines if not engine.asleep)
+        return tuple(engine for engine in self.engines if engine.life != "sleeping")
 
     @property
     def sleeper(self) -> EngineView | None:
         """The engine that sleeps and can be woken."""
-        sleepers = (engine for engine in self.engines if engine.asleep and engine.alive)
-        return next((engine for engine in sleepers if engine.release not in self.stopping_engines), None)
+        return next((engine for engine in self.engines if engine.life == "sleeping"), None)
 
     @property
     def ready(self) -> frozenset[str]:
         """Releases whose engine answers."""
-        return frozenset(
-            engine.release
-            for engine in self.engines
-            if engine.alive and engine.ready and engine.release not in self.stopping_engines
-        )
+        return frozenset(engine.release for engine in self.engines if engine.life == "ready")
+
+    def engine(self, release: str | None) -> EngineView | None:
+        """That of `release`."""
+        return next((engine for engine in self.engines if engine.release == release), None)

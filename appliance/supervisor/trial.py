@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from appliance import api
-from appliance.canary import Comparison, Limits, judge
+from appliance.canary import Comparison, Limits
 from appliance.errors import Conflict
 from appliance.store.canaries import Canaries
 from appliance.store.releases import Releases
@@ -79,9 +79,7 @@ class Trial:
         canary = self._canaries.current()
         if canary is None:
             return None
-        comparison = self._compare(canary)
-        verdict = judge(comparison.live_tally, comparison.candidate_tally, self._limits)
-        return CanaryView(canary.release, canary.live, canary.share, verdict)
+        return CanaryView(canary.release, canary.live, canary.share, self._compare(canary), self._limits)
 
     def route(self, release: str | None, share: float, address: str) -> None:
         """Tell the gateway whose engine answers the canary's share; None: the live release's."""

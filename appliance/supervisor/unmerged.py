@@ -47,6 +47,10 @@ class Unmerged:
             )
         return live
 
+    def under_way(self, run: str, live: str) -> bool:
+        """Whether this very one is to answer already, so that its files are there and may be read just now."""
+        return self.view() == UnmergedView(run, live)
+
     def write(self, run: str, live: str, recipe: Recipe, largest_rank: int) -> None:
         """Write the files that an engine with the weights of `live` loads.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 import time
-from pathlib import Path
 
 from appliance import api
-from appliance.errors import Conflict
 from appliance.home import Home
 from appliance.store.processes import Processes, ProcessRow
 from appliance.store.runs import Runs
@@ -17,10 +17,13 @@ from appliance.supervisor.snapshot import WorkerView
 from appliance.supervisor.watch import LEAST_SILENCE_SECONDS, explain_death, last_lines, longest_silence
 from appliance.train.events import EventLog
 from appliance.train.interruption import ENDING
-from appliance.train.recipe import AFTER_TRAINING
+
+log = logging.getLogger(__name__)
 
 STOP_SECONDS = 300.0
 """How long a worker may take to obey: a forward and backward pass, and a checkpoint."""
+KILL_AGAIN_SECONDS = 60.0
+"""A killed worker that is not gone after so long is killed once more, and told of."""
 
 
 class Workers:
@@ -32,6 +35,7 @@ class Workers:
         self._processes = processes_kept
         self._command = command
         self._told_to_stop: dict[str, float] = {}
+        self._killed: dict[str, float] = {}
         self._silences: dict[str, tuple[float, float]] = {}
         self._kernel_kills = processes.kernel_kills()
 
@@ -44,7 +48,9 @@ class Workers:
                 processes.alive(row),
                 told_to_stop=row.owner in self._told_to_stop,
                 overdue=now - self._told_to_stop.get(row.owner, now) > STOP_SECONDS,
+                killed=now - self._killed.get(row.owner, -math.inf) < KILL_AGAIN_SECONDS,
                 silent=self._silent(row.owner),
+                begun=row.pid > 0,
             )
             for row in self._processes.all()
             if row.kind == "worker"
@@ -56,8 +62,19 @@ class Workers:
         processes.terminate(self._row(run))
 
     def kill(self, run: str) -> None:
-        """End it at once."""
-        processes.kill(self._row(run))
+        """End it at once. Where it does not go, which a driver may be the cause of, that is told."""
+        row = self._row(run)
+        if run in self._killed:
+            log.error("the %s process of %s (pid %d) does not end, though it was killed", row.stage, run, row.pid)
+            self._events(run).append(
+                "warning",
+                row.stage,
+                code="unkillable",
+                message=f"the {row.stage} process (pid {row.pid}) does not end, though it was killed",
+                next="a driver holds it: see the kernel's log (`dmesg`); where it stays so, restart the machine",
+            )
+        self._killed[run] = time.monotonic()
+        processes.kill(row)
 
     def start(self, run: api.Run, live: str | None) -> None:
         """Start the process of the run's present stage; `live` is the release that quality is compared with, if any."""
@@ -73,14 +90,15 @@ class Workers:
         argv = [*self._command, str(directory), run.stage]
         self._runs.mark_running(run.id)
         self._told_to_stop.pop(run.id, None)
-        row = processes.spawn("worker", run.id, run.stage, argv, environment, directory / "log.txt", self._home.root)
-        self._processes.add(row)
+        row = processes.new_row("worker", run.id, run.stage)
+        processes.start(self._processes, row, argv, environment, directory / "log.txt", self._home.root)
 
     def forget(self, run: str, lost: bool) -> None:
         """Take a dead worker off the record; of a lost one, say how it died."""
         row = self._row(run)
         self._processes.remove(row)
         self._told_to_stop.pop(run, None)
+        self._killed.pop(run, None)
         kills, before = processes.kernel_kills(), self._kernel_kills
         self._kernel_kills = kills
         death = explain_death(processes.exit_status(row), kills > before)
@@ -121,46 +139,38 @@ class Workers:
         )
 
     def discard(self, run: str) -> None:
-        """Take away all that a run's stages have made. Safe to repeat after a kill: the mark goes last."""
+        """Take away all that a run's stages have made. Safe to repeat after a kill."""
         directory = self._home.runs / run
         found = self._runs.get(run)
         for stage in found.stages:
             shutil.rmtree(directory / stage, ignore_errors=True)
         self._runs.advance(run, found.stages[0])
         self._events(run).append("warning", found.stage, code="discarded", message="stopped, and its work discarded")
-        self._mark(run).unlink(missing_ok=True)
 
-    def mark_to_end(self, run: api.Run) -> None:
-        """Let the training stage end at its next step and the run go on with what it has learnt. Raises Conflict."""
-        if run.state != "running" or run.stage in AFTER_TRAINING:
-            raise Conflict(
-                "not_training", f"run {run.id} does not train now", f"see `appliance runs {run.id}`; resume it first"
-            )
-        mark = self._home.runs / run.id / run.stage / ENDING
-        mark.parent.mkdir(exist_ok=True)  # in its first second a stage has not made it yet
-        mark.touch()
+    def end_stage(self, run: api.Run) -> None:
+        """Let the training stage end at its next step, as soon as it has a directory to be told so in."""
+        directory = self._home.runs / run.id / run.stage
+        if directory.exists():
+            (directory / ENDING).touch()
 
-    def mark_to_discard(self, run: str) -> None:
-        """Let the run's work be taken away as soon as it has stopped, also by a later daemon."""
-        self._mark(run).touch()
-
-    def is_to_discard(self, run: str) -> bool:
-        return self._mark(run).exists()
+    def is_ending(self, run: api.Run) -> bool:
+        """Whether its present stage was told to end."""
+        return (self._home.runs / run.id / run.stage / ENDING).exists()
 
     def _silent(self, run: str) -> bool:
-        """Whether its last event is longer ago than is usual for it. What is usual is worked out once an event."""
+        """Whether its last event is longer ago than is usual for it. What is usual is worked out once an event.
+
+        Where its events cannot be read, nobody knows.
+        """
         try:
             said = self._events(run).path.stat().st_mtime
-        except FileNotFoundError:
+            if time.time() - said < LEAST_SILENCE_SECONDS:
+                return False
+            if self._silences.get(run, (0.0, 0.0))[0] != said:
+                self._silences[run] = (said, longest_silence(self._events(run).read())[0])
+        except (OSError, ValueError, KeyError, TypeError):
             return False
-        if time.time() - said < LEAST_SILENCE_SECONDS:
-            return False
-        if self._silences.get(run, (0.0, 0.0))[0] != said:
-            self._silences[run] = (said, longest_silence(self._events(run).read())[0])
         return time.time() - said > self._silences[run][1]
-
-    def _mark(self, run: str) -> Path:
-        return self._home.runs / run / "discard"
 
     def _events(self, run: str) -> EventLog:
         return EventLog(self._home.runs / run / "events.jsonl")

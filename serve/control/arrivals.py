@@ -22,8 +22,10 @@ from appliance.release.given import GivenRequest
 from appliance.release.manifest import read_foreign
 from appliance.store.datasets import Datasets
 from appliance.store.releases import Proof
+from appliance.supervisor.clearing import clear_up
+from appliance.supervisor.queueing import queueing
 from appliance.supervisor.supervisor import Supervisor
-from appliance.train.recipe import Given, Recipe, dump_recipe
+from appliance.train.recipe import Given, Recipe
 from serve.control.children import run_module
 from serve.control.releases import CHECK_SECONDS
 from serve.control.submission import warn_of_fp8
@@ -94,19 +96,17 @@ def arrivals_router(home: Home, supervisor: Supervisor, datasets: Datasets) -> A
             )
             given = Given(sha256=sha256(folder / "adapter" / WEIGHTS), quantised=quantised, dataset=judged_on)
             recipe = Recipe(name=checked_name(name), base=base, given=given)
-            id = runs.new_id(recipe)
-            with building(home.runs / id) as directory:
+            with queueing(home, runs, recipe) as (id, directory):
                 (folder / "adapter").rename(directory / "adapter")
-                write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
                 warn_of_fp8(directory, recipe, room)
-        run = runs.add(id, recipe)
         supervisor.poke()
-        return run
+        return runs.get(id)
 
     @routes.post("/v1/gc")
     async def gc(keep: Annotated[int, Query(ge=0)] = 5, dry_run: bool = False) -> api.Garbage:
         async with arriving:
             serving = {engine.release for engine in supervisor.engines.shown()}
+            clear_up(home, runs, releases)
             garbage = find_garbage(home, releases, runs, datasets, serving, keep)
             if not dry_run:
                 forget_garbage(garbage, releases)

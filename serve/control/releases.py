@@ -15,6 +15,7 @@ from appliance.home import Home, require_space, sha256
 from appliance.models import model_path
 from appliance.release.manifest import accept_quality, read_manifest
 from appliance.release.recheck import plan_recheck, write_recheck
+from appliance.supervisor.queueing import queueing
 from appliance.supervisor.supervisor import Supervisor
 
 _LONGEST_ABOUT = 1 << 20
@@ -94,10 +95,9 @@ def releases_router(home: Home, supervisor: Supervisor) -> APIRouter:
         recipe = await asyncio.to_thread(plan_recheck, home, id)
         weights = sum(file.stat().st_size for file in model_path(home, recipe.base).glob("*.safetensors"))
         require_space(home.root, weights, "a merge to compare with")
-        run = runs.new_id(recipe)
-        await asyncio.to_thread(write_recheck, home, run, recipe, id)
-        queued = runs.add(run, recipe)
+        with queueing(home, runs, recipe) as (run, directory):
+            await asyncio.to_thread(write_recheck, home, directory, recipe, id)
         supervisor.poke()
-        return queued
+        return runs.get(run)
 
     return routes

@@ -17,7 +17,6 @@ from pydantic import BaseModel
 
 from appliance import api
 from appliance.api import ACTIVE
-from appliance.errors import Conflict
 from appliance.home import Home
 from appliance.store.runs import Runs
 from appliance.supervisor.supervisor import Supervisor
@@ -60,32 +59,12 @@ def runs_router(home: Home, supervisor: Supervisor, submission: Submission) -> A
         return runs.get(id)
 
     @routes.post("/v1/runs/{id}/stop")
-    async def stop(id: str, how: api.Stop = "pause") -> api.Run:
-        found, discard = runs.get(id), how == "discard"
-        if how == "keep":
-            supervisor.workers.mark_to_end(found)
-        elif found.state in ACTIVE:
-            if discard:
-                supervisor.workers.mark_to_discard(id)
-            runs.mark_stopping(id)
-            supervisor.poke()
-        elif discard and found.state == "finished":
-            raise Conflict("run_finished", f"run {id} has finished", "leave what it made as it is")
-        elif discard:
-            supervisor.workers.discard(id)
-        return runs.get(id)
+    async def stop(id: str, how: api.StopWish = "pause") -> api.Run:
+        return supervisor.stop(id, how)
 
     @routes.post("/v1/runs/{id}/resume")
     async def resume(id: str) -> api.Run:
-        found = runs.get(id)
-        if found.state in ACTIVE:
-            return found
-        if found.state == "finished":
-            raise Conflict("run_finished", f"run {id} has finished", "start a new one: `appliance train RECIPE`")
-        (home.runs / id / found.stage / "failure.json").unlink(missing_ok=True)
-        runs.queue_again(id)
-        supervisor.poke()
-        return runs.get(id)
+        return supervisor.resume(id)
 
     @routes.post("/v1/runs/{id}/promote-adapter")
     async def promote_adapter(id: str) -> api.Unmerged:

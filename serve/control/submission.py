@@ -12,11 +12,12 @@ from appliance import api
 from appliance.data.dataset import Dataset
 from appliance.data.tokenizer import thinking_switches
 from appliance.errors import InvalidInput
-from appliance.home import Home, building, require_space, write_atomic
+from appliance.home import Home, require_space
 from appliance.models import count_parameters, model_path, require_trainable, template_and_end
 from appliance.release.lineage import copy_start, going_on
 from appliance.store.datasets import Datasets
 from appliance.supervisor.engines import Room, advice_on_two
+from appliance.supervisor.queueing import queueing
 from appliance.supervisor.supervisor import Supervisor
 from appliance.train.dry_run import DryRunRequest
 from appliance.train.events import EventLog
@@ -65,13 +66,11 @@ class Submission:
         if not all(is_counted(dataset, recipe.base) for dataset in (Dataset.open(home, one.id) for one in datasets)):
             asked = DryRunRequest(recipe=dump_recipe(recipe), names=_names(datasets), forecast=False)
             await self._dry_run(asked, request)
-        id = runs.new_id(recipe)
-        with building(home.runs / id) as directory:
+        with queueing(home, runs, recipe) as (id, directory):
             copy_start(home, recipe, directory)
-            write_atomic(directory / "recipe.toml", dump_recipe(recipe).encode())
             if room:
                 warn_of_fp8(directory, recipe, room)
-        return runs.add(id, recipe)
+        return runs.get(id)
 
     async def _dry_run(self, asked: DryRunRequest, request: Request) -> dict[str, Any]:
         with incoming(self._home) as folder:

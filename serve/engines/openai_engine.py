@@ -52,15 +52,13 @@ class OpenAIEngine:
     token_seconds = SLOWEST_TOKEN_SECONDS
 
     async def ready(self, address: str) -> bool:
-        """Whether the engine has loaded and answers. Raises OSError where this process cannot ask it."""
+        """Whether the engine has loaded and answers. Raises OSError where this process lacks what it takes to ask."""
         try:
             async with _connect(address, _READY_TIMEOUT) as engine, engine.get("http://engine/health") as response:
                 return response.status == 200
-        except aiohttp.ClientOSError as error:
-            if error.errno in _OUR_OWN_WANT:
-                raise OSError(error.errno, "the engine could not be asked") from error
-            return False
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if isinstance(error, OSError) and error.errno in _OUR_OWN_WANT:
+                raise OSError(error.errno, error.strerror) from error
             return False
 
     async def reload(self, address: str, release: Path, name: str, clock: date | None = None) -> None:

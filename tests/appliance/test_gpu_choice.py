@@ -127,7 +127,9 @@ def test_the_one_with_the_most_memory_is_worked_on_by_all(monkeypatch: pytest.Mo
     plug(monkeypatch, DISPLAY, BIG)
     assert gpu.environment() == {"CUDA_VISIBLE_DEVICES": "GPU-bb22", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert (hardware.free_memory(), hardware.total_memory()) == (20 * GIB, 24 * GIB)
-    row = processes.spawn("worker", "r", "sft", ["/usr/bin/env"], {"A": "b"}, tmp_path / "log", tmp_path)
+    row = processes.spawn(
+        processes.new_row("worker", "r", "sft"), ["/usr/bin/env"], {"A": "b"}, tmp_path / "log", tmp_path
+    )
     while processes.alive(row):
         pass
     said = dict(line.split("=", 1) for line in (tmp_path / "log").read_text().splitlines())

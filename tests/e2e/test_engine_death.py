@@ -32,7 +32,9 @@ async def test_an_engine_that_dies_under_load(running: Box, key: str) -> None:
         return await ready() == 503
 
     async def resting() -> api.Engine | None:
-        return next((each for each in (await running.client.status()).engines if each.state == "backoff"), None)
+        return next(
+            (each for each in (await running.client.status()).engines if each.state == "failed" and not each.pid), None
+        )
 
     async with (
         contextlib.AsyncExitStack() as stack,

@@ -11,7 +11,6 @@ from controlling import Control
 from appliance.errors import Conflict, InvalidInput, NotFound
 from appliance.sources import find_sources
 from appliance.train.events import EventLog
-from appliance.train.interruption import ENDING
 from appliance.train.recipe import Recipe, SftStage
 
 
@@ -43,7 +42,9 @@ async def test_the_work_of_a_run_that_failed_can_be_discarded_and_of_one_that_fi
     run = control.run("failed")
     checkpoint = control.home.runs / run / "merge" / "model"
     checkpoint.mkdir(parents=True)
-    assert (await control.client.stop(run, "discard")).state == "failed"
+    assert (await control.client.stop(run, "discard")).state == "stopping"
+    await control.supervisor.tick()
+    assert control.supervisor.runs.get(run).state == "stopped"
     assert not checkpoint.parent.exists()
     finished = control.run("finished")
     with pytest.raises(Conflict, match="has finished"):
@@ -53,7 +54,8 @@ async def test_the_work_of_a_run_that_failed_can_be_discarded_and_of_one_that_fi
 async def test_a_running_one_is_discarded_when_it_has_stopped(control: Control) -> None:
     run = control.run("queued")
     assert (await control.client.stop(run, "discard")).state == "stopping"
-    assert control.supervisor.workers.is_to_discard(run)
+    assert (await control.client.stop(run)).state == "stopping"
+    assert control.supervisor.runs.wish(run) == "discard", "to stop it once more takes nothing back"
 
 
 async def test_only_what_trains_can_be_ended_early(control: Control) -> None:
@@ -69,7 +71,7 @@ async def test_only_what_trains_can_be_ended_early(control: Control) -> None:
     control.supervisor.runs.mark_running("t-1")
     (control.home.runs / "t-1" / "sft").mkdir(parents=True)
     assert (await control.client.stop("t-1", "keep")).state == "running"
-    assert (control.home.runs / "t-1" / "sft" / ENDING).exists()
+    assert control.supervisor.runs.wish("t-1") == "keep"
 
 
 async def test_resuming_a_failed_run_queues_it_without_its_failure(control: Control) -> None:
@@ -111,3 +113,10 @@ async def test_an_import_is_listed_under_its_name_and_paged(control: Control, tm
     assert (page.total, [row["messages"][0]["content"] for row in page.rows]) == (12, ["q10", "q11"])
     assert (await control.client.rows("mine", offset=99)).rows == ()
     assert list(control.home.incoming.iterdir()) == []
+
+
+async def test_the_last_words_of_engines_can_be_read(control: Control) -> None:
+    with pytest.raises(NotFound, match="no engine has run"):
+        await control.client.engine_log("r-1")
+    control.supervisor.engines.log("r-1").write_text("loading\nCUDA error\n")
+    assert await control.client.engine_log("r-1", lines=1) == "CUDA error"

@@ -450,7 +450,7 @@ class TestStatusLine:
         assert "lease shared" in status_line(self.status(lease="share"), 80).plain
 
     def test_says_for_whom_an_engine_sleeps_where_there_is_room(self) -> None:
-        asleep = (api.Engine(release="a-1", kind="vllm", state="asleep"),)
+        asleep = (api.Engine(release="a-1", kind="vllm", state="sleeping"),)
         status = self.status(engines=asleep, routed=None, running="b-1")
         assert status_line(status, 120).plain.startswith("◆ a-1 ○ asleep while b-1 trains  │  lease training")
         assert status_line(status, 78).plain.startswith("◆ a-1 ○ asleep │ lease training")

@@ -54,7 +54,7 @@ def _serving(status: api.Status, room: int) -> Content:
     engine = next((engine for engine in status.engines if engine.release == release), None)
     look = ENGINES[engine.state] if engine else NO_ENGINE
     why = f"asleep while {status.running} trains"
-    if engine and engine.state == "asleep" and status.running and len(why) + _SHORTEST_NAME + 5 <= room:
+    if engine and engine.state == "sleeping" and status.running and len(why) + _SHORTEST_NAME + 5 <= room:
         look = look._replace(word=why)
     canary = f" {CANARY.glyph} {percent(status.canary.share)}" if status.canary else ""
     adapter = status.unmerged.name if status.unmerged and status.unmerged.answers else ""

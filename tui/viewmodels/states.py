@@ -46,8 +46,11 @@ STAGE_AHEAD = Look("○", "ahead", MUTED)
 ENGINES: dict[str, Look] = {
     "ready": Look("●", "ready", "$text-success"),
     "starting": Look("◐", "starting", "$text-warning"),
-    "asleep": Look("○", "asleep", MUTED),
-    "backoff": Look("✗", "restarting", "$text-error"),
+    "draining": Look("◐", "ending answers", "$text-warning"),
+    "swapping": Look("◐", "changing weights", "$text-warning"),
+    "sleeping": Look("○", "asleep", MUTED),
+    "waking": Look("◐", "waking", "$text-warning"),
+    "failed": Look("✗", "restarting", "$text-error"),
 }
 NO_ENGINE = Look("○", "no engine", "$text-warning")
 

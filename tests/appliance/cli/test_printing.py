@@ -34,10 +34,12 @@ def test_a_canary_with_both_sides_figures() -> None:
 
 
 def test_an_engine_that_sleeps_says_for_whom() -> None:
-    engine = api.Engine(release="a", kind="vllm", state="asleep")
+    engine = api.Engine(release="a", kind="vllm", state="sleeping")
     assert engine_line(engine, "b") == "vllm for a asleep while b trains"
-    assert engine_line(engine, None) == "vllm asleep for a"
+    assert engine_line(engine, None) == "vllm sleeping for a"
     assert engine_line(engine.model_copy(update={"state": "ready"}), "b") == "vllm ready for a"
+    failed = engine.model_copy(update={"state": "failed", "reason": "was killed (SIGKILL)"})
+    assert engine_line(failed, "b") == "vllm failed for a: the last one was killed (SIGKILL)"
 
 
 def test_a_table_shows_control_characters_as_their_pictures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import events, failure, read_recipe, result, work
 
 from appliance.errors import Conflict, Exit, InvalidInput, NotFound
-from appliance.home import Home, hashes
+from appliance.home import Home, building, hashes
 from appliance.release.conclude import finalise, judge
 from appliance.release.gates import Gate
 from appliance.release.manifest import read_manifest
@@ -33,7 +33,9 @@ def release(home: Home, id: str) -> Path:
 def recheck(home: Home, id: str) -> Path:
     """The directory of a run that repeats its gates."""
     recipe = plan_recheck(home, id)
-    write_recheck(home, "again", recipe, id)
+    with building(home.runs / "again") as directory:
+        write_recheck(home, directory, recipe, id)
+        (directory / "recipe.toml").write_text(dump_recipe(recipe))
     return home.runs / "again"
 
 

@@ -275,3 +275,10 @@ def test_a_release_that_is_found_whole_again_is_not_live_by_itself(db: sqlite3.C
     assert releases.setback() == ""
     releases.found_damaged("b", "bits")
     assert releases.proof("b") == Proof("hash", {})
+
+
+def test_what_is_written_is_on_the_disk_and_who_comes_second_waits(db: sqlite3.Connection) -> None:
+    (synchronous,) = db.execute("PRAGMA synchronous").fetchone()
+    (patience,) = db.execute("PRAGMA busy_timeout").fetchone()
+    (journal,) = db.execute("PRAGMA journal_mode").fetchone()
+    assert (synchronous, patience, journal) == (2, 5000, "wal"), "2: FULL"

@@ -18,7 +18,7 @@ from mortal_daemon import Daemon
 from appliance.errors import Conflict, NotFound
 from appliance.release import integrity
 from appliance.store.releases import Releases
-from appliance.supervisor import checks, engine_processes
+from appliance.supervisor import checks, decide
 
 WEIGHTS = "model.safetensors"
 
@@ -116,7 +116,7 @@ async def test_a_live_release_that_is_damaged_gives_way_to_the_one_before(
 
 
 async def test_weights_cut_short_end_no_engine_again_and_again(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
+    monkeypatch.setattr(decide, "LONGEST_REST_SECONDS", 0.05)
     first, second = await releases(daemon, 2)
     daemon.engine.broken = {second}
     truncate(daemon, second)

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from appliance.canary import Verdict
+from appliance.canary import Comparison, Tally
 from appliance.supervisor.actions import (
     Action,
     Advance,
     CheckRelease,
     Conclude,
+    ConcludeReplay,
     EndCanary,
+    EndStage,
     EndUnmerged,
     FailRun,
     FallBack,
@@ -22,6 +24,7 @@ from appliance.supervisor.actions import (
     KillWorker,
     LoadAdapter,
     ProbeRun,
+    RecordAnswer,
     Replay,
     RetryStage,
     Route,
@@ -35,21 +38,48 @@ from appliance.supervisor.actions import (
     SwapEngine,
     WarnOfSilence,
 )
-from appliance.supervisor.decide import MOST_CANDIDATE_FAILURES, MOST_LOSSES, decide
-from appliance.supervisor.snapshot import CanaryView, EngineView, RunView, Snapshot, UnmergedView, WorkerView
+from appliance.supervisor.decide import (
+    LONGEST_REST_SECONDS,
+    MOST_CANDIDATE_FAILURES,
+    MOST_LOSSES,
+    MOST_REPLAY_TRIES,
+    REPLAY_REST_SECONDS,
+    WRITE_REST_SECONDS,
+    decide,
+)
+from appliance.supervisor.snapshot import (
+    AdapterView,
+    CanaryView,
+    EngineView,
+    Failure,
+    ProbeView,
+    ReplayView,
+    RunView,
+    Snapshot,
+    UnmergedView,
+    WorkerView,
+)
 
 SFT = RunView("r1", "running", "sft")
 PROBE = RunView("r1", "running", "probe")
-A = EngineView("a", alive=True, ready=True)
-R1 = EngineView("r1", alive=True, ready=True)
-B = EngineView("b", alive=True, ready=True)
-WAITING = CanaryView("b", "a", 0.1, Verdict("wait", "waits"))
+ASKING = replace(PROBE, probe=ProbeView("asking"))
+A = EngineView("a", "ready")
+R1 = EngineView("r1", "ready")
+B = EngineView("b", "ready")
+DEAD = EngineView("a", "failed", "has died")
+DIED = Failure(1, 0.0, "has died")
+FAILED_OFTEN = Failure(MOST_CANDIDATE_FAILURES, 0.0, "has died")
+GOOD = CanaryView("b", "a", 0.1, Comparison("a", "b", Tally(requests=100), Tally(requests=100)))
+BAD = CanaryView("b", "a", 0.1, Comparison("a", "b", Tally(requests=100), Tally(requests=100, errors=100)))
+WAITING = CanaryView("b", "a", 0.1, Comparison("a", "b"))
 MERGE = RunView("r1", "running", "merge")
 MERGING = WorkerView("r1", alive=True)
 UNMERGED = UnmergedView("r1", "a")
-ADAPTED = EngineView("a", alive=True, ready=True, adapter="r1")
-SWAPPING = EngineView("b", alive=True, swapping=True)
-ASLEEP = EngineView("a", alive=True, asleep=True)
+ADAPTED = replace(A, adapter=AdapterView("r1", "loaded"))
+SWAPPING = EngineView("b", "swapping")
+ASLEEP = EngineView("a", "sleeping")
+NOT_LOADED = EngineView("b", "failed", "no such weights", was="swapping", before="a")
+UNANSWERED = ReplayView("unanswered", tries=1, at=0.0)
 TRAINING = WorkerView("r1", alive=True)
 
 TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
@@ -122,40 +152,43 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [],
     ),
     "the live release gets an engine, and requests wait for it": (Snapshot(live="a"), [Hold(True), StartEngine("a")]),
-    "they wait while it starts": (Snapshot(live="a", engines=(EngineView("a", alive=True),), holding=True), []),
+    "they wait while it starts": (Snapshot(live="a", engines=(EngineView("a", "starting"),), holding=True), []),
     "and it answers when it is ready": (
         Snapshot(live="a", engines=(A,), holding=True),
         [Hold(False), Route("a")],
     ),
     "an engine that fails to start keeps nobody waiting": (
-        Snapshot(live="a", engines=(EngineView("a", alive=False),), holding=True),
-        [Hold(False), StopEngine("a", failed=True)],
+        Snapshot(live="a", engines=(DEAD,), holding=True),
+        [Hold(False), StopEngine("a", DIED)],
     ),
     "nor does one that takes too long": (
-        Snapshot(live="a", engines=(EngineView("a", alive=True, overdue=True),), holding=True),
-        [Hold(False), StopEngine("a", failed=True)],
+        Snapshot(live="a", engines=(EngineView("a", "failed", "takes too long"),), holding=True),
+        [Hold(False), StopEngine("a", Failure(1, 0.0, "takes too long"))],
     ),
-    "nor one that is started again after it failed": (Snapshot(live="a", failures={"a": 1}), [StartEngine("a")]),
+    "nor one that is started again after it failed": (
+        Snapshot(live="a", failures={"a": Failure(1)}),
+        [StartEngine("a")],
+    ),
     "and goes on answering": (Snapshot(live="a", engines=(A,), routed="a"), []),
     "a dead engine stops answering and is cleared away": (
-        Snapshot(live="a", engines=(EngineView("a", alive=False, ready=True),), routed="a"),
-        [Route(None), StopEngine("a", failed=True)],
+        Snapshot(live="a", engines=(replace(DEAD, was="ready"),), routed="a"),
+        [Route(None), StopEngine("a", DIED)],
     ),
     "a hung engine is restarted": (
-        Snapshot(live="a", engines=(EngineView("a", alive=True, ready=True, overdue=True),), routed="a"),
-        [StopEngine("a", failed=True)],
+        Snapshot(live="a", engines=(EngineView("a", "failed", "hangs", was="ready"),), routed="a"),
+        [Route(None), StopEngine("a", Failure(1, 0.0, "hangs"))],
     ),
-    "an engine that failed rests": (Snapshot(live="a", resting=frozenset("a")), []),
+    "an engine that failed rests": (Snapshot(live="a", failures={"a": DIED}), []),
     "the old release answers until the new one is ready": (
-        Snapshot(live="b", engines=(A, EngineView("b", alive=True)), routed="a"),
+        Snapshot(live="b", engines=(A, EngineView("b", "starting")), routed="a"),
         [],
     ),
     "then the new one takes over and the old engine stops": (
-        Snapshot(live="b", engines=(A, EngineView("b", alive=True, ready=True)), routed="a"),
+        Snapshot(live="b", engines=(A, EngineView("b", "ready")), routed="a"),
         [Route("b"), StopEngine("a")],
     ),
     "an engine that is being stopped is left alone": (
-        Snapshot(live="b", engines=(A, EngineView("b", True, True)), routed="b", stopping_engines=frozenset("a")),
+        Snapshot(live="b", engines=(EngineView("a", "draining"), B), routed="b"),
         [],
     ),
     "a candidate gets an engine beside the live one": (
@@ -167,7 +200,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [ProbeRun("r1")],
     ),
     "and probed once": (
-        Snapshot(runs=(PROBE,), live="a", engines=(A, R1), routed="a", probing=frozenset({"r1"})),
+        Snapshot(runs=(ASKING,), live="a", engines=(A, R1), routed="a"),
         [],
     ),
     "a candidate that verify refused needs no engine": (
@@ -179,8 +212,8 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [Conclude("r1")],
     ),
     "a candidate whose engine does not start fails": (
-        Snapshot(runs=(PROBE,), failures={"r1": MOST_CANDIDATE_FAILURES}, resting=frozenset({"r1"})),
-        [FailRun("r1", "engine")],
+        Snapshot(runs=(PROBE,), failures={"r1": FAILED_OFTEN}),
+        [FailRun("r1", "engine", "its engine failed 3 times; the last time it has died")],
     ),
     "a candidate that went live is served by the engine that was probed": (
         Snapshot(live="r1", engines=(A, R1), routed="a"),
@@ -198,9 +231,8 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         Snapshot(
             runs=(SFT,),
             live="a",
-            engines=(EngineView("a", alive=False),),
+            engines=(EngineView("a", "draining"),),
             exclusive=True,
-            stopping_engines=frozenset("a"),
         ),
         [],
     ),
@@ -229,17 +261,15 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [Route(None), SleepEngine("a")],
     ),
     "which does not start before it is seen to": (
-        Snapshot(
-            runs=(SFT,), live="a", engines=(EngineView("a", True, falling_asleep=True),), exclusive=True, sleeps=True
-        ),
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", "draining"),), exclusive=True, sleeps=True),
         [],
     ),
     "nor is anything done with it then where it is wanted again": (
-        Snapshot(live="a", engines=(EngineView("a", True, falling_asleep=True),), exclusive=True, holding=True),
+        Snapshot(live="a", engines=(EngineView("a", "draining"),), exclusive=True, holding=True),
         [],
     ),
     "nor where its process has died, which falling asleep will notice": (
-        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", False, falling_asleep=True),), exclusive=True),
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", "draining"),), exclusive=True),
         [],
     ),
     "the worker starts beside one that sleeps": (
@@ -253,29 +283,27 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [],
     ),
     "one of which nobody knows how well it sleeps is stopped first": (
-        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", True, abandoned=True),), exclusive=True, sleeps=True),
-        [StopEngine("a")],
-    ),
-    "one that dies asleep has not failed": (
-        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", False, asleep=True),), exclusive=True),
-        [StopEngine("a")],
-    ),
-    "and the worker waits until all of it is gone": (
         Snapshot(
             runs=(SFT,),
             live="a",
-            engines=(EngineView("a", False, asleep=True),),
+            engines=(EngineView("a", "failed", "slept", was="sleeping"),),
             exclusive=True,
-            stopping_engines=frozenset("a"),
+            sleeps=True,
         ),
-        [],
+        [StopEngine("a")],
     ),
-    "nor does it start while the one that sleeps is stopped": (
-        Snapshot(runs=(SFT,), live="a", engines=(ASLEEP,), exclusive=True, stopping_engines=frozenset("a")),
+    "one that dies asleep has not failed": (
+        Snapshot(
+            runs=(SFT,), live="a", engines=(EngineView("a", "failed", "has died", was="sleeping"),), exclusive=True
+        ),
+        [StopEngine("a")],
+    ),
+    "and the worker waits until all of it is gone": (
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", "draining"),), exclusive=True),
         [],
     ),
     "an engine that is not ready cannot sleep": (
-        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", alive=True),), exclusive=True, sleeps=True),
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", "starting"),), exclusive=True, sleeps=True),
         [StopEngine("a")],
     ),
     "nor two of them": (
@@ -378,7 +406,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             workers=(MERGING,),
             live="a",
             routed="a",
-            engines=(replace(A, loading=True),),
+            engines=(replace(A, adapter=AdapterView("r1", "loading")),),
             unmerged=UNMERGED,
         ),
         [],
@@ -388,7 +416,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             runs=(MERGE,),
             workers=(MERGING,),
             live="a",
-            engines=(EngineView("a", alive=True),),
+            engines=(EngineView("a", "starting"),),
             unmerged=UNMERGED,
             holding=True,
         ),
@@ -403,7 +431,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             live="r1",
             routed="a",
             routed_adapter="r1",
-            engines=(ADAPTED, EngineView("r1", alive=True)),
+            engines=(ADAPTED, EngineView("r1", "starting")),
             unmerged=UNMERGED,
         ),
         [],
@@ -442,7 +470,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             live="b",
             routed="a",
             routed_adapter="r1",
-            engines=(ADAPTED, EngineView("b", alive=True)),
+            engines=(ADAPTED, EngineView("b", "starting")),
             unmerged=UNMERGED,
         ),
         [EndUnmerged("b went live")],
@@ -452,7 +480,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [StartEngine("b")],
     ),
     "nobody is sent to it while that starts": (
-        Snapshot(live="a", routed="a", engines=(A, EngineView("b", alive=True)), canary=WAITING),
+        Snapshot(live="a", routed="a", engines=(A, EngineView("b", "starting")), canary=WAITING),
         [],
     ),
     "a ready canary gets its share": (
@@ -471,11 +499,11 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         Snapshot(
             live="a",
             routed="a",
-            engines=(A, EngineView("b", alive=False, ready=True)),
+            engines=(A, EngineView("b", "failed", "has died", was="ready")),
             canary=WAITING,
             routed_canary=("b", 0.1),
         ),
-        [RouteCanary(None), StopEngine("b", failed=True)],
+        [RouteCanary(None), StopEngine("b", DIED)],
     ),
     "a canary whose engine keeps failing goes back": (
         Snapshot(
@@ -483,28 +511,27 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             routed="a",
             engines=(A,),
             canary=WAITING,
-            failures={"b": MOST_CANDIDATE_FAILURES},
-            resting=frozenset("b"),
+            failures={"b": FAILED_OFTEN},
         ),
-        [EndCanary("rolled back", f"its engine failed {MOST_CANDIDATE_FAILURES} times")],
+        [EndCanary("rolled back", f"its engine failed {MOST_CANDIDATE_FAILURES} times; the last time it has died")],
     ),
     "a canary with good figures goes live, and its engine stays": (
         Snapshot(
             live="a",
             routed="a",
             engines=(A, B),
-            canary=CanaryView("b", "a", 0.1, Verdict("promote", "good")),
+            canary=GOOD,
             routed_canary=("b", 0.1),
         ),
-        [EndCanary("promoted", "good")],
+        [EndCanary("promoted", GOOD.verdict.reason)],
     ),
     "but not while its engine starts again": (
         Snapshot(
             live="a",
             routed="a",
-            engines=(A, EngineView("b", alive=True)),
-            canary=CanaryView("b", "a", 0.1, Verdict("promote", "good")),
-            failures={"b": 1},
+            engines=(A, EngineView("b", "starting")),
+            canary=GOOD,
+            failures={"b": Failure(1)},
         ),
         [],
     ),
@@ -517,10 +544,10 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             live="a",
             routed="a",
             engines=(A, B),
-            canary=CanaryView("b", "a", 0.1, Verdict("rollback", "bad")),
+            canary=BAD,
             routed_canary=("b", 0.1),
         ),
-        [EndCanary("rolled back", "bad")],
+        [EndCanary("rolled back", BAD.verdict.reason)],
     ),
     "then nobody is sent to it, and its engine stops": (
         Snapshot(live="a", routed="a", engines=(A, B), routed_canary=("b", 0.1)),
@@ -531,7 +558,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [EndCanary("promoted", "by hand"), Route("b"), StopEngine("a")],
     ),
     "a canary beside which another release went live has ended": (
-        Snapshot(live="c", routed="a", engines=(A, B, EngineView("c", alive=True)), canary=WAITING),
+        Snapshot(live="c", routed="a", engines=(A, B, EngineView("c", "starting")), canary=WAITING),
         [EndCanary("rolled back", "c went live meanwhile")],
     ),
     "exclusive: a canary has no room": (
@@ -546,12 +573,24 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         Snapshot(live="a", routed="a", engines=(A, B), canary=WAITING, routed_canary=("b", 0.1), room=False),
         [],
     ),
+    "no room: nobody is sent to a canary whose engine leaves for a candidate": (
+        Snapshot(
+            runs=(PROBE,),
+            live="a",
+            routed="a",
+            engines=(A, B),
+            canary=WAITING,
+            routed_canary=("b", 0.1),
+            room=False,
+        ),
+        [RouteCanary(None), Route(None), StopEngine("a"), StopEngine("b")],
+    ),
     "a canary goes on beside a run and its candidate": (
         Snapshot(runs=(PROBE,), live="a", routed="a", engines=(A, B, R1), canary=WAITING, routed_canary=("b", 0.1)),
         [ProbeRun("r1")],
     ),
     "a canary answers its share while the live engine starts again": (
-        Snapshot(live="a", engines=(B,), canary=WAITING, routed_canary=("b", 0.1), failures={"a": 1}),
+        Snapshot(live="a", engines=(B,), canary=WAITING, routed_canary=("b", 0.1), failures={"a": Failure(1)}),
         [StartEngine("a")],
     ),
     "share: serving goes on while training": (
@@ -574,24 +613,20 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         Snapshot(live="c", engines=(SWAPPING,), swappable=frozenset("b"), holding=True),
         [],
     ),
-    "nor where its process has died, which the exchange will notice": (
-        Snapshot(live="b", engines=(EngineView("b", alive=False, swapping=True),)),
-        [],
-    ),
     "then the release answers": (
-        Snapshot(live="b", fallback="a", engines=(EngineView("b", alive=True, ready=True),), holding=True),
+        Snapshot(live="b", fallback="a", engines=(EngineView("b", "ready"),), holding=True),
         [Hold(False), Route("b")],
     ),
     "an exchange that nobody finishes ends the engine, and requests go on waiting": (
-        Snapshot(live="b", engines=(EngineView("b", alive=True, swapping=True, abandoned=True),), holding=True),
+        Snapshot(live="b", engines=(EngineView("b", "failed", "nobody is at it", was="swapping"),), holding=True),
         [StopEngine("b")],
     ),
     "an engine that is wanted does not take other weights": (
-        Snapshot(runs=(PROBE,), live="a", engines=(R1,), swappable=frozenset({"r1"}), probing=frozenset({"r1"})),
+        Snapshot(runs=(ASKING,), live="a", engines=(R1,), swappable=frozenset({"r1"})),
         [Hold(True), StartEngine("a")],
     ),
     "nor one that does not answer": (
-        Snapshot(live="b", engines=(EngineView("a", alive=True),), swappable=frozenset("a")),
+        Snapshot(live="b", engines=(EngineView("a", "starting"),), swappable=frozenset("a")),
         [Hold(True), StopEngine("a"), StartEngine("b")],
     ),
     "nor one of another kind of release": (
@@ -599,15 +634,15 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [StartEngine("b")],
     ),
     "a release that does not come up gives way to the one before": (
-        Snapshot(live="b", fallback="a", failures={"b": 1}, resting=frozenset("b"), engines=(A,), routed="a"),
-        [FallBack("a")],
+        Snapshot(live="b", fallback="a", failures={"b": DIED}, engines=(A,), routed="a"),
+        [FallBack("b", "a", "its engine does not start: it has died")],
     ),
     "one that has answered does not": (
-        Snapshot(live="b", failures={"b": 1}, resting=frozenset("b")),
+        Snapshot(live="b", failures={"b": DIED}),
         [],
     ),
     "nor one that failed before and answers now": (
-        Snapshot(live="r1", fallback="a", failures={"r1": 1}, engines=(R1,)),
+        Snapshot(live="r1", fallback="a", failures={"r1": DIED}, engines=(R1,)),
         [Route("r1")],
     ),
     "files that were never read are read before an engine starts on them, and requests wait": (
@@ -673,14 +708,14 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [CheckRelease("a")],
     ),
     "which, if it dies, is not started again before": (
-        Snapshot(live="a", unread=frozenset("a"), checking=frozenset("a"), failures={"a": 1}),
+        Snapshot(live="a", unread=frozenset("a"), checking=frozenset("a"), failures={"a": Failure(1)}),
         [],
     ),
     "a release that does not come up does not give way before its files were read": (
         Snapshot(
             live="b",
             fallback="a",
-            failures={"b": 1},
+            failures={"b": DIED},
             unread=frozenset("b"),
             checking=frozenset("b"),
             engines=(A,),
@@ -690,7 +725,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "a live release that is damaged gives way": (
         Snapshot(live="b", unread=frozenset("b"), unfit={"b": "bits"}, engines=(B,), routed="b", successor="a"),
-        [GiveWay("a", "bits")],
+        [GiveWay("b", "a", "bits")],
     ),
     "it does not answer until the other one does, for which requests wait": (
         Snapshot(live="a", unfit={"b": "bits"}, engines=(B,), routed="b"),
@@ -702,7 +737,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
     ),
     "without another one nobody answers, and nobody waits": (
         Snapshot(live="b", unread=frozenset("b"), unfit={"b": "bits"}, engines=(B,), routed="b"),
-        [GiveWay(None, "bits")],
+        [GiveWay("b", None, "bits")],
     ),
     "and its engine stops": (
         Snapshot(unfit={"b": "bits"}, engines=(B,), routed="b"),
@@ -719,7 +754,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             successor="a",
             exclusive=True,
         ),
-        [GiveWay("a", "bits")],
+        [GiveWay("b", "a", "bits")],
     ),
     "a run is not compared with a live release before its files were read": (
         Snapshot(runs=(RunView("r1", "running", "verify"),), live="a", unread=frozenset("a"), exclusive=True),
@@ -733,7 +768,7 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
             unfit={"b": "bits"},
             exclusive=True,
         ),
-        [GiveWay(None, "bits")],
+        [GiveWay("b", None, "bits")],
     ),
     "other stages do not wait for that": (
         Snapshot(runs=(SFT,), live="a", unread=frozenset("a"), checking=frozenset("a"), exclusive=True),
@@ -744,11 +779,11 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [Replay("b")],
     ),
     "and is asked once": (
-        Snapshot(live="b", unproven=frozenset("b"), replaying=frozenset("b"), engines=(A, B), routed="a"),
+        Snapshot(live="b", unproven=frozenset("b"), engines=(A, replace(B, replay=ReplayView("asking"))), routed="a"),
         [],
     ),
     "not before its engine is ready": (
-        Snapshot(live="b", unproven=frozenset("b"), engines=(A, EngineView("b", alive=True)), routed="a"),
+        Snapshot(live="b", unproven=frozenset("b"), engines=(A, EngineView("b", "starting")), routed="a"),
         [],
     ),
     "exclusive: requests wait for that": (
@@ -792,12 +827,185 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         [Hold(True), Route(None), StopEngine("a")],
     ),
     "no room: nothing leaves where nothing is to start": (
-        Snapshot(runs=(PROBE,), live="a", engines=(A, R1), routed="a", room=False, probing=frozenset({"r1"})),
+        Snapshot(runs=(ASKING,), live="a", engines=(A, R1), routed="a", room=False),
         [],
     ),
     "no room: a candidate is probed alone": (
         Snapshot(runs=(PROBE,), live="a", engines=(R1,), room=False),
         [ProbeRun("r1")],
+    ),
+    "an engine that failed is started again when it has rested, ever longer": (
+        Snapshot(now=2.0, live="a", failures={"a": Failure(2, 0.0)}),
+        [StartEngine("a")],
+    ),
+    "and not before": (Snapshot(now=1.9, live="a", failures={"a": Failure(2, 0.0)}), []),
+    "but never longer than so long": (
+        Snapshot(now=LONGEST_REST_SECONDS, live="a", failures={"a": Failure(99, 0.0)}),
+        [StartEngine("a")],
+    ),
+    "each failure is held against the release beside those before": (
+        Snapshot(live="a", engines=(DEAD,), failures={"a": Failure(4)}),
+        [StopEngine("a", Failure(5, 0.0, "has died"))],
+    ),
+    "but not beside those before it had served for long": (
+        Snapshot(
+            live="a",
+            engines=(replace(DEAD, was="ready", served=LONGEST_REST_SECONDS + 1),),
+            failures={"a": Failure(4)},
+        ),
+        [StopEngine("a", DIED)],
+    ),
+    "an exchange that failed says nothing of the release where nothing else was to take its place": (
+        Snapshot(live="b", engines=(replace(NOT_LOADED, before="c"),), holding=True),
+        [StopEngine("b")],
+    ),
+    "weights that do not load give way to those before": (
+        Snapshot(live="b", fallback="a", engines=(NOT_LOADED,), holding=True),
+        [FallBack("b", "a", "its weights could not be loaded in place: no such weights")],
+    ),
+    "which are loaded again, and requests go on waiting": (
+        Snapshot(live="a", engines=(NOT_LOADED,), holding=True),
+        [SwapEngine("b", "a")],
+    ),
+    "an engine that takes neither is stopped": (
+        Snapshot(live="a", engines=(replace(NOT_LOADED, release="a", before="b"),), holding=True),
+        [StopEngine("a")],
+    ),
+    "one that does not wake gives way to nothing": (
+        Snapshot(live="b", fallback="a", engines=(replace(NOT_LOADED, was="waking"),), holding=True, exclusive=True),
+        [StopEngine("b")],
+    ),
+    "a candidate whose probes were answered is concluded": (
+        Snapshot(runs=(replace(PROBE, probe=ProbeView("answered")),), live="a", engines=(A, R1), routed="a"),
+        [Conclude("r1")],
+    ),
+    "well or not": (
+        Snapshot(runs=(replace(PROBE, probe=ProbeView("answered", "odd")),), live="a", engines=(A, R1), routed="a"),
+        [Conclude("r1")],
+    ),
+    "where the engine has served other weights one of its own is asked": (
+        Snapshot(
+            runs=(replace(PROBE, probe=ProbeView("answered", "odd")),),
+            engines=(replace(R1, fresh=False),),
+            exclusive=True,
+        ),
+        [StopEngine("r1")],
+    ),
+    "but not where nothing is wrong": (
+        Snapshot(
+            runs=(replace(PROBE, probe=ProbeView("answered")),), engines=(replace(R1, fresh=False),), exclusive=True
+        ),
+        [Conclude("r1")],
+    ),
+    "a candidate whose engine refuses a probe fails": (
+        Snapshot(runs=(replace(PROBE, probe=ProbeView("refused", "too long")),), engines=(R1,)),
+        [FailRun("r1", "probe", "too long")],
+    ),
+    "where that has served other weights, one of its own is asked": (
+        Snapshot(runs=(replace(PROBE, probe=ProbeView("refused", "no")),), engines=(replace(R1, fresh=False),)),
+        [StopEngine("r1")],
+    ),
+    "an engine that does not answer its probes has failed": (
+        Snapshot(runs=(replace(PROBE, probe=ProbeView("unanswered", "says 500")),), engines=(R1,)),
+        [StopEngine("r1", Failure(1, 0.0, "says 500"))],
+    ),
+    "and is stopped once": (
+        Snapshot(
+            runs=(replace(PROBE, probe=ProbeView("unanswered", "says 500")),),
+            engines=(EngineView("r1", "draining"),),
+        ),
+        [],
+    ),
+    "a candidate that is given up gets no engine any more": (
+        Snapshot(runs=(PROBE,), failures={"r1": Failure(MOST_CANDIDATE_FAILURES, reason="has died")}),
+        [FailRun("r1", "engine", "its engine failed 3 times; the last time it has died")],
+    ),
+    "that the live release answers is put on record": (
+        Snapshot(live="a", engines=(A,), routed="a", answered=False),
+        [RecordAnswer("a")],
+    ),
+    "an adapter that the engine refuses has ended": (
+        Snapshot(
+            runs=(MERGE,),
+            workers=(MERGING,),
+            live="a",
+            routed="a",
+            engines=(replace(A, adapter=AdapterView("r1", "refused", "its rank is too large")),),
+            unmerged=UNMERGED,
+        ),
+        [EndUnmerged("its rank is too large")],
+    ),
+    "what a release repeated is put on record": (
+        Snapshot(live="b", unproven=frozenset("b"), engines=(replace(B, replay=ReplayView("answered")),)),
+        [ConcludeReplay("b"), Hold(True)],
+    ),
+    "one whose engine did not answer is asked again in a while": (
+        Snapshot(live="b", unproven=frozenset("b"), engines=(replace(B, replay=UNANSWERED),), holding=True),
+        [],
+    ),
+    "namely then": (
+        Snapshot(
+            now=REPLAY_REST_SECONDS,
+            live="b",
+            unproven=frozenset("b"),
+            engines=(replace(B, replay=UNANSWERED),),
+            holding=True,
+        ),
+        [Replay("b")],
+    ),
+    "and an engine that does not answer then either has failed": (
+        Snapshot(
+            live="b",
+            unproven=frozenset("b"),
+            engines=(replace(B, replay=replace(UNANSWERED, tries=MOST_REPLAY_TRIES)),),
+            holding=True,
+        ),
+        [StopEngine("b", Failure(1, 0.0, "did not answer when it was asked for reference answers"))],
+    ),
+    "nothing is started while it could not be recorded": (
+        Snapshot(runs=(RunView("r1", "queued", "sft"),), live="a", now=1.0, unwritten=0.0, holding=True),
+        [],
+    ),
+    "but a while later": (
+        Snapshot(runs=(RunView("r1", "queued", "sft"),), live="a", now=WRITE_REST_SECONDS, unwritten=0.0, holding=True),
+        [StartWorker("r1"), StartEngine("a")],
+    ),
+    "a worker that was killed is not killed at each look": (
+        Snapshot(
+            runs=(RunView("r1", "stopping", "sft"),),
+            workers=(WorkerView("r1", alive=True, told_to_stop=True, overdue=True, killed=True),),
+        ),
+        [],
+    ),
+    "a worker that was never started is not lost": (
+        Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=False, begun=False),)),
+        [ForgetWorker("r1", lost=False)],
+    ),
+    "a run whose files are damaged fails alone": (
+        Snapshot(
+            runs=(replace(SFT, outcome="damaged", fault="result.json is cut"), RunView("r2", "queued", "sft")),
+            live="a",
+            engines=(A,),
+            routed="a",
+        ),
+        [FailRun("r1", "damaged", "result.json is cut")],
+    ),
+    "one whose files cannot be looked at waits": (Snapshot(runs=(replace(SFT, outcome="unknown"),)), []),
+    "a run whose work is to be discarded stops so": (
+        Snapshot(runs=(RunView("r1", "stopping", "sft", wish="discard"),)),
+        [StopRun("r1", discard=True)],
+    ),
+    "a training that is to be kept is told to end": (
+        Snapshot(runs=(replace(SFT, wish="keep"),), workers=(TRAINING,)),
+        [EndStage("r1")],
+    ),
+    "once it has been, it goes on to that end": (
+        Snapshot(runs=(replace(SFT, wish="keep", ending=True),), workers=(TRAINING,)),
+        [],
+    ),
+    "a run that stops before its turn disturbs no other": (
+        Snapshot(runs=(RunView("old", "stopping", "sft"), SFT), workers=(TRAINING,)),
+        [StopRun("old")],
     ),
     "no room: the first engine is tried all the same": (
         Snapshot(live="a", room=False),

@@ -139,7 +139,7 @@ async def test_a_release_that_cannot_be_asked_for_its_reference_answers_is_refus
 async def test_an_engine_that_goes_away_meanwhile_is_asked_again(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.supervisor.engine_processes.REPLAY_REST_SECONDS", 0.01)
+    monkeypatch.setattr("appliance.supervisor.decide.REPLAY_REST_SECONDS", 0.01)
     imported = arrive(daemon, "imported")
     daemon.engine.unreachable = 2
     daemon.supervisor.promote(imported)
@@ -150,7 +150,7 @@ async def test_an_engine_that_goes_away_meanwhile_is_asked_again(
 async def test_an_engine_that_never_answers_when_asked_has_failed(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.supervisor.engine_processes.REPLAY_REST_SECONDS", 0.01)
+    monkeypatch.setattr("appliance.supervisor.decide.REPLAY_REST_SECONDS", 0.01)
     own = daemon.queue()
     await daemon.until(lambda: daemon.supervisor.routed == own)
     imported = arrive(daemon, "imported")

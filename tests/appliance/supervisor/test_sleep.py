@@ -12,9 +12,10 @@ import pytest
 from mortal_daemon import RECIPE, Daemon
 
 from appliance.errors import InvalidInput
-from appliance.store.processes import ASLEEP, ProcessRow
+from appliance.store.processes import ProcessRow
 from appliance.supervisor import processes, sleep
 from appliance.supervisor.engines import EngineCommand
+from appliance.supervisor.snapshot import Failure
 
 MEMORY = 1600
 AWAKE = 1400
@@ -81,7 +82,7 @@ async def test_the_engine_sleeps_for_the_worker_and_wakes_as_the_new_release(dae
     second = daemon.queue(sft="wait")
     await until_trained_beside(daemon, second, [live])
     (engine,) = daemon.supervisor.engines.shown()
-    assert (engine.state, engine.release, engine.pid) == ("asleep", live, process)
+    assert (engine.state, engine.release, engine.pid) == ("sleeping", live, process)
     assert daemon.frontage.routes == [None], "nobody is sent to it"
     assert daemon.frontage.drains[-1] == 7, "and answers that had begun could end"
     finish(daemon, second)
@@ -148,7 +149,7 @@ async def test_one_that_does_not_sleep_is_stopped(
     process = daemon.pid("engine", live)
     second = daemon.queue(ADAPTER, sft="wait")
     if fault == "killed":
-        await daemon.until(lambda: daemon.supervisor.engines.shown()[0].state == "asleep")
+        await daemon.until(lambda: daemon.supervisor.engines.shown()[0].state == "draining")
         os.kill(process, signal.SIGKILL)
         daemon.engine.insomnia = ConnectionError("it is gone")
         assert daemon.engine.falling_asleep
@@ -306,7 +307,7 @@ async def test_memory_that_the_driver_takes_back_late_is_not_taken_for_kept(
 async def test_one_that_has_started_before_is_not_doubted_for_a_failure(daemon: Daemon, live: str) -> None:
     process = daemon.pid("engine", live)
     os.kill(process, signal.SIGKILL)
-    await daemon.until(lambda: daemon.supervisor.engines.failures.get(live) == 1)
+    await daemon.until(lambda: daemon.supervisor.engines.failures.get(live, Failure(0)).count == 1)
     assert daemon.engine.sleeps
 
 
@@ -356,7 +357,7 @@ async def test_the_next_daemon_stops_what_sleeps(daemon: Daemon, live: str, when
         daemon.engine.falling_asleep = asyncio.Event()
     second = daemon.queue(ADAPTER, sft="wait")
     if when == "falling asleep":
-        await daemon.until(lambda: daemon.supervisor.engines.shown()[0].state == "asleep")
+        await daemon.until(lambda: daemon.supervisor.engines.shown()[0].state == "draining")
     else:
         await until_trained_beside(daemon, second, [live])
     if when == "waking":
@@ -365,7 +366,7 @@ async def test_the_next_daemon_stops_what_sleeps(daemon: Daemon, live: str, when
         await daemon.until(lambda: daemon.engine.loaded == [live])
     else:
         (row,) = daemon.supervisor.engines.rows()
-        assert row.stage == ASLEEP
+        assert row.life == ("draining" if when == "falling asleep" else "sleeping")
     await daemon.die()
     daemon.engine.loading = daemon.engine.falling_asleep = None
     daemon.start()

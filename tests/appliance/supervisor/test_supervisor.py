@@ -9,7 +9,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from mortal_daemon import RECIPE, Daemon
 
 from appliance.api import Precision
 from appliance.errors import Conflict
-from appliance.supervisor import engine_processes
+from appliance.supervisor import decide
+from appliance.supervisor.snapshot import Failure
 from appliance.train.events import EventLog
 
 
@@ -178,8 +178,7 @@ async def test_a_worker_that_does_not_obey_is_killed(daemon: Daemon, monkeypatch
 async def test_stopped_to_be_discarded_a_run_has_made_nothing(daemon: Daemon) -> None:
     run = daemon.queue(merge="hang")
     await daemon.until(lambda: "merge" in daemon.starts(run))
-    daemon.supervisor.workers.mark_to_discard(run)
-    daemon.supervisor.runs.mark_stopping(run)
+    daemon.supervisor.stop(run, "discard")
     await daemon.until_state(run, "stopped")
     assert not (daemon.home.runs / run / "sft").exists()
     assert not (daemon.home.runs / run / "merge").exists()
@@ -289,44 +288,35 @@ async def test_a_dead_engine_is_started_again_and_nobody_is_routed_to_it_meanwhi
     assert daemon.frontage.routes == [run, None, run]
 
 
-async def test_an_engine_that_keeps_dying_rests_ever_longer(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    await daemon.die()
-    now = 1000.0
-    monkeypatch.setattr(engine_processes, "time", SimpleNamespace(monotonic=lambda: now))
-    engines = daemon.supervisor.engines
+def test_an_engine_that_keeps_dying_rests_ever_longer() -> None:
+    def rest(count: int) -> int:
+        """Seconds that it is not started again after it has died so often."""
+        return next(second for second in range(100) if not decide.rests(Failure(count, 0.0), second))
 
-    def rest() -> int:
-        """Seconds that it is not started again after it has died once more."""
-        nonlocal now
-        begun = now
-        engines._count_failure("r-1")
-        while "r-1" in engines.resting:
-            now += 1
-        return int(now - begun)
-
-    assert [rest() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
-    engines._ready_since["r-1"] = now
-    now += engine_processes.LONGEST_REST_SECONDS + 1
-    assert rest() == 1, "it had served for long"
+    assert [rest(count) for count in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 async def test_a_release_on_which_no_engine_starts_is_given_up(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
+    monkeypatch.setattr(decide, "LONGEST_REST_SECONDS", 0.05)
     daemon.engine.broken = {"facts-1"}
     run = daemon.queue()
     await daemon.until_state(run, "failed")
-    reason = "the engine did not start on the new weights, or not answer its probes, in 3 attempts"
-    assert daemon.supervisor.runs.get(run).reason == reason
+    failed = daemon.supervisor.runs.get(run)
+    assert failed.reason == "its engine failed 3 times; the last time it ended with exit status 1"
+    assert failed.next == f"see `appliance logs {run} --events`, then `appliance resume {run}`"
+    warned = [event["message"] for event in daemon.events(run) if event.get("code") == "engine_failed"]
+    assert warned == [f"the engine of {run} ended with exit status 1"] * 3
 
 
 async def test_a_release_whose_engine_never_answers_its_probes_is_given_up(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
+    monkeypatch.setattr(decide, "LONGEST_REST_SECONDS", 0.05)
     daemon.engine.unreachable = 1000
     run = daemon.queue()
     await daemon.until_state(run, "failed")
     assert daemon.engine.probed == [run] * 3
+    assert "the last time it did not answer its probes: it is gone" in daemon.supervisor.runs.get(run).reason
     await daemon.until(lambda: daemon.running("engine") == [])
 
 
@@ -410,19 +400,19 @@ async def test_a_canary_that_fails_goes_back_by_itself(daemon: Daemon) -> None:
 
 
 async def test_a_canary_on_which_no_engine_starts_goes_back(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
+    monkeypatch.setattr(decide, "LONGEST_REST_SECONDS", 0.05)
     live, other = await two_releases(daemon)
     daemon.engine.broken = {other}
     daemon.supervisor.start_canary(other, 0.1)
     await daemon.until(lambda: daemon.supervisor.trial.status() is None)
-    assert daemon.supervisor.trial.newest()[other].reason == "its engine failed 3 times"
+    assert daemon.supervisor.trial.newest()[other].reason.startswith("its engine failed 3 times")
     assert daemon.frontage.canaries == []
     assert daemon.supervisor.routed == live
 
 
 async def test_earlier_failures_of_its_engine_are_not_held_against_a_canary(daemon: Daemon) -> None:
     _, other = await two_releases(daemon)
-    daemon.supervisor.engines.failures[other] = 3
+    daemon.supervisor.engines.failures[other] = Failure(3)
     daemon.supervisor.start_canary(other, 0.1)
     await daemon.until(lambda: daemon.frontage.canaries == [(other, 0.1)])
 

@@ -13,9 +13,10 @@ from fake_engine import FakeEngine, FakeFrontage
 from mortal_daemon import RECIPE, Daemon
 
 from appliance.release.manifest import read_manifest
-from appliance.store.processes import SWAPPING, Processes
+from appliance.store.processes import Processes
 from appliance.store.releases import Releases
-from appliance.supervisor import engine_processes
+from appliance.supervisor import decide
+from appliance.supervisor.snapshot import Failure
 
 
 async def two_releases(daemon: Daemon, **first_behaviour: str) -> tuple[str, str]:
@@ -156,7 +157,7 @@ async def test_a_daemon_killed_while_weights_are_loaded_trusts_that_engine_no_mo
     daemon.supervisor.rollback()
     await daemon.until(lambda: daemon.engine.loaded == [first])
     (row,) = (row for row in daemon.supervisor.processes.all() if row.kind == "engine")
-    assert (row.owner, row.stage) == (first, SWAPPING)
+    assert (row.owner, row.life) == (first, "swapping")
     await daemon.die()
     daemon.engine.loading = None
     daemon.frontage.routes.clear()
@@ -211,7 +212,7 @@ async def test_killed_at_each_step_of_a_swap_one_release_is_live_and_answers(
     assert live in (first, second)
     assert bool(daemon.supervisor.releases.setback()) == (live == first)
     (row,) = (row for row in daemon.supervisor.processes.all() if row.kind == "engine")
-    assert (row.owner, row.stage) == (live, "")
+    assert (row.owner, row.life) == (live, "ready")
 
 
 async def test_an_engine_killed_while_it_loads_is_started_again(daemon: Daemon) -> None:
@@ -262,11 +263,11 @@ async def test_a_release_whose_engine_does_not_start_gives_way_to_the_one_before
 
 
 async def test_a_release_that_has_answered_does_not_give_way(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_processes, "LONGEST_REST_SECONDS", 0.05)
+    monkeypatch.setattr(decide, "LONGEST_REST_SECONDS", 0.05)
     _, second = await two_releases(daemon)
     daemon.engine.broken = {second}
     os.kill(daemon.pid("engine", second), signal.SIGKILL)
-    await daemon.until(lambda: daemon.supervisor.engines.failures.get(second, 0) > 2)
+    await daemon.until(lambda: daemon.supervisor.engines.failures.get(second, Failure(0)).count > 2)
     assert daemon.supervisor.releases.live() == second
     daemon.engine.broken = set()
     await daemon.until(lambda: daemon.supervisor.routed == second)
