@@ -60,10 +60,13 @@ def runs(run: str | None, newest: int, before: str | None, as_json: bool) -> Non
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--events", is_flag=True, help="The run's events instead of its log.")
+@click.option("--engine", is_flag=True, help="RUN is a release: what its engines have written.")
 @click.option("-n", "--lines", type=click.IntRange(1), default=200, help="Lines of the log to show.")
 @json_option
-def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> None:
+def logs(run: str, follow: bool, events: bool, engine: bool, lines: int, as_json: bool) -> None:
     """Print the log of RUN."""
+    if engine and (follow or events):
+        raise InvalidInput("no_stream", "the log of engines is neither followed nor events", "leave --engine alone")
     if as_json and not events:
         raise InvalidInput("no_json", "the log is plain text", "use `--events --json`")
     if events and follow:
@@ -74,7 +77,7 @@ def logs(run: str, follow: bool, events: bool, lines: int, as_json: bool) -> Non
     elif follow:
         _follow_log(run)
     else:
-        for line in ask(lambda client: client.log(run, lines)).splitlines():
+        for line in ask(lambda client: (client.engine_log if engine else client.log)(run, lines)).splitlines():
             print(log_line(line))
 
 

@@ -160,7 +160,7 @@ class Operations:
                     await asyncio.sleep(0.02)
         now = self.adapter_status() or (started if self.releases.live() == run_id else None)
         if now is None:
-            raise Conflict("not_loaded", self.unmerged.ended_because(run_id), f"see {self.engines.log(live)}")
+            raise Conflict("not_loaded", self.unmerged.ended_because(run_id), f"see `appliance logs {live} --engine`")
         return now
 
     def adapter_status(self) -> api.Unmerged | None:

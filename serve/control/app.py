@@ -20,6 +20,7 @@ from appliance.supervisor.supervisor import Supervisor
 from serve.control.arrivals import arrivals_router
 from serve.control.box import box_router
 from serve.control.datasets import datasets_router
+from serve.control.engines import engines_router
 from serve.control.keys import keys_router
 from serve.control.models import Pulls, models_router
 from serve.control.releases import releases_router
@@ -41,6 +42,7 @@ def control_app(
         models_router(home, pulls),
         runs_router(home, supervisor, Submission(home, supervisor, datasets)),
         following_router(home, runs),
+        engines_router(supervisor),
         releases_router(home, supervisor),
         arrivals_router(home, supervisor, datasets),
         datasets_router(home, datasets, runs),

@@ -101,7 +101,7 @@ def following_router(home: Home, runs: Runs) -> APIRouter:
     @routes.get("/v1/runs/{id}/log")
     async def run_log(id: str, lines: int = 200) -> str:
         runs.get(id)
-        return await asyncio.to_thread(_tail, home.runs / id / "log.txt", lines)
+        return await asyncio.to_thread(tail, home.runs / id / "log.txt", lines)
 
     @routes.get("/v1/runs/{id}/log/stream")
     async def follow_log(id: str) -> StreamingResponse:
@@ -144,7 +144,7 @@ def _event_stream(runs: Runs, id: str, fresh: Callable[[], list[str]]) -> Stream
     return StreamingResponse(messages(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-def _tail(path: Path, lines: int) -> str:
+def tail(path: Path, lines: int) -> str:
     """The last `lines` lines, read from the end."""
     try:
         with open(path, "rb") as file:

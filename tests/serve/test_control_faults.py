@@ -14,8 +14,6 @@ from controlling import Control
 
 from appliance.errors import ApplianceError, Conflict, InvalidInput
 from appliance.sources import find_sources
-from appliance.train.interruption import ENDING
-from appliance.train.recipe import Recipe, SftStage
 
 
 def fill(db: sqlite3.Connection) -> None:
@@ -93,15 +91,6 @@ async def test_a_name_whose_rows_are_gone_can_be_taken_away(control: Control, tm
     assert "owner" not in str(told.value)
     await control.client.remove_dataset("mine")
     assert await control.client.datasets() == []
-
-
-async def test_a_stage_can_be_ended_in_its_first_second(control: Control) -> None:
-    recipe = Recipe(name="t", base="tiny", stages=(SftStage(method="sft", name="sft", dataset="d"),))
-    control.supervisor.runs.add("t-1", recipe)
-    control.supervisor.runs.mark_running("t-1")
-    (control.home.runs / "t-1").mkdir()
-    assert (await control.client.stop("t-1", "keep")).state == "running"
-    assert (control.home.runs / "t-1" / "sft" / ENDING).exists()
 
 
 async def test_the_order_of_runs_is_that_in_which_they_were_queued_whatever_the_clock_says(

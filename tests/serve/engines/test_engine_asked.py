@@ -21,7 +21,7 @@ async def test_what_keeps_this_process_from_asking_is_no_answer(
     monkeypatch.setattr(asyncio.get_running_loop(), "create_unix_connection", connect)
     asked = TransformersEngine(Settings()).ready("unix:/nowhere")
     if raises:
-        with pytest.raises(OSError, match="could not be asked"):
+        with pytest.raises(OSError, match=r"Errno 24"):
             await asked
     else:
         assert await asked is False
