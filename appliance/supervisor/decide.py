@@ -116,6 +116,8 @@ def _run_action(run: RunView, snapshot: Snapshot) -> Action | None:
     beside = snapshot.sleeper if _has_room_beside(run) else None
     if snapshot.exclusive and any(engine != beside for engine in snapshot.engines):
         return None
+    if snapshot.measures and any(engine.life == "starting" for engine in snapshot.engines):
+        return None
     if run.stage == "verify" and snapshot.live in snapshot.unread | snapshot.unfit.keys():
         return None
     return StartWorker(run.id)

@@ -80,6 +80,8 @@ def advice_on_two(room: Room) -> str:
     """What to set so that two engines run at once, from what one takes `beside` the other; or that they cannot."""
     if not room.suffices:
         return f"this box cannot hold two engines for it: each takes {room.needed / 2**30:.1f} GiB"
+    if room.precision == "32-bit":
+        return "APPLIANCE_LEASE=share makes room for two engines"
     how = " in FP8" if room.precision == "FP8" else ""
     return f"APPLIANCE_LEASE=share and APPLIANCE_GPU_MEMORY_SHARE={SIDE_BY_SIDE} make room for two engines{how}"
 
@@ -111,6 +113,9 @@ class EngineKind(Protocol):
 
     reloads: bool
     """Whether a running process can go on with other weights."""
+
+    measures: bool
+    """Whether a process that starts measures the free memory, and ends where that changes meanwhile."""
 
     sleeps: bool
     """Whether a running process can give the memory of the GPU back, and take it again with `reload`."""

@@ -18,7 +18,7 @@ from appliance.store.runs import Runs
 from appliance.store.unmerged import UnmergedAdapters
 from appliance.supervisor.checks import Checks
 from appliance.supervisor.engine_processes import EngineProcesses, Frontage
-from appliance.supervisor.engines import EngineKind
+from appliance.supervisor.engines import EngineKind, advice_on_two
 from appliance.supervisor.probing import Probes
 from appliance.supervisor.run_steps import RunSteps
 from appliance.supervisor.trial import Ratings, Trial
@@ -140,7 +140,7 @@ class Operations:
             raise Conflict(
                 "no_room",
                 "the lease is exclusive: no engine runs while an adapter is merged and verified",
-                "set APPLIANCE_LEASE=share where the memory allows, or wait for the release",
+                f"{self._advice_on_two(str(self.releases.live()))}; or wait for the release",
             )
         if canary := self.trial.view():
             raise Conflict("canary_under_way", f"{canary.release} is the canary", "wait until it has ended, or end it")
@@ -176,7 +176,12 @@ class Operations:
                 "wait until its release is live, or end it: `appliance rollback`",
             )
         present = any(row.owner == release for row in self.engines.rows())
-        canary = self.trial.start(release, share, room=not self.exclusive and (present or self.engines.room([release])))
+        has_room = not self.exclusive and (present or self.engines.room([release]))
+        canary = self.trial.start(release, share, lacking="" if has_room else self._advice_on_two(release))
         self.engines.forgive(release)
         self.poke()
         return canary
+
+    def _advice_on_two(self, release: str) -> str:
+        """How an engine of `release` and another like it have room at once, or that they have none."""
+        return advice_on_two(self.engines.kind.room(self.engines.models.directory(release), beside=True))

@@ -166,6 +166,8 @@ class Snapshot:
     """Releases that may not be served, and why."""
     swappable: frozenset[str] = frozenset()
     """Releases whose engine could go on with the live release's weights."""
+    measures: bool = False
+    """An engine that starts measures the free memory, which nothing may change meanwhile."""
     sleeps: bool = False
     """An engine can sleep, and it can be seen that it does."""
     wakeable: frozenset[str] = frozenset()

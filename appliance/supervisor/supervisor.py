@@ -154,6 +154,7 @@ class Supervisor(Operations):
             unproven=self.releases.unproven(),
             unfit=self.releases.unfit(),
             swappable=self.engines.swappable(live),
+            measures=self.engines.kind.measures,
             sleeps=self.engines.sleeps,
             wakeable=self.engines.wakeable(to_start),
             room=not present or self.engines.room(to_start - present),

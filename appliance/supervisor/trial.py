@@ -56,21 +56,21 @@ class Trial:
         self._comparison = Comparison("", "")
         self._since = 0.0
 
-    def start(self, release: str, share: float, room: bool) -> api.Canary:
+    def start(self, release: str, share: float, lacking: str = "") -> api.Canary:
         """Make a release the canary, or change its share. Raises NotFound, and Conflict where it cannot be one.
 
-        `room`: an engine can run for it beside the live release's.
+        `lacking`: what there has to be, where no engine can run for it beside the live release's.
         """
         live = self._releases.live()
         if self._releases.require_fit(release).live:
             raise Conflict("already_live", f"{release} is live", "see `appliance releases` for another")
         if live is None:
             raise Conflict("nothing_live", "no release is live to compare with", f"`appliance promote {release}`")
-        if not room:
+        if lacking:
             raise Conflict(
                 "no_room",
                 "a canary needs an engine beside the live release's, and the lease or the memory leaves no room for it",
-                f"promote it for everybody: `appliance promote {release}`",
+                f"{lacking}; or promote it for everybody: `appliance promote {release}`",
             )
         return self._canaries.start(release, live, share)
 

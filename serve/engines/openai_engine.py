@@ -45,6 +45,7 @@ class OpenAIEngine:
     """Asks an engine process whether it is ready, gives it other weights, and probes it."""
 
     reloads = False
+    measures = False
     sleeps = False
     adapter_rank = 0
     at_once = 64

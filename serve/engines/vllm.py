@@ -88,6 +88,7 @@ class VllmEngine(OpenAIEngine):
         self.longest_answer = settings.max_model_len or LONGEST_DEFAULT_CONTEXT
         self.token_seconds = TOKEN_SECONDS_ON_GPU if gpu else SLOWEST_TOKEN_SECONDS
         self.adapter_rank = _room_for_rank(settings.adapter_rank)
+        self.measures = gpu
         # What vLLM would make of adapters' memory after a sleep has not been looked at.
         self.sleeps = gpu and settings.lease != "share" and settings.sleep == "auto" and not self.adapter_rank
 

@@ -33,6 +33,7 @@ class FakeEngine:
     unloadable: set[str] = field(default_factory=set)
     strange: set[str] = field(default_factory=set)
     loading: asyncio.Event | None = None
+    measures: bool = False
     sleeps: bool = False
     asleep: set[str] = field(default_factory=set)
     """Addresses of the processes that sleep."""

@@ -593,6 +593,18 @@ TABLE: dict[str, tuple[Snapshot, list[Action]]] = {
         Snapshot(live="a", engines=(B,), canary=WAITING, routed_canary=("b", 0.1), failures={"a": Failure(1)}),
         [StartEngine("a")],
     ),
+    "share: an engine that measures the memory as it starts has it unchanged": (
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", "starting"),), measures=True, holding=True),
+        [],
+    ),
+    "share: one that does not is no reason to wait": (
+        Snapshot(runs=(SFT,), live="a", engines=(EngineView("a", "starting"),), holding=True),
+        [StartWorker("r1")],
+    ),
+    "share: a worker starts beside one that answers": (
+        Snapshot(runs=(SFT,), live="a", engines=(A,), measures=True, routed="a"),
+        [StartWorker("r1")],
+    ),
     "share: serving goes on while training": (
         Snapshot(runs=(SFT,), workers=(WorkerView("r1", alive=True),), live="a", engines=(A,), routed="a"),
         [],

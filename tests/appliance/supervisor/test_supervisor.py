@@ -17,6 +17,7 @@ from mortal_daemon import RECIPE, Daemon
 from appliance.api import Precision
 from appliance.errors import Conflict
 from appliance.supervisor import decide
+from appliance.supervisor.engines import Room
 from appliance.supervisor.snapshot import Failure
 from appliance.train.events import EventLog
 
@@ -468,11 +469,13 @@ async def test_where_no_canary_can_be(daemon: Daemon, monkeypatch: pytest.Monkey
         with pytest.raises(Conflict) as refusal:
             daemon.supervisor.start_canary(release, 0.1)
         assert daemon.supervisor.trial.status() is None
-        return refusal.value.code
+        return f"{refusal.value.code}: {refusal.value.next}"
 
-    assert refused(live) == "already_live"
+    assert refused(live).startswith("already_live")
     daemon.supervisor.exclusive = True
-    assert refused(other) == "no_room"
+    for_both = "APPLIANCE_LEASE=share and APPLIANCE_GPU_MEMORY_SHARE=0.45 make room for two engines"
+    assert refused(other) == f"no_room: {for_both}; or promote it for everybody: `appliance promote {other}`"
     daemon.supervisor.exclusive = False
     monkeypatch.setattr("appliance.hardware.free_memory", lambda: -1)
-    assert refused(other) == "no_room"
+    monkeypatch.setattr(daemon.engine, "room", lambda model, beside: Room(3 << 30, 2 << 30))
+    assert refused(other).startswith("no_room: this box cannot hold two engines for it: each takes 3.0 GiB; or promote")

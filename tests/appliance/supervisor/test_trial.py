@@ -27,7 +27,7 @@ def test_ratings_of_answers_since_it_began_are_judged_and_outlast_the_daemon(tmp
         asked.add(since)
         return said[release]
 
-    canary = Trial(Canaries(db), releases, ratings, FakeFrontage(), Limits()).start("new", 0.1, room=True)
+    canary = Trial(Canaries(db), releases, ratings, FakeFrontage(), Limits()).start("new", 0.1)
 
     trial = Trial(Canaries(db), releases, ratings, FakeFrontage(), Limits())
     view = trial.view()

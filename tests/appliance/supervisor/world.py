@@ -86,6 +86,7 @@ class World:
     chance: random.Random
     exclusive: bool
     sleeps: bool
+    measures: bool
     swaps: bool
     roomy: bool
     faults: bool = True
@@ -155,6 +156,7 @@ class World:
             unfit={one: "damaged" for one in self.releases if not self.fit(one)},
             swappable=frozenset(self.engines) if could_swap else frozenset(),
             sleeps=self.sleeps,
+            measures=self.measures,
             wakeable=frozenset(served | candidates) - self.unswappable if sleeper else frozenset(),
             room=self.roomy or not self.engines,
             routed=self.routed,
@@ -671,6 +673,7 @@ def live_through(decide: Decide, seed: int) -> None:
         chance,
         exclusive,
         sleeps=exclusive and chance.random() < 0.6,
+        measures=seed % 2 == 0,
         swaps=chance.random() < 0.6,
         roomy=chance.random() < 0.8,
     )
