@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ os.environ.pop("APPLIANCE_HOME", None)
 CACHE = Path(__file__).parent.parent / ".cache" / "home"
 COSTLY = ("trained", "served", "shell")
 """Session fixtures that take longer than the tests that ask for them."""
+
+# What ignores a hangup, as under nohup, has children that do.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No test asserts times.
 settings.register_profile("without deadlines", deadline=None)
