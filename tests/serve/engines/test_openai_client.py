@@ -203,10 +203,13 @@ async def test_an_answer_longer_than_the_context(ask: Any) -> None:
         ({"extra_body": {"temprature": 1}}, "temprature"),
     ],
 )
-async def test_what_is_refused(ask: Any, fields: dict[str, Any], param: str) -> None:
+async def test_what_is_refused(ask: Any, served: Served, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await ask(**fields)
-    assert caught.value.param == param
+    if param == "tools" and param in served.kind.honours:  # by the engine itself: this model's template knows no tools
+        assert "tool" in caught.value.message
+    else:
+        assert caught.value.param == param
 
 
 EXTRA: dict[str, Any] = {
