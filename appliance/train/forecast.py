@@ -29,9 +29,9 @@ from appliance.train.recipe import AnyStage, Recipe
 from appliance.train.simulation import Pass, meta_model, simulate
 
 EFFICIENCY, EFFICIENCY_IN_BF16, EFFICIENCY_ON_GPU = 0.36, 0.22, 0.4
-"""Share of the speed of large matrix products that a whole step reaches: of SmolLM2 on a CPU, in fp32 and where frozen
-layers multiply in bf16 (`around` in bench/results/train.json), and of an 8B on an H200 (bench/results/gpu_layers.json).
-"""
+"""Share of the speed of large matrix products that a whole step reaches: of SmolLM2 on a CPU, in fp32 as measured
+(`around` in bench/results/train.json). The others are estimates: where its frozen layers multiply in bf16, and of an 8B
+on an H200 from single passes (bench/results/gpu_layers.json)."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: four bits, a byte for 64 weights, and 4 bytes for 256 of those."""
 SLACK = 1.0 if ON_GPU else 1.65

@@ -24,7 +24,7 @@ from appliance.train.products import RoundedLinear
 
 FROZEN = (torch.nn.Linear, RoundedLinear, Linear4bit)
 _PROBED = 8
-"""Width of the layers by which a class is tried."""
+"""Width of the small layers by which the real ones are tried."""
 _PROBE = 1e-3
 """Size of what they are given: small, so that a norm's epsilon shows."""
 
@@ -55,14 +55,10 @@ def fuse_adapters(model: Any) -> None:
 
 
 def fuse_layers(model: Any) -> list[Any]:
-    """The frozen norms and MLPs of `model` that are known for what they are by what they compute."""
-    known: dict[type, Callable[..., Any] | None] = {}
+    """The frozen norms and MLPs of `model` that are known for what they are by what each of them computes."""
     changed = []
     for layer in model.modules():
-        kind = type(layer)
-        if kind not in known:
-            known[kind] = _as_norm(layer) or _as_mlp(layer)
-        if compute := known[kind]:
+        if compute := _as_norm(layer) or _as_mlp(layer):
             layer.forward = partial(compute, layer)
             changed.append(layer)
     return changed

@@ -203,6 +203,15 @@ def test_a_layer_is_known_by_what_it_computes(layer: torch.nn.Module, known: boo
     assert bool(fused.fuse_layers(torch.nn.ModuleList([layer]))) is known
 
 
+def test_each_layer_is_tried_for_itself() -> None:
+    layers = torch.nn.ModuleList([Norm(1, 1e-6), Norm(1, 1e-5), Norm(1, 1e-2), Mlp("gate_proj"), Mlp("up_proj")])
+    layers[2].variance_epsilon = 1e-2
+    values = torch.arange(8.0)[None] * 1e-3
+    wanted = layers[2](values)
+    assert fused.fuse_layers(layers) == [layers[0], layers[2], layers[3]]
+    assert torch.allclose(layers[2](values), wanted)
+
+
 def test_a_norm_that_is_trained_is_left_alone() -> None:
     layer = Norm(1, 1e-6)
     layer.weight.requires_grad_()
