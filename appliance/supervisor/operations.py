@@ -136,15 +136,15 @@ class Operations:
                 f"the engine {self.engines.kind.name} serves merged weights only",
                 "start with vLLM and APPLIANCE_ADAPTER_RANK=32 (or the adapter's own rank), or wait for the release",
             )
+        live = self.unmerged.require_possible(run)
         if self.exclusive:
             raise Conflict(
                 "no_room",
                 "the lease is exclusive: no engine runs while an adapter is merged and verified",
-                f"{self._advice_on_two(str(self.releases.live()))}; or wait for the release",
+                f"{self._advice_on_two(live)}; or wait for the release",
             )
         if canary := self.trial.view():
             raise Conflict("canary_under_way", f"{canary.release} is the canary", "wait until it has ended, or end it")
-        live = self.unmerged.require_possible(run)
         rank = self.engines.kind.adapter_rank
         async with self._writing_adapter:
             # Asked again, an engine may be loading the files that are there.
@@ -176,6 +176,7 @@ class Operations:
                 "wait until its release is live, or end it: `appliance rollback`",
             )
         present = any(row.owner == release for row in self.engines.rows())
+        self.releases.require_fit(release)
         has_room = not self.exclusive and (present or self.engines.room([release]))
         canary = self.trial.start(release, share, lacking="" if has_room else self._advice_on_two(release))
         self.engines.forgive(release)

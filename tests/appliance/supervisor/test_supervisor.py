@@ -15,7 +15,7 @@ import pytest
 from mortal_daemon import RECIPE, Daemon
 
 from appliance.api import Precision
-from appliance.errors import Conflict
+from appliance.errors import Conflict, NotFound
 from appliance.supervisor import decide
 from appliance.supervisor.engines import Room
 from appliance.supervisor.snapshot import Failure
@@ -471,6 +471,8 @@ async def test_where_no_canary_can_be(daemon: Daemon, monkeypatch: pytest.Monkey
         assert daemon.supervisor.trial.status() is None
         return f"{refusal.value.code}: {refusal.value.next}"
 
+    with pytest.raises(NotFound):
+        daemon.supervisor.start_canary("nope", 0.1)
     assert refused(live).startswith("already_live")
     daemon.supervisor.exclusive = True
     for_both = "APPLIANCE_LEASE=share and APPLIANCE_GPU_MEMORY_SHARE=0.45 make room for two engines"
